@@ -1,0 +1,269 @@
+"""The configuration of a run: one dataclass per section, a docstring under every field. Imports no torch.
+
+`lowmem.config_check` finds contradictions between fields, `lowmem.config_load` reads YAML and the command line.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lowmem.units import parse_count
+
+AUTO_MICRO_BATCH_TOKENS = 4096
+
+
+@dataclass
+class LorptConfig:
+    """Low-rank pretraining: which linear layers are stored as two thin factors (D1)."""
+
+    rank: int = 0
+    """Rank of the factored layers; 0 keeps every layer dense. Must save parameters: below in*out/(in+out)."""
+    targets: list[Literal["attention", "mlp", "head"]] = field(default_factory=lambda: ["mlp"])
+    """Which groups of linear layers are factored: attention (q, k, v, out), mlp, head (untied only)."""
+    ranks: dict[str, int] = field(default_factory=dict)
+    """Rank by module-name pattern, such as {"layers.0.*": 0, "*.down": 128}; first match wins over `rank`; 0 is dense."""
+    bottleneck: Literal["linear", "silu"] = "linear"
+    """Non-linearity between the two factors; silu cannot be merged into one matrix."""
+    init: Literal["original", "product_variance"] = "product_variance"
+    """original: 0.02 * randn for both factors, as published. product_variance: the product has the variance of a dense layer."""
+
+
+@dataclass
+class ModelConfig:
+    """The shape of the model. Defaults are a Llama-like decoder."""
+
+    name: Literal["decoder", "i3"] = "decoder"
+    """decoder: a transformer. i3: the recurrent-hybrid model with low-rank attention (a reconstruction of i3-12m)."""
+    dim: int = 256
+    """Width of the residual stream."""
+    hidden_dim: int = 0
+    """Width inside the MLP; 0 picks 8/3 * dim rounded up to a multiple of 64 for swiglu, 4 * dim for gelu."""
+    num_layers: int = 4
+    """Number of blocks."""
+    num_heads: int = 4
+    """Attention heads; must divide dim. i3 uses one."""
+    vocab_size: int = 0
+    """Rows of the embedding; 0 takes the tokenizer's size. Larger than the tokenizer's is allowed, smaller is not."""
+    max_seq_len: int = 0
+    """Longest sequence the model accepts; 0 takes data.seq_len. Only learned positions cost memory with it."""
+    positions: Literal["rope", "alibi", "learned"] = "rope"
+    """How order is told: rotary, a linear bias on attention scores, or a learned table."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """Normalisation before each sub-layer."""
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    """swiglu has three matrices in the MLP, gelu two."""
+    tie_embeddings: bool = False
+    """Use the embedding matrix as the output head."""
+    attention_rank: int = 0
+    """Low-rank KQV: rank of the query, key and value maps, and width of what the KV cache keeps; 0 is full rank. Must be below dim."""
+    state_dim: int = 32
+    """Width of the recurrent state of i3's hybrid cell."""
+    lorpt: LorptConfig = field(default_factory=LorptConfig)
+    """Low-rank pretraining of the linear layers."""
+
+
+@dataclass
+class SourceConfig:
+    """One source of text. Exactly one of `path`, `hub`, `stdlib` is set."""
+
+    path: str = ""
+    """A file, a folder or a glob: .txt .jsonl .parquet, each also .gz .bz2 .xz .zst. Relative to the working directory."""
+    hub: str = ""
+    """A Hugging Face dataset by name."""
+    stdlib: bool = False
+    """The sources and docstrings of the running Python's own standard library: tens of megabytes on every machine."""
+    weight: float = 1.0
+    """Share of the training sequences drawn from this source, relative to the other sources' weights."""
+    text_field: str = "text"
+    """Field that holds the text, in .jsonl, .parquet and hub datasets."""
+    subset: str = ""
+    """Configuration name of a hub dataset."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    streaming: bool = False
+    """Stream a hub dataset too large to store: it is tokenised on the fly, its position kept in the checkpoint."""
+    max_bytes: int = 0
+    """Stop after this many bytes of text; 0 reads everything."""
+
+
+@dataclass
+class DataConfig:
+    """Text, tokenizer and sequences."""
+
+    sources: list[SourceConfig] = field(default_factory=lambda: [SourceConfig(stdlib=True)])
+    """Where text comes from; several sources are mixed by weight."""
+    tokenizer: str = "bpe"
+    """bpe | chunk | bytes | chars (trained on the corpus where that applies), a tokenizer.json, a folder with one, or a hub name."""
+    tokenizer_vocab_size: int = 4096
+    """Vocabulary to train, for bpe and chunk; the other tokenizers have a size of their own and refuse another value."""
+    lowercase: bool = True
+    """Chunk tokenizer only: lower-case the text first, as published; false makes it lossless."""
+    seq_len: int = 256
+    """Tokens a training sequence predicts."""
+    decode_errors: Literal["fail", "replace"] = "fail"
+    """Bytes that are not UTF-8: stop naming file and line, or replace them with U+FFFD and count them."""
+    val_fraction: float = 0.01
+    """Share of the text held out for validation: whole blocks of tokens that training never sees."""
+    val_split: Literal["blocks", "tail"] = "blocks"
+    """blocks: blocks spread over the whole text. tail: the last val_fraction of each source, the usual split of small benchmarks."""
+    val_source: str = ""
+    """A file or glob of validation text instead of a held-out share."""
+    cache_dir: str = ""
+    """Where token shards are kept; empty puts them below the user's cache directory."""
+
+
+@dataclass
+class OptimConfig:
+    """The optimizer and its schedule."""
+
+    name: Literal["adamw", "lion"] = "adamw"
+    """adamw, or lion (half the states; use about a third of AdamW's lr)."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the running averages."""
+    eps: float = 1e-8
+    """AdamW's denominator offset."""
+    weight_decay: float = 0.1
+    """Decoupled decay; never applied to norms, biases, embeddings and other 1-D parameters."""
+    state_bits: Literal[32, 8] = 32
+    """Bits per optimizer state: 32 through torch or lion-pytorch, 8 through bitsandbytes."""
+    clip: float = 1.0
+    """Global gradient norm is clipped to this; 0 does not clip."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Decay after warm-up; wsd is constant until the last `decay_fraction` of the run, then linear."""
+    warmup_steps: int = 100
+    """Linear warm-up from 0."""
+    min_lr_ratio: float = 0.1
+    """Learning rate at the end of the decay, relative to lr."""
+    decay_fraction: float = 0.2
+    """wsd only: share of the run spent decaying."""
+
+
+@dataclass
+class TrainConfig:
+    """How long and how a step is computed."""
+
+    steps: int = 0
+    """Optimizer steps; 0 derives them from `tokens`. Exactly one of the two is set."""
+    tokens: int | float | str = 0
+    """Tokens to train on, such as 5M or 1.5B; rounded up to whole steps."""
+    global_batch_size: int = 32
+    """Sequences per optimizer step, over all ranks and micro-batches."""
+    micro_batch_size: int | Literal["auto"] = "auto"
+    """Sequences computed at once on one rank: memory and speed, never the result. auto: at most 4096 tokens."""
+    update: Literal["accumulate"] = "accumulate"
+    """accumulate: gradients of all micro-batches are summed, then the optimizer steps."""
+    activation_checkpointing: Literal["none", "block", "selective"] = "none"
+    """block: keep only each block's input and recompute the rest; selective: recompute only cheap, large element-wise results."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """What is computed in. auto: bf16 where the device has it natively, else fp16 on a GPU and fp32 on a CPU."""
+    weight_dtype: Literal["fp32", "bf16"] = "fp32"
+    """What is stored. bf16 halves weights and gradients, keeps no master copy, and needs precision bf16."""
+    loss_chunk_tokens: int = 0
+    """Tokens whose logits are alive at once in the loss; 0 picks about 16 MiB of logits."""
+    label_smoothing: float = 0.0
+    """Share of the target's probability spread over the vocabulary."""
+    z_loss: float = 0.0
+    """Weight of log(Z)^2, which keeps logits from drifting; 1e-4 is usual."""
+    seed: int = 0
+    """Seed of the initial weights and of the data order."""
+    save_every: int = 100
+    """Steps between checkpoints; 0 saves only at the end and on a signal."""
+    keep_last: int = 2
+    """Checkpoints kept besides the best one."""
+    eval_every: int = 100
+    """Steps between evaluations on the held-out text; 0 never evaluates."""
+    eval_sequences: int = 64
+    """Sequences per evaluation, always the same ones; 0 takes the whole held-out text."""
+    max_bad_steps: int = 10
+    """Stop with exit code 6 after this many steps in a row with a non-finite loss or gradient; each such update is skipped."""
+    threads: int = 0
+    """CPU threads per process; 0 uses every core the process may run on, divided among the ranks of this machine."""
+
+
+@dataclass
+class EngineConfig:
+    """Who computes the step (D4)."""
+
+    name: Literal["local", "deepspeed"] = "local"
+    """local: one process, one device, the least memory. deepspeed: ZeRO, several devices or machines. Its launcher selects deepspeed."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """What DeepSpeed partitions over ranks: 1 states, 2 and gradients, 3 and weights."""
+    offload: Literal["none", "cpu"] = "none"
+    """DeepSpeed: keep optimizer states (and, at stage 3, weights) in host memory. Needs zero_stage 1, 2 or 3."""
+    config: str = ""
+    """A DeepSpeed JSON file for everything else; its zero stage and offload win over the two fields above."""
+
+
+@dataclass
+class BudgetConfig:
+    """Memory the run may use; empty is no limit, "0" is no such device."""
+
+    ram: str = ""
+    """Host memory, such as 4GiB; enforced: a run past it ends with exit code 3 instead of the kernel's OOM killer."""
+    vram: str = ""
+    """Device memory, such as 6GiB; enforced through the allocator."""
+
+
+@dataclass
+class RunConfig:
+    """Everything that determines a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model's shape."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Text, tokenizer and sequences."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer and schedule."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Length, batch, precision, saving."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """Local or DeepSpeed."""
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    """Memory limits."""
+    loggers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
+    """Extra places for metrics, beside metrics.jsonl."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda if there is a usable one."""
+    run_dir: str = "runs/default"
+    """Where the run's files go; running the same command again resumes it."""
+
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        if self.train.steps:
+            return self.train.steps
+        tokens_per_step = self.train.global_batch_size * self.data.seq_len
+        return -(-parse_count(self.train.tokens) // tokens_per_step)
+
+    def max_seq_len(self) -> int:
+        """Longest sequence the model accepts."""
+        return self.model.max_seq_len or self.data.seq_len
+
+
+def resolve_micro_batch_size(config: RunConfig, world_size: int) -> int:
+    """Sequences computed at once on one rank.
+
+    Args:
+        world_size: ranks that share the global batch.
+    Raises:
+        ValueError: the global batch does not split evenly; the message says what would.
+    """
+    per_rank, rest = divmod(config.train.global_batch_size, world_size)
+    if rest or not per_rank:
+        raise ValueError(
+            f"train.global_batch_size is {config.train.global_batch_size}, which {world_size} ranks cannot share evenly; "
+            f"use a multiple of {world_size}"
+        )
+    wanted = config.train.micro_batch_size
+    if wanted == "auto":
+        limit = max(1, AUTO_MICRO_BATCH_TOKENS // config.data.seq_len)
+        return max(size for size in range(1, min(per_rank, limit) + 1) if per_rank % size == 0)
+    if per_rank % wanted:
+        divisors = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
+        raise ValueError(
+            f"train.micro_batch_size is {wanted}, which does not divide the {per_rank} sequences of a rank; "
+            f"allowed: {', '.join(map(str, divisors))} or auto"
+        )
+    return wanted

@@ -1,0 +1,114 @@
+"""Contradictions between the fields of a configuration, all of them at once."""
+
+from lowmem.config import DataConfig, ModelConfig, RunConfig, resolve_micro_batch_size
+from lowmem.units import parse_bytes, parse_count
+
+
+def config_problems(config: RunConfig) -> list[str]:
+    """Every contradiction between fields, one line each; empty when the configuration is sound."""
+    return [
+        *_model_problems(config.model, config.data),
+        *_data_problems(config.data),
+        *_training_problems(config),
+    ]
+
+
+def _model_problems(model: ModelConfig, data: DataConfig) -> list[str]:
+    problems = [
+        f"model.{name} is {value}, must be at least 1"
+        for name, value in (("dim", model.dim), ("num_layers", model.num_layers), ("num_heads", model.num_heads))
+        if value < 1
+    ]
+    problems += [
+        f"model.{name} is {value}, must be 0 or more"
+        for name, value in (
+            ("hidden_dim", model.hidden_dim),
+            ("vocab_size", model.vocab_size),
+            ("max_seq_len", model.max_seq_len),
+            ("attention_rank", model.attention_rank),
+            ("lorpt.rank", model.lorpt.rank),
+        )
+        if value < 0
+    ]
+    if model.num_heads > 0 and model.dim % model.num_heads:
+        problems.append(f"model.dim is {model.dim}, not a multiple of model.num_heads ({model.num_heads})")
+    elif model.num_heads > 0 and model.positions == "rope" and (model.dim // model.num_heads) % 2:
+        problems.append(f"model.positions=rope needs an even head width, model.dim / model.num_heads is {model.dim // model.num_heads}")
+    if model.attention_rank >= model.dim > 0:
+        problems.append(
+            f"model.attention_rank is {model.attention_rank}, must be below model.dim ({model.dim}): it would grow attention, not shrink it"
+        )
+    if model.tie_embeddings and model.lorpt.rank and "head" in model.lorpt.targets:
+        problems.append("model.lorpt.targets has head, but model.tie_embeddings is true: a tied head has no factors; drop one of the two")
+    if 0 < model.max_seq_len < data.seq_len:
+        problems.append(f"model.max_seq_len is {model.max_seq_len}, below data.seq_len ({data.seq_len})")
+    return problems
+
+
+def _data_problems(data: DataConfig) -> list[str]:
+    problems = []
+    if data.seq_len < 1:
+        problems.append(f"data.seq_len is {data.seq_len}, must be at least 1")
+    if not 0 <= data.val_fraction < 1:
+        problems.append(f"data.val_fraction is {data.val_fraction}, must be in [0, 1)")
+    if not data.sources:
+        problems.append("data.sources is empty; name a path, a hub dataset or stdlib: true")
+    for index, source in enumerate(data.sources):
+        given = [name for name in ("path", "hub", "stdlib") if getattr(source, name)]
+        if len(given) != 1:
+            problems.append(f"data.sources[{index}] has {' and '.join(given) or 'no source'}; set exactly one of path, hub, stdlib")
+        if not source.weight > 0:
+            problems.append(f"data.sources[{index}].weight is {source.weight}, must be above 0")
+        if source.streaming and not source.hub:
+            problems.append(f"data.sources[{index}].streaming is for hub datasets; files are streamed anyway")
+    return problems
+
+
+def _training_problems(config: RunConfig) -> list[str]:
+    train, optim, engine = config.train, config.optim, config.engine
+    problems = []
+    try:
+        tokens = parse_count(train.tokens)
+        if bool(train.steps) == bool(tokens):
+            problems.append(f"train.steps is {train.steps} and train.tokens is {train.tokens}; set exactly one of the two")
+    except ValueError as error:
+        problems.append(f"train.tokens: {error}")
+    for name in ("ram", "vram"):
+        try:
+            parse_bytes(getattr(config.budget, name) or "0")
+        except ValueError as error:
+            problems.append(f"budget.{name}: {error}")
+    problems += [
+        f"train.{name} is {getattr(train, name)}, must be at least {least}"
+        for name, least in (
+            ("steps", 0), ("global_batch_size", 1), ("save_every", 0), ("keep_last", 1), ("eval_every", 0),
+            ("eval_sequences", 0), ("max_bad_steps", 1), ("threads", 0), ("loss_chunk_tokens", 0), ("z_loss", 0),
+        )
+        if getattr(train, name) < least
+    ]  # fmt: skip
+    if isinstance(train.micro_batch_size, int) and train.micro_batch_size < 1:
+        problems.append(f"train.micro_batch_size is {train.micro_batch_size}, must be at least 1 or auto")
+    elif train.global_batch_size > 0 and engine.name == "local" and config.data.seq_len > 0:
+        try:
+            resolve_micro_batch_size(config, world_size=1)
+        except ValueError as error:
+            problems.append(str(error))
+    if not 0 <= train.label_smoothing < 1:
+        problems.append(f"train.label_smoothing is {train.label_smoothing}, must be in [0, 1)")
+    if train.weight_dtype == "bf16" and train.precision in ("fp32", "fp16"):
+        problems.append(f"train.weight_dtype=bf16 needs train.precision bf16 or auto, found {train.precision}")
+    if not optim.lr >= 0:
+        problems.append(f"optim.lr is {optim.lr}, must be 0 or more")
+    problems += [f"optim.betas has {beta}, must be in [0, 1)" for beta in optim.betas if not 0 <= beta < 1]
+    problems += [
+        f"optim.{name} is {getattr(optim, name)}, must be 0 or more"
+        for name in ("eps", "weight_decay", "clip", "warmup_steps", "min_lr_ratio")
+        if getattr(optim, name) < 0
+    ]
+    if not 0 < optim.decay_fraction <= 1:
+        problems.append(f"optim.decay_fraction is {optim.decay_fraction}, must be in (0, 1]")
+    if engine.name == "local" and (engine.zero_stage or engine.offload != "none" or engine.config):
+        problems.append("engine.zero_stage, engine.offload and engine.config need engine.name=deepspeed")
+    if engine.offload == "cpu" and engine.zero_stage == 0 and not engine.config:
+        problems.append("engine.offload=cpu needs engine.zero_stage 1, 2 or 3")
+    return problems
