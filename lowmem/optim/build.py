@@ -1,0 +1,67 @@
+"""The optimizer of a run from its configuration: which library, which parameters decay."""
+
+import importlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowmem.config import OptimConfig
+from lowmem.errors import ConfigError
+
+_EXTRAS = {"bitsandbytes": "bnb", "lion_pytorch": "lion", "deepspeed": "deepspeed"}
+
+
+def build_optimizer(model: nn.Module, optim: OptimConfig, *, offload: bool = False) -> torch.optim.Optimizer:
+    """An optimizer over the trainable parameters of `model`, with decay only where it belongs.
+
+    Args:
+        offload: DeepSpeed keeps the states in host memory; its own CPU optimizers are used then, on CPU copies.
+    Returns:
+        torch's fused AdamW, lion-pytorch's Lion, their 8-bit forms from bitsandbytes, or DeepSpeed's CPU forms.
+    Raises:
+        ConfigError: the library is not installed, or the combination does not exist.
+    """
+    groups = decay_groups(model, optim.weight_decay)
+    if offload and optim.state_bits == 32:
+        return _deepspeed_cpu_optimizer(groups, optim)
+    if optim.state_bits == 8:
+        return _bitsandbytes_optimizer(groups, optim)
+    if optim.name == "adamw":
+        return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+    return _import("lion_pytorch").Lion(groups, lr=optim.lr, betas=optim.betas)
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two parameter groups: matrices decay; norms, biases, other 1-D parameters and embeddings do not.
+
+    A tied head is the embedding's own matrix, so it does not decay either.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed = [p for p in trainable if p.ndim >= 2 and id(p) not in embeddings]
+    rest = [p for p in trainable if p.ndim < 2 or id(p) in embeddings]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _bitsandbytes_optimizer(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optimizer:
+    library = _import("bitsandbytes").optim
+    if optim.name == "adamw":
+        return library.AdamW8bit(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+    return library.Lion8bit(groups, lr=optim.lr, betas=optim.betas)
+
+
+def _deepspeed_cpu_optimizer(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optimizer:
+    library = _import("deepspeed").ops
+    if optim.name == "adamw":
+        return library.adam.DeepSpeedCPUAdam(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, adamw_mode=True)
+    return library.lion.DeepSpeedCPULion(groups, lr=optim.lr, betas=optim.betas)
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        extra = _EXTRAS[name]
+        raise ConfigError(f"this optimizer needs {name}, which is not installed; run: pip install 'lowmem[{extra}]'") from error

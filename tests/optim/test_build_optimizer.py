@@ -1,0 +1,79 @@
+"""Which parameters decay, which library serves, and the norm of gradients."""
+
+import importlib
+
+import pytest
+import torch
+from torch import nn
+
+from lowmem.config import OptimConfig
+from lowmem.errors import ConfigError
+from lowmem.optim.build import build_optimizer, decay_groups
+from lowmem.optim.clip import clip_gradients, global_norm
+
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.linear = nn.Linear(4, 5)
+        self.norm = nn.LayerNorm(5)
+        self.scale = nn.Parameter(torch.ones(3))
+        self.frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)
+
+
+def test_only_matrices_decay():
+    model = Tiny()
+    decayed, rest = decay_groups(model, 0.1)
+    assert [id(p) for p in decayed["params"]] == [id(model.linear.weight)]
+    assert decayed["weight_decay"] == 0.1
+    assert rest["weight_decay"] == 0.0
+    assert len(rest["params"]) == 5  # embedding, linear bias, norm weight and bias, scale
+
+
+@pytest.mark.parametrize(
+    "name, bits, class_name", [("adamw", 32, "AdamW"), ("lion", 32, "Lion"), ("adamw", 8, "AdamW8bit"), ("lion", 8, "Lion8bit")]
+)
+def test_each_choice_gives_its_optimizer_and_steps(name, bits, class_name):
+    model = Tiny()
+    optimizer = build_optimizer(model, OptimConfig(name=name, state_bits=bits, lr=0.1))
+    assert type(optimizer).__name__ == class_name
+    before = model.linear.weight.detach().clone()
+    model.linear(torch.randn(2, 4)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(before, model.linear.weight)
+
+
+def test_a_missing_library_names_its_extra(monkeypatch):
+    def fail(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(importlib, "import_module", fail)
+    with pytest.raises(ConfigError, match=r"pip install 'lowmem\[lion\]'"):
+        build_optimizer(Tiny(), OptimConfig(name="lion"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_global_norm_equals_the_norm_of_the_concatenation(dtype):
+    torch.manual_seed(0)
+    tensors = [torch.randn(1000, 1200).to(dtype), torch.randn(3).to(dtype), torch.randn(40, 30).to(dtype).t()]
+    expected = torch.cat([t.double().reshape(-1) for t in tensors]).norm().item()
+    # n = 1.2 million squares summed in fp64 err by at most n * 2^-53 = 1.4e-10 relative, on both sides
+    assert global_norm(tensors).item() == pytest.approx(expected, rel=3e-10)
+    assert global_norm([]).item() == 0.0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_global_norm_sees_one_bad_element(bad):
+    tensors = [torch.ones(2_000_000, dtype=torch.bfloat16), torch.ones(5)]
+    tensors[0][1_999_999] = bad
+    assert not torch.isfinite(global_norm(tensors))
+
+
+def test_clipping_scales_only_what_is_too_long():
+    gradients = [torch.full((4,), 3.0), torch.full((4,), 4.0)]  # norm 10
+    clip_gradients(gradients, 10.0, 20.0)
+    clip_gradients(gradients, 10.0, 0.0)
+    assert gradients[0].tolist() == [3.0] * 4
+    clip_gradients(gradients, 10.0, 5.0)
+    assert gradients[1].tolist() == [2.0] * 4
