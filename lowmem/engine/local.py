@@ -1,0 +1,129 @@
+"""One process, one device: the engine with the least memory."""
+
+import math
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+
+from lowmem.config import OptimConfig
+from lowmem.data.batch import Batch
+from lowmem.devices import Precision
+from lowmem.engine.base import Engine, StepResult
+from lowmem.engine.optimizer_state import load_optimizer_tensors, optimizer_tensors
+from lowmem.engine.random_state import random_state, restore_random_state
+from lowmem.engine.tensor_file import load_into, read_tensors, write_tensors
+from lowmem.models.base import LanguageModel
+from lowmem.optim.build import build_optimizer
+from lowmem.optim.clip import clip_gradients, global_norm
+
+_MIN_LOSS_SCALE = 1.0
+
+
+class LocalEngine(Engine):
+    """Accumulates the gradients of all micro-batches, clips, updates.
+
+    Args:
+        model: moved to `device`; its dtype is what is stored.
+        optim: the optimizer; schedules are the loop's business.
+        precision: what is computed in; autocast where it differs from the stored dtype.
+    Memory: weights, one gradient and the optimizer states per parameter, and one micro-batch of activations.
+    """
+
+    def __init__(self, model: LanguageModel, optim: OptimConfig, *, device: torch.device, precision: Precision, micro_batch_size: int):
+        self.model: LanguageModel = model.to(device)
+        self.device = device
+        self.micro_batch_size = micro_batch_size
+        self.max_norm = optim.clip
+        self.optimizer = build_optimizer(model, optim)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        stored = next(model.parameters()).dtype
+        compute = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.autocast_dtype = None if compute == stored else compute
+
+    def step(self, batch: Batch, lr: float) -> StepResult:
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss = self._accumulate(batch)
+        self.scaler.unscale_(self.optimizer)
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = global_norm(gradients).item()
+        applied = math.isfinite(loss) and math.isfinite(norm)
+        if applied:
+            clip_gradients(gradients, norm, self.max_norm)
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)  # gradients must not be alive during the next forward pass
+        if applied:
+            return StepResult(loss, norm, skipped="")
+        searching = self.scaler.is_enabled() and math.isfinite(loss) and self.scaler.get_scale() > _MIN_LOSS_SCALE
+        return StepResult(loss, norm, skipped="loss_scale" if searching else "nonfinite")
+
+    def evaluate(self, batches: Iterable[Batch]) -> float:
+        self.model.eval()
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for batch in batches:
+                for micro_batch in self._micro_batches(batch):
+                    total += self._loss(micro_batch, denominator=1.0).item()
+                count += batch.target_count()
+        return total / count
+
+    def save(self, directory: Path) -> dict:
+        tensors, scalars = optimizer_tensors(self.model, self.optimizer)
+        write_tensors(directory / "model.safetensors", dict(self.model.state_dict()))
+        write_tensors(directory / "optimizer.safetensors", tensors)
+        return {
+            "engine": "local",
+            "optimizer_scalars": scalars,
+            "loss_scale": self.scaler.state_dict(),
+            "random": random_state(self.device),
+        }
+
+    def load(self, directory: Path, state: dict) -> None:
+        self.load_weights(directory)
+        load_optimizer_tensors(
+            self.model, self.optimizer, dict(read_tensors(directory / "optimizer.safetensors")), state["optimizer_scalars"]
+        )
+        if state["loss_scale"]:
+            self.scaler.load_state_dict(state["loss_scale"])
+        restore_random_state(state["random"], self.device)
+
+    def load_weights(self, directory: Path) -> None:
+        load_into(directory / "model.safetensors", self.model.state_dict())
+
+    def memory_components(self) -> dict[str, int]:
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        gradients = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        states, _ = optimizer_tensors(self.model, self.optimizer)
+        return {
+            "weights": weights,
+            "gradients": gradients,
+            "optimizer_states": sum(state.numel() * state.element_size() for state in states.values()),
+        }
+
+    def _accumulate(self, batch: Batch) -> float:
+        """Gradients of the mean loss over the whole global batch, whatever the micro-batch; returns that loss."""
+        denominator = max(1, batch.target_count())
+        losses = []
+        for micro_batch in self._micro_batches(batch):
+            loss = self._loss(micro_batch, denominator)
+            self.scaler.scale(loss).backward()
+            losses.append(loss.detach())
+        return math.fsum(torch.stack(losses).tolist())
+
+    def _loss(self, batch: Batch, denominator: float) -> torch.Tensor:
+        inputs = torch.from_numpy(batch.inputs).to(self.device, non_blocking=True)
+        targets = torch.from_numpy(batch.targets).to(self.device, non_blocking=True)
+        with self._autocast():
+            return self.model(inputs, targets, denominator)
+
+    def _micro_batches(self, batch: Batch) -> Iterable[Batch]:
+        return (batch.rows(start, start + self.micro_batch_size) for start in range(0, len(batch), self.micro_batch_size))
+
+    def _autocast(self) -> AbstractContextManager:
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)

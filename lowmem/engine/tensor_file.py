@@ -1,0 +1,117 @@
+"""Tensors in safetensors files, written and read one at a time, so that a checkpoint needs no second copy in memory.
+
+The library's own writer wants every tensor's bytes at once; the format is simple enough to stream: eight bytes of header
+length, a JSON header, then the raw tensors. Reading goes through the library.
+Source: https://github.com/huggingface/safetensors, section Format.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lowmem.errors import CheckpointError
+
+_DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+_WRITE_BYTES = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that exists only while it is written, such as a parameter gathered from other ranks.
+
+    Attributes:
+        shape, dtype: known before it exists.
+        get: makes it; called once, in the order of the file.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    get: Callable[[], torch.Tensor]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor | LazyTensor]) -> None:
+    """Write a safetensors file and flush it to the disk.
+
+    Args:
+        tensors: by name; any device, strides and shape. Lazy ones are made one by one, sorted by element size, then name.
+    Raises:
+        OSError: disk full or not writable.
+        TypeError: a dtype that safetensors has no name for.
+    Memory: one contiguous host copy of a tensor that is not already contiguous on the host.
+    """
+    header, offset = {}, 0
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # large elements first keeps all aligned
+    for name in order:
+        shape, dtype = tuple(tensors[name].shape), tensors[name].dtype
+        if dtype not in _DTYPE_NAMES:
+            raise TypeError(f"{name} has dtype {dtype}, which safetensors cannot hold")
+        size = dtype.itemsize * torch.Size(shape).numel()
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "wb", buffering=0) as file:
+        _write_all(file, memoryview(len(encoded).to_bytes(8, "little") + encoded))
+        for name in order:
+            value = tensors[name]
+            tensor = value.get() if isinstance(value, LazyTensor) else value
+            if tuple(tensor.shape) != tuple(value.shape) or tensor.dtype != value.dtype:
+                raise TypeError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced as {value.dtype} {tuple(value.shape)}")
+            if tensor.numel():
+                flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+                _write_all(file, memoryview(flat.view(torch.uint8).numpy()))
+        os.fsync(file.fileno())
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each tensor of a safetensors file in turn, on the host.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    Memory: one tensor.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+                yield name, file.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); resume from an older checkpoint with --resume=last_valid") from error
+
+
+def load_into(path: Path, targets: Mapping[str, torch.Tensor]) -> None:
+    """Copy every tensor of a file into the target of the same name, in place.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or its names, shapes or dtypes are not those of `targets`.
+    Memory: one tensor.
+    """
+    missing = set(targets)
+    for name, tensor in read_tensors(path):
+        target = targets.get(name)
+        if target is None:
+            raise CheckpointError(f"{path} holds {name}, which this model does not have; was it saved with another configuration?")
+        if target.shape != tensor.shape or target.dtype != tensor.dtype:
+            raise CheckpointError(
+                f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, "
+                f"the model has {target.dtype} {tuple(target.shape)}; was it saved with another configuration?"
+            )
+        with torch.no_grad():
+            target.copy_(tensor)
+        missing.discard(name)
+    if missing:
+        raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}; was it saved with another configuration?")
+
+
+def _write_all(file, view: memoryview) -> None:
+    """Unbuffered files may write less than asked; a write beyond 2 GiB always does."""
+    position = 0
+    while position < len(view):
+        position += file.write(view[position : position + _WRITE_BYTES])

@@ -1,0 +1,79 @@
+"""What every model of lowmem offers to engines, generation and reports."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+Checkpointing = Literal["none", "block", "selective"]
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """How a model computes its training loss.
+
+    Attributes:
+        chunk_tokens: tokens whose logits are alive at once; 0 picks about 16 MiB of fp32 logits.
+        label_smoothing: share of the probability spread over the vocabulary; training mode only.
+        z_loss: weight of log(Z)^2; training mode only.
+    """
+
+    chunk_tokens: int = 0
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+class LanguageModel(nn.Module, ABC):
+    """Embedding, a list of blocks, a final norm and a head.
+
+    The parts are separate so that an engine may drive them one by one:
+    `hidden = embed(tokens)`, then each of `blocks`, then `head_loss(hidden, targets, denominator)`.
+    """
+
+    blocks: nn.ModuleList
+    vocab_size: int
+    max_seq_len: int
+    loss_options: LossOptions = LossOptions()
+    activation_checkpointing: Checkpointing = "none"
+
+    @abstractmethod
+    def forward(
+        self,
+        tokens_BT: torch.Tensor,
+        targets_BT: torch.Tensor | None = None,
+        denominator: float | torch.Tensor = 1.0,
+        cache: Any = None,
+    ) -> torch.Tensor:
+        """Loss if `targets_BT` is given, else logits.
+
+        Args:
+            tokens_BT: (batch, time) int64.
+            targets_BT: (batch, time) int64, IGNORE_INDEX where nothing is predicted. The loss is the sum over predicted
+                tokens divided by `denominator`: micro-batches of one global batch share its denominator.
+            cache: from `new_cache`; tokens_BT continue what it holds, and it is extended in place.
+        Returns:
+            fp32 scalar loss, or (batch, time, vocab) logits.
+        """
+
+    @abstractmethod
+    def new_cache(self, batch_size: int, max_len: int) -> Any:
+        """State for decoding up to `max_len` tokens; its memory is allocated here."""
+
+    @abstractmethod
+    def flops_per_token(self, seq_len: int) -> int:
+        """Floating point operations per token of forward plus backward, recomputation not counted."""
+
+    @abstractmethod
+    def component_parameters(self) -> dict[str, int]:
+        """Parameters by component (embedding, attention, mlp, norm, head, ...); they sum to `num_parameters()`."""
+
+    def num_parameters(self) -> int:
+        """Trainable numbers, shared ones counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def component_bytes(self) -> dict[str, int]:
+        """Bytes of the weights by component, in the dtype they have now."""
+        size = next(self.parameters()).element_size()
+        return {name: count * size for name, count in self.component_parameters().items()}
