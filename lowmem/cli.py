@@ -1,0 +1,78 @@
+"""The `lowmem` command: finds the subcommand, and turns every failure a user can cause into one message and an exit code."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from lowmem.errors import EXIT_INTERRUPTED, LowmemError
+
+USAGE = """usage: lowmem COMMAND [options]
+
+  pretrain   train a model from scratch, or go on with a run     lowmem pretrain --config configs/cpu/demo.yaml
+  generate   write text with a trained model                     lowmem generate --run runs/demo --prompt "def "
+  doctor     what this machine can do, and what will be slow     lowmem doctor
+
+`lowmem COMMAND --help` lists the options."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the `lowmem` script; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    if argv[0] == "--version":
+        from lowmem import __version__
+
+        print(__version__)
+        return 0
+    commands = _commands()
+    if argv[0] not in commands:
+        print(f"lowmem: error: unknown command {argv[0]!r}; known: {', '.join(commands)}", file=sys.stderr)
+        return 2
+    return run_command(commands[argv[0]], argv[1:])
+
+
+def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
+    """Run a command's main function as `lowmem` and the scripts in `launch/` do.
+
+    Args:
+        command: takes the arguments, returns the exit code, raises `LowmemError`.
+        argv: default: the process's own.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return command(argv)
+    except LowmemError as error:
+        if "--debug" in argv:
+            raise
+        stopped = error.exit_code > 128
+        print(f"lowmem: {'' if stopped else 'error: '}{error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("lowmem: stopped before a checkpoint was due; finished work on disk is kept", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        return 0
+
+
+def _commands() -> dict[str, Callable[[Sequence[str]], int]]:
+    def pretrain(argv: Sequence[str]) -> int:
+        from lowmem.train.pretrain import pretrain_main
+
+        return pretrain_main(argv)
+
+    def generate(argv: Sequence[str]) -> int:
+        from lowmem.generate import generate_main
+
+        return generate_main(argv)
+
+    def doctor(argv: Sequence[str]) -> int:
+        from lowmem.doctor import doctor_main
+
+        return doctor_main(argv)
+
+    return {"pretrain": pretrain, "generate": generate, "doctor": doctor}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""Checkpoints that are whole or absent (D8): written beside, flushed, hashed, renamed; verified before they are read."""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lowmem.engine.base import Engine
+from lowmem.errors import CheckpointError, StorageError
+
+_STEP_NAME = re.compile(r"step-(\d{8})")
+_STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
+_HASH_BYTES = 1 << 20
+
+
+class CheckpointStore:
+    """The checkpoints of one run directory.
+
+    Args:
+        run_dir: `checkpoints/step-00000100/` folders go below it, beside `checkpoints/latest` and `checkpoints/best`,
+            two text files that hold a folder's name.
+        keep_last: newest checkpoints kept; the best one is kept besides.
+    """
+
+    def __init__(self, run_dir: Path, keep_last: int):
+        self.root = run_dir / "checkpoints"
+        self.keep_last = keep_last
+
+    def save(self, step: int, engine: Engine, state: dict[str, Any], *, best_step: int) -> None:
+        """Write the checkpoint of `step`; every rank calls it, rank 0 publishes it.
+
+        Args:
+            state: JSON-ready; `engine` is added to it.
+            best_step: the step whose checkpoint is kept besides the newest ones; 0 is none.
+        Raises:
+            StorageError: the disk is full or not writable; older checkpoints are intact.
+        """
+        name = f"step-{step:08d}"
+        writing = self.root / f".writing-{name}"
+        try:
+            if engine.rank == 0:
+                shutil.rmtree(writing, ignore_errors=True)
+                writing.mkdir(parents=True)
+            engine.barrier()
+            state = {**state, "engine": engine.save(writing)}
+            engine.barrier()
+            if engine.rank == 0:
+                _write_json(writing / "state.json", state)
+                _write_json(writing / "manifest.json", {"step": step, "files": _file_hashes(writing)})
+                self._publish(writing, name)
+                self._point("latest", name)
+                if best_step:
+                    self._point("best", f"step-{best_step:08d}")
+                self._prune()
+            engine.barrier()
+        except OSError as error:
+            shutil.rmtree(writing, ignore_errors=True)
+            raise storage_error(error, writing) from error
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first."""
+        if not self.root.is_dir():
+            return []
+        return sorted(int(match[1]) for path in self.root.iterdir() if (match := _STEP_NAME.fullmatch(path.name)))
+
+    def path(self, step: int) -> Path:
+        """Folder of a checkpoint."""
+        return self.root / f"step-{step:08d}"
+
+    def newest_valid(self, *, skip_damaged: bool) -> tuple[Path, dict[str, Any]] | None:
+        """Folder and state of the newest checkpoint, verified against its manifest; None if there is none.
+
+        Args:
+            skip_damaged: pass over damaged checkpoints to the newest valid one instead of refusing.
+        Raises:
+            CheckpointError: the newest is damaged and `skip_damaged` is false, or all are.
+        """
+        problems = []
+        for step in reversed(self.steps()):
+            path = self.path(step)
+            problem = damage(path)
+            if not problem:
+                return path, json.loads((path / "state.json").read_text())
+            problems.append(f"{path} is damaged: {problem}")
+            if not skip_damaged:
+                older = [s for s in self.steps() if s < step and not damage(self.path(s))]
+                remedy = f"--resume=last_valid goes on from step {older[-1]}" if older else "no older one is valid; start over with --fresh"
+                raise CheckpointError(f"{problems[0]}; {remedy}")
+        if problems:
+            raise CheckpointError(f"no checkpoint is valid ({'; '.join(problems)}); start over with --fresh")
+        return None
+
+    def set_aside_after(self, step: int) -> list[str]:
+        """Rename checkpoints newer than `step` to NAME.damaged, so that the run can write those steps again."""
+        renamed = []
+        for newer in (s for s in self.steps() if s > step):
+            target = self.path(newer).with_suffix(".damaged")
+            shutil.rmtree(target, ignore_errors=True)
+            self.path(newer).rename(target)
+            renamed.append(target.name)
+        return renamed
+
+    def remove_unfinished(self) -> None:
+        """Delete what a killed save left behind."""
+        for path in self.root.glob(".*ing-*") if self.root.is_dir() else ():
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _publish(self, writing: Path, name: str) -> None:
+        """Rename to the final name; a checkpoint of the same step steps aside first and is deleted after."""
+        _sync_directory(writing)
+        final, replaced = self.root / name, self.root / f".replacing-{name}"
+        if final.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
+        writing.rename(final)
+        _sync_directory(self.root)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def _point(self, pointer: str, name: str) -> None:
+        temporary = self.root / f".{pointer}.tmp"
+        with open(temporary, "w") as file:
+            file.write(name + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.root / pointer)
+        _sync_directory(self.root)
+
+    def _prune(self) -> None:
+        best = self.root / "best"
+        kept = {best.read_text().strip()} if best.exists() else set()
+        for step in self.steps()[: -self.keep_last]:
+            if self.path(step).name not in kept:
+                # renamed first: a half-deleted folder must not look like a damaged checkpoint
+                doomed = self.root / f".removing-{self.path(step).name}"
+                self.path(step).rename(doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
+
+
+def damage(path: Path) -> str:
+    """What is wrong with a checkpoint folder: "" if every file of its manifest has the size and hash written there."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        for name, expected in manifest["files"].items():
+            size = (path / name).stat().st_size
+            if size != expected["bytes"]:
+                return f"{name} has {size} bytes, its manifest says {expected['bytes']}"
+            if _sha256(path / name) != expected["sha256"]:
+                return f"{name} does not match its SHA-256"
+        json.loads((path / "state.json").read_text())
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"manifest or state cannot be read ({error})"
+    return ""
+
+
+def storage_error(error: OSError, path: Path) -> Exception:
+    """A StorageError for a full or read-only disk; any other OSError as it is."""
+    if error.errno not in _STORAGE_ERRNOS:
+        return error
+    return StorageError(
+        f"{path} cannot be written: {error.strerror}; checkpoints written before are intact; "
+        "free space or make the folder writable, then run the same command again"
+    )
+
+
+def _file_hashes(directory: Path) -> dict[str, dict[str, Any]]:
+    files = sorted(path for path in directory.iterdir() if path.is_file())
+    return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_HASH_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with open(path, "w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

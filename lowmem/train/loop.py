@@ -1,0 +1,153 @@
+"""The training loop: batches into an engine, metrics and checkpoints out. Knows nothing of devices, budgets or DeepSpeed."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from lowmem.config import RunConfig
+from lowmem.data.batch import Batch
+from lowmem.data.prepare import PreparedData
+from lowmem.engine.base import Engine, StepResult
+from lowmem.errors import EXIT_INTERRUPTED, DivergedError, StoppedBySignal
+from lowmem.memory.measure import cuda_allocated_bytes, host_peak_bytes
+from lowmem.optim.schedule import learning_rate
+from lowmem.train.checkpoint import CheckpointStore
+from lowmem.train.loggers import MetricsLogger
+from lowmem.train.progress import ProgressDisplay
+from lowmem.train.run_dir import RunDir
+from lowmem.train.signals import StopRequest
+from lowmem.train.state import TrainState
+
+
+@dataclass
+class Run:
+    """All parts of a run, put together by `lowmem.train.setup`.
+
+    Attributes:
+        config: resolved.
+        run_dir: rank 0 only, None elsewhere.
+        loggers: rank 0 only, empty elsewhere.
+    """
+
+    config: RunConfig
+    engine: Engine
+    data: PreparedData
+    state: TrainState
+    checkpoints: CheckpointStore
+    display: ProgressDisplay
+    run_dir: RunDir | None
+    loggers: list[MetricsLogger]
+
+
+def train(run: Run) -> None:
+    """Train from `run.state` to the end of the run.
+
+    Raises:
+        StoppedBySignal: after saving a checkpoint.
+        DivergedError: `train.max_bad_steps` non-finite steps in a row; checkpoints on disk are intact.
+        StorageError: a checkpoint or the metrics could not be written.
+    """
+    config, state, engine = run.config, run.state, run.engine
+    total = config.total_steps()
+    run.display.start(total, state.step)
+    with StopRequest() as stop:
+        while state.step < total:
+            started = time.perf_counter()
+            lr = learning_rate(config.optim, state.step + 1, total)
+            batch = Batch.from_windows(run.data.train.next(config.train.global_batch_size))
+            result = engine.step(batch, lr)
+            _count(run, batch, result)
+            _report_step(run, batch, result, lr, time.perf_counter() - started)
+            improved = _due(config.train.eval_every, state.step, total) and _evaluate(run)
+            stopping = engine.any_rank(bool(stop.exit_code))
+            if stopping or improved or _due(config.train.save_every, state.step, total) or state.step == total:
+                save(run)
+            if stopping and state.step < total:
+                raise StoppedBySignal(
+                    f"stopped at step {state.step} of {total}, checkpoint saved; run the same command again to go on",
+                    stop.exit_code or EXIT_INTERRUPTED,
+                )
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint of the current state; every rank calls it."""
+    run.state.data = run.data.train.state_dict()
+    run.checkpoints.save(run.state.step, run.engine, run.state.to_json(), best_step=run.state.best_step)
+
+
+def _due(every: int, step: int, total: int) -> bool:
+    return bool(every) and (step % every == 0 or step == total)
+
+
+def _count(run: Run, batch: Batch, result: StepResult) -> None:
+    state = run.state
+    state.step += 1
+    state.tokens += batch.inputs.size
+    if result.skipped == "nonfinite":
+        state.bad_steps += 1
+        state.skipped_steps += 1
+    elif not result.skipped:
+        state.bad_steps = 0
+    if state.bad_steps >= run.config.train.max_bad_steps:
+        steps, optim = run.checkpoints.steps(), run.config.optim
+        remedy = f"the last checkpoint is step {steps[-1]}" if steps else "no checkpoint was saved yet"
+        raise DivergedError(
+            f"loss or gradients were not finite for {state.bad_steps} steps in a row up to step {state.step} "
+            f"(loss {result.loss}, gradient norm {result.grad_norm}; train.max_bad_steps is {run.config.train.max_bad_steps}); "
+            f"{remedy}; lower optim.lr ({optim.lr}), lengthen optim.warmup_steps or set optim.clip"
+        )
+
+
+def _report_step(run: Run, batch: Batch, result: StepResult, lr: float, seconds: float) -> None:
+    if run.run_dir is None:
+        return
+    record: dict[str, Any] = {
+        "step": run.state.step,
+        "tokens": run.state.tokens,
+        "loss": _json_number(result.loss),
+        "lr": lr,
+        "grad_norm": _json_number(result.grad_norm),
+        "seq_len": batch.inputs.shape[1],
+        "micro_batch_size": run.engine.micro_batch_size,
+        "step_time_s": round(seconds, 6),
+        "tokens_per_s": round(batch.inputs.size / seconds, 2),
+        "host_peak_bytes": host_peak_bytes(),
+        "cuda_allocated_bytes": cuda_allocated_bytes(),
+    }
+    if result.skipped:
+        record["skipped"] = result.skipped
+    run.run_dir.append_metrics(record)
+    run.display.on_step(record)
+    for logger in run.loggers:
+        logger.log(run.state.step, record)
+
+
+def _evaluate(run: Run) -> bool:
+    """Loss on the held-out text; True if it is the lowest so far."""
+    validation = run.data.validation
+    if validation is None:
+        return False
+    loss = run.engine.evaluate(_batches(run))
+    state = run.state
+    if run.run_dir is not None:
+        record = {"step": state.step, "val_loss": _json_number(loss)}
+        run.run_dir.append_metrics(record)
+        run.display.on_eval(state.step, loss)
+        for logger in run.loggers:
+            logger.log(state.step, record)
+    if not math.isfinite(loss) or (state.best_val_loss is not None and loss >= state.best_val_loss):
+        return False
+    state.best_val_loss, state.best_step = loss, state.step
+    return True
+
+
+def _batches(run: Run) -> Iterator[Batch]:
+    for windows in run.data.validation.windows(run.config.train.eval_sequences):
+        yield Batch.from_windows(windows)
+
+
+def _json_number(value: float) -> float | None:
+    """JSON has no NaN or infinity: they become null."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,138 @@
+"""The run directory: one writer at a time, its configuration, its metrics, and what may change when a run goes on."""
+
+import fcntl
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lowmem.config import RunConfig
+from lowmem.config_load import dump_run_config, load_run_config
+from lowmem.errors import ConfigError
+from lowmem.train.checkpoint import storage_error
+
+# Keys that may differ when a run is resumed: they move memory, speed, saving or length, not what is learned.
+FREE_KEYS = {
+    "run_dir", "device", "loggers", "budget.ram", "budget.vram", "data.cache_dir",
+    "train.steps", "train.tokens", "train.micro_batch_size", "train.activation_checkpointing", "train.loss_chunk_tokens",
+    "train.save_every", "train.keep_last", "train.eval_every", "train.eval_sequences", "train.max_bad_steps", "train.threads",
+}  # fmt: skip
+# Keys that setup fills in: compared once both sides are resolved.
+RESOLVED_KEYS = {"model.vocab_size", "model.max_seq_len", "model.hidden_dim", "train.precision"}
+
+
+class RunDir:
+    """Files of one run. Only rank 0 opens it.
+
+    Args:
+        path: created if absent.
+    Raises:
+        ConfigError: another process is training in it.
+        StorageError: it cannot be created or written.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lock = self._acquire()
+
+    def start_over(self) -> Path | None:
+        """Move what is there to PATH.old-N and begin an empty directory; the new name, None if there was nothing."""
+        if not (self.path / "config.yaml").exists():
+            return None
+        number = 1
+        while (old := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
+            number += 1
+        self.path.rename(old)
+        self.close()
+        self._lock = self._acquire()
+        return old
+
+    def check_compatible(self, config: RunConfig, *, resolved: bool) -> None:
+        """Refuse to go on with settings that would silently alter the result.
+
+        Args:
+            resolved: `config` is resolved like the saved one, so the keys that setup fills in are compared as well.
+        Raises:
+            ConfigError: names every such key with both values.
+        """
+        saved_path = self.path / "config.yaml"
+        if not saved_path.exists():
+            return
+        saved, wanted = _flat(asdict(load_run_config(saved_path))), _flat(asdict(config))
+        free = FREE_KEYS if resolved else FREE_KEYS | RESOLVED_KEYS
+        changed = [key for key in wanted if key not in free and wanted[key] != saved.get(key)]
+        if changed:
+            pairs = "; ".join(f"{key} was {saved.get(key)!r}, now {wanted[key]!r}" for key in changed)
+            raise ConfigError(
+                f"{self.path} holds a run with other settings: {pairs}. "
+                "Keep the old values, choose another run_dir, or start over with --fresh"
+            )
+
+    def write_config(self, config: RunConfig) -> None:
+        """Write config.yaml, resolved and commented."""
+        self._replace("config.yaml", dump_run_config(config, comments=True))
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file atomically."""
+        self._replace(name, json.dumps(value, indent=1) + "\n")
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """Add one line to metrics.jsonl."""
+        try:
+            with open(self.path / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise storage_error(error, self.path / "metrics.jsonl") from error
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop lines after `step`, and a last line that was cut short: the run goes on from there."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return
+        end = 0
+        with open(path, "rb") as file:
+            for line in file:
+                try:
+                    keep = line.endswith(b"\n") and json.loads(line)["step"] <= step
+                except (ValueError, KeyError, TypeError):
+                    keep = False
+                if not keep:
+                    break
+                end += len(line)
+        os.truncate(path, end)
+
+    def close(self) -> None:
+        """Let another process train here."""
+        os.close(self._lock)
+
+    def _acquire(self) -> int:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise storage_error(error, self.path) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise ConfigError(f"another process is training in {self.path}; wait for it, stop it, or choose another run_dir") from error
+        return descriptor
+
+    def _replace(self, name: str, text: str) -> None:
+        try:
+            temporary = self.path / f".{name}.tmp"
+            temporary.write_text(text)
+            temporary.replace(self.path / name)
+        except OSError as error:
+            raise storage_error(error, self.path / name) from error
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and key != "ranks":
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,186 @@
+"""From a configuration to a run that is ready to train: device, limits, data, model, engine, resume."""
+
+import copy
+import os
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+
+from lowmem.config import RunConfig, resolve_micro_batch_size
+from lowmem.data.prepare import PreparedData, prepare_data
+from lowmem.data.tokenizers import check_vocab
+from lowmem.devices import resolve_device, resolve_precision
+from lowmem.engine import distributed
+from lowmem.engine.base import Engine
+from lowmem.engine.local import LocalEngine
+from lowmem.errors import ConfigError
+from lowmem.memory.budget import limit_cuda_memory, limit_host_memory
+from lowmem.models.base import LanguageModel, LossOptions
+from lowmem.models.registry import build_model
+from lowmem.train.checkpoint import CheckpointStore
+from lowmem.train.loggers import open_loggers
+from lowmem.train.loop import Run
+from lowmem.train.progress import ProgressDisplay
+from lowmem.train.run_dir import RunDir
+from lowmem.train.state import TrainState
+from lowmem.units import format_bytes, format_count, parse_bytes
+
+
+def set_up(config: RunConfig, display: ProgressDisplay, *, fresh: bool = False, resume: Literal["auto", "last_valid"] = "auto") -> Run:
+    """Everything a run needs, resumed if the run directory holds a checkpoint.
+
+    Args:
+        config: checked; not changed.
+        fresh: move what the run directory holds aside and start over.
+        resume: last_valid passes over damaged checkpoints.
+    Raises:
+        ConfigError, DataError, CheckpointError, StorageError, MemoryBudgetError: see `lowmem.errors`.
+    """
+    device = _device(config)
+    _set_threads(config.train.threads)
+    _enforce_budget(config, device)
+    if config.engine.name == "deepspeed":
+        distributed.init_process_group(device)
+    run_dir = _open_run_dir(config, fresh, display)
+    data = prepare_data(config.data, seed=config.train.seed, progress=display)
+    config = resolve(config, data, device)
+    model = build_configured_model(config)
+    engine = _build_engine(config, model, device)
+    checkpoints = CheckpointStore(Path(config.run_dir), config.train.keep_last)
+    run = Run(config, engine, data, TrainState(data_fingerprint=data.fingerprint), checkpoints, display, run_dir, loggers=[])
+    _resume(run, skip_damaged=resume == "last_valid")
+    if run_dir is not None:
+        run_dir.write_config(config)
+        data.tokenizer.save(run_dir.path / "tokenizer.json")
+        run.loggers = open_loggers(config.loggers, run_dir.path, config, resume_step=run.state.step)
+        display.message(_description(run))
+    return run
+
+
+def resolve(config: RunConfig, data: PreparedData, device: torch.device) -> RunConfig:
+    """A copy in which everything "auto" or 0 is settled, as config.yaml records it.
+
+    Raises:
+        ConfigError: the device cannot compute in the precision asked for.
+        DataError: the tokenizer is larger than the model's vocabulary.
+    """
+    config = copy.deepcopy(config)
+    config.model.vocab_size = config.model.vocab_size or data.tokenizer.vocab_size
+    check_vocab(data.tokenizer, config.model.vocab_size)
+    config.model.max_seq_len = config.max_seq_len()
+    config.train.precision = resolve_precision(config.train.precision, device)
+    if config.train.weight_dtype == "bf16" and config.train.precision != "bf16":
+        raise ConfigError(
+            f"train.weight_dtype=bf16 needs a device that computes in bf16, {device.type} here resolves to {config.train.precision}; "
+            "use train.weight_dtype=fp32, or train.precision=bf16 to accept slow emulation"
+        )
+    config.device = device.type  # type: ignore[assignment]
+    return config
+
+
+def build_configured_model(config: RunConfig) -> LanguageModel:
+    """The model of a resolved configuration, in its stored dtype, with its loss and recomputation set.
+
+    Memory: the weights.
+    """
+    train = config.train
+    model = build_model(config.model, vocab_size=config.model.vocab_size, max_seq_len=config.model.max_seq_len, seed=train.seed)
+    model.loss_options = LossOptions(train.loss_chunk_tokens, train.label_smoothing, train.z_loss)
+    model.activation_checkpointing = train.activation_checkpointing
+    return model.to(torch.bfloat16) if train.weight_dtype == "bf16" else model
+
+
+def _build_engine(config: RunConfig, model: LanguageModel, device: torch.device) -> Engine:
+    try:
+        micro_batch_size = resolve_micro_batch_size(config, distributed.world_size() if config.engine.name == "deepspeed" else 1)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if config.engine.name == "deepspeed":
+        from lowmem.engine.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(model, config, device=device, micro_batch_size=micro_batch_size)
+    return LocalEngine(model, config.optim, device=device, precision=config.train.precision, micro_batch_size=micro_batch_size)
+
+
+def _resume(run: Run, *, skip_damaged: bool) -> None:
+    if run.run_dir is not None:
+        run.checkpoints.remove_unfinished()
+    run.engine.barrier()
+    found = run.checkpoints.newest_valid(skip_damaged=skip_damaged)
+    if found is None:
+        if run.run_dir is not None:
+            run.run_dir.truncate_metrics(0)
+        return
+    path, values = found
+    state = TrainState.from_json(values)
+    if run.run_dir is not None:
+        run.run_dir.check_compatible(run.config, resolved=True)
+    if state.data_fingerprint != run.data.fingerprint:
+        raise ConfigError(
+            f"{path} was trained on other text or another tokenizer ({state.data_fingerprint[:12]}, now {run.data.fingerprint[:12]}); "
+            "restore the files it was trained on, choose another run_dir, or start over with --fresh"
+        )
+    run.engine.load(path, state.engine)
+    run.data.train.load_state_dict(state.data)
+    run.state = state
+    run.engine.barrier()
+    if run.run_dir is not None:
+        for name in run.checkpoints.set_aside_after(state.step):
+            run.display.message(f"damaged checkpoint kept as {name}")
+        run.run_dir.truncate_metrics(state.step)
+        run.display.message(f"resumed from {path}")
+
+
+def _open_run_dir(config: RunConfig, fresh: bool, display: ProgressDisplay) -> RunDir | None:
+    if distributed.rank() != 0:
+        return None
+    run_dir = RunDir(Path(config.run_dir))
+    if fresh:
+        old = run_dir.start_over()
+        if old:
+            display.message(f"the run that was there is kept as {old}")
+    elif CheckpointStore(run_dir.path, 1).steps():
+        run_dir.check_compatible(config, resolved=False)
+    return run_dir
+
+
+def _device(config: RunConfig) -> torch.device:
+    name = "cpu" if _is_zero(config.budget.vram) and config.device == "auto" else config.device
+    device = distributed.rank_device(resolve_device(name))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def _is_zero(size: str) -> bool:
+    return bool(size) and parse_bytes(size) == 0
+
+
+def _set_threads(threads: int) -> None:
+    """Share this machine's usable cores among its ranks, unless told otherwise."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    usable = len(affinity(0)) if affinity else psutil.cpu_count(logical=False) or 1
+    torch.set_num_threads(threads or max(1, usable // distributed.local_world_size()))
+
+
+def _enforce_budget(config: RunConfig, device: torch.device) -> None:
+    ram, vram = parse_bytes(config.budget.ram or "0"), parse_bytes(config.budget.vram or "0")
+    try:
+        if ram:
+            limit_host_memory(ram // distributed.local_world_size())
+        if vram and device.type == "cuda":
+            limit_cuda_memory(vram, device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _description(run: Run) -> str:
+    config, model = run.config, run.engine.model
+    components = run.engine.memory_components()
+    return (
+        f"{config.model.name} with {format_count(model.num_parameters())} parameters ({format_bytes(components['weights'])}), "
+        f"{run.engine.device.type}, {config.train.precision}, {run.engine.world_size} x {torch.get_num_threads()} threads; "
+        f"global batch {config.train.global_batch_size} x {config.data.seq_len} tokens in micro-batches of {run.engine.micro_batch_size}"
+    )

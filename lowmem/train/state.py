@@ -1,0 +1,54 @@
+"""What the loop must remember to go on exactly where it was, besides weights and optimizer states."""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from lowmem.errors import CheckpointError
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class TrainState:
+    """Progress of a run; everything in it is plain JSON.
+
+    Attributes:
+        step: updates done, skipped ones included.
+        tokens: tokens seen.
+        bad_steps: non-finite steps in a row up to now.
+        skipped_steps: all non-finite steps so far.
+        best_val_loss, best_step: of the best evaluation so far.
+        data: position of the training stream.
+        data_fingerprint: what the token shards were built from.
+        engine: what `Engine.save` returned.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    bad_steps: int = 0
+    skipped_steps: int = 0
+    best_val_loss: float | None = None
+    best_step: int = 0
+    data: dict[str, Any] = field(default_factory=dict)
+    data_fingerprint: str = ""
+    engine: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of state.json."""
+        return {"format_version": FORMAT_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "TrainState":
+        """The state in a state.json.
+
+        Raises:
+            CheckpointError: written by another format version, or fields are missing.
+        """
+        version = values.get("format_version")
+        names = {item.name for item in fields(cls)}
+        if version != FORMAT_VERSION or not names <= set(values):
+            raise CheckpointError(
+                f"state.json has format {version} and fields {sorted(values)}; this lowmem reads format {FORMAT_VERSION}; "
+                "resume with the version that wrote it, or start over with --fresh"
+            )
+        return cls(**{name: values[name] for name in names})

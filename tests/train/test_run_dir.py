@@ -1,0 +1,81 @@
+"""The run directory: one writer, comparable settings, metrics that end where the checkpoint is."""
+
+import json
+
+import pytest
+
+from lowmem.config_load import load_run_config
+from lowmem.errors import ConfigError, StorageError
+from lowmem.train.run_dir import FREE_KEYS, RESOLVED_KEYS, RunDir, _flat
+
+
+def config(**overrides):
+    return load_run_config("", ["train.steps=10", *(f"{k.replace('__', '.')}={v}" for k, v in overrides.items())])
+
+
+def test_only_one_process_may_train_in_it(tmp_path):
+    first = RunDir(tmp_path / "run")
+    with pytest.raises(ConfigError, match="another process is training in"):
+        RunDir(tmp_path / "run")
+    first.close()
+    RunDir(tmp_path / "run").close()
+
+
+def test_a_change_that_alters_the_result_is_refused_with_both_values(tmp_path):
+    run_dir = RunDir(tmp_path)
+    run_dir.write_config(config())
+    run_dir.check_compatible(config(), resolved=True)
+    run_dir.check_compatible(config(train__steps=99, train__micro_batch_size=1, train__save_every=7), resolved=True)
+    with pytest.raises(ConfigError) as caught:
+        run_dir.check_compatible(config(optim__lr=0.5, train__seed=3), resolved=True)
+    assert "optim.lr was 0.001, now 0.5; train.seed was 0, now 3" in str(caught.value)
+    assert "--fresh" in str(caught.value)
+
+
+def test_keys_that_setup_fills_in_are_compared_once_resolved(tmp_path):
+    run_dir = RunDir(tmp_path)
+    run_dir.write_config(config(model__vocab_size=300))
+    run_dir.check_compatible(config(), resolved=False)
+    with pytest.raises(ConfigError, match="model.vocab_size was 300, now 0"):
+        run_dir.check_compatible(config(), resolved=True)
+
+
+def test_free_keys_exist():
+    from dataclasses import asdict
+
+    assert set(_flat(asdict(config()))) >= FREE_KEYS | RESOLVED_KEYS
+
+
+def test_starting_over_keeps_the_old_run(tmp_path):
+    run_dir = RunDir(tmp_path / "run")
+    assert run_dir.start_over() is None
+    for number in (1, 2):
+        run_dir.write_config(config(train__seed=number))
+        assert run_dir.start_over() == tmp_path / f"run.old-{number}"
+        assert load_run_config(tmp_path / f"run.old-{number}" / "config.yaml").train.seed == number
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    with pytest.raises(ConfigError):
+        RunDir(tmp_path / "run")
+
+
+def test_metrics_are_cut_where_the_checkpoint_is(tmp_path):
+    run_dir = RunDir(tmp_path)
+    run_dir.truncate_metrics(5)
+    for step in range(1, 6):
+        run_dir.append_metrics({"step": step, "loss": 1.0 / step})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')  # killed while writing
+    run_dir.truncate_metrics(3)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+
+
+def test_a_path_that_cannot_be_written_is_a_storage_error(tmp_path, monkeypatch):
+    import os
+
+    def refuse(*args, **kwargs):
+        raise OSError(30, os.strerror(30))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(StorageError, match="Read-only file system"):
+        RunDir(tmp_path / "run")
