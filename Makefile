@@ -1,0 +1,53 @@
+# One target for each thing a person does. Everything is installed into .venv; nothing else on the machine is touched.
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help demo test test-fast lint bench clean
+help:
+	@echo "make demo       train a small model on this machine's own Python library and let it write (set-up included)"
+	@echo "make test       every test that needs no GPU (set-up included)"
+	@echo "make test-fast  only the unit tests"
+	@echo "make lint       ruff and mypy"
+	@echo "make bench      the committed measurements, again (an hour)"
+
+demo: $(VENV)/.core
+	lowmem pretrain --config configs/cpu/demo.yaml
+	lowmem generate --run runs/demo --prompt "def read_file(path):" --max_new_tokens 120 --temperature 0.7
+
+test: $(VENV)/.test
+	python -m lowmem.engine.deepspeed_build
+	python -m pytest -q
+
+test-fast: $(VENV)/.test
+	python -m pytest -q -m "not slow and not memory"
+
+lint: $(VENV)/.test
+	ruff check .
+	ruff format --check .
+	mypy
+
+bench: $(VENV)/.test
+	python profiling/bench_step.py --out profiling/results
+
+# Set-up. A stamp file is as new as the last install, so it runs again when pyproject.toml or constraints.txt change.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "lowmem needs Python 3.10 or newer, found " + sys.version.split()[0] + "; try: make PYTHON=python3.12")'
+	@echo "set-up: creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: $(BIN)/python pyproject.toml constraints.txt
+	@echo "set-up: installing lowmem and PyTorch into $(VENV) (a few minutes the first time)"
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.core
+	@echo "set-up: installing DeepSpeed, bitsandbytes, datasets and the test tools into $(VENV)"
+	@$(PIP) -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,219 @@
+"""Training steps of lowmem against Hugging Face's Llama of the same shape: tokens/s and peak resident memory, in one run.
+
+    python profiling/bench_step.py --out profiling/results            # about half an hour on two cores
+    python profiling/bench_step.py --shapes 12m --rounds 1            # a quick look
+
+Each measurement is a fresh process: random tokens, one warm-up step, then timed steps of forward, backward, clipping and a
+fused AdamW update. First every setting of each side runs once; then the fastest of each side alternate for `--rounds`
+rounds, and the ratio is the median over rounds of lowmem's median step against Hugging Face's of the same round.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SHAPES = {
+    "215m": {"dim": 1024, "hidden_dim": 2688, "num_layers": 12, "num_heads": 16, "vocab_size": 32000, "seq_len": 512},
+    "12m": {"dim": 320, "hidden_dim": 864, "num_layers": 6, "num_heads": 5, "vocab_size": 8192, "seq_len": 256},
+}
+HF_SETTINGS = {
+    "215m": [
+        {"weights": "fp32", "autocast": False, "batch": 1},
+        {"weights": "fp32", "autocast": True, "batch": 4},
+        {"weights": "bf16", "autocast": False, "batch": 1},
+        {"weights": "bf16", "autocast": False, "batch": 4},
+        {"weights": "bf16", "autocast": False, "batch": 8},
+        {"weights": "bf16", "autocast": False, "batch": 4, "compile": True},
+    ],
+    "12m": [
+        {"weights": weights, "autocast": autocast, "batch": batch, "compile": compiled}
+        for weights, autocast in (("fp32", False), ("fp32", True), ("bf16", False))
+        for batch in (4, 16)
+        for compiled in (False, True)
+    ],
+}
+LOWMEM_SETTINGS = {
+    "215m": [
+        {"weights": "bf16", "batch": 4, "checkpointing": "none"},
+        {"weights": "bf16", "batch": 4, "checkpointing": "selective"},
+        {"weights": "bf16", "batch": 8, "checkpointing": "selective"},
+        {"weights": "bf16", "batch": 4, "checkpointing": "block"},
+    ],
+    "12m": [
+        {"weights": weights, "autocast": autocast, "batch": batch, "checkpointing": "none"}
+        for weights, autocast in (("fp32", False), ("fp32", True), ("bf16", True))
+        for batch in (4, 16)
+    ],
+}
+I3 = {"seq_len": 256, "batch": 16, "vocab_size": 4466}
+
+
+def main() -> None:
+    """Parse the command line, measure, print and write one JSON file per shape."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=[*SHAPES, "i3"], choices=[*SHAPES, "i3"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=0, help="timed steps per process; 0 fills about 20 seconds")
+    parser.add_argument("--out", type=Path, help="folder for bench_step_SHAPE.json")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(measure(json.loads(arguments.child))))
+        return
+    for shape in arguments.shapes:
+        result = compare_i3(arguments) if shape == "i3" else compare(shape, arguments)
+        print(json.dumps(result["summary"], indent=1), flush=True)
+        if arguments.out:
+            arguments.out.mkdir(parents=True, exist_ok=True)
+            (arguments.out / f"bench_step_{shape}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def compare(shape: str, arguments: argparse.Namespace) -> dict:
+    """Sweep both sides, then alternate their fastest settings."""
+    from machine import describe_machine
+
+    sweeps = {
+        side: [run({"side": side, "shape": shape, "steps": arguments.steps, **setting}) for setting in settings[shape]]
+        for side, settings in (("hf", HF_SETTINGS), ("lowmem", LOWMEM_SETTINGS))
+    }
+    fastest = {side: max(rows, key=lambda row: row["tokens_per_s"])["setting"] for side, rows in sweeps.items()}
+    rounds = [{side: run(setting) for side, setting in fastest.items()} for _ in range(arguments.rounds)]
+    speed = [r["lowmem"]["tokens_per_s"] / r["hf"]["tokens_per_s"] for r in rounds]
+    memory = [r["lowmem"]["host_peak_bytes"] / r["hf"]["host_peak_bytes"] for r in rounds]
+    summary = {
+        "shape": shape,
+        "fastest": fastest,
+        "speed_ratio": round(statistics.median(speed), 3),
+        "speed_ratio_range": [round(min(speed), 3), round(max(speed), 3)],
+        "memory_ratio": round(statistics.median(memory), 3),
+    }
+    return {"machine": describe_machine(), "shape": SHAPES[shape], "summary": summary, "sweeps": sweeps, "rounds": rounds}
+
+
+def compare_i3(arguments: argparse.Namespace) -> dict:
+    """The parallel form of i3's recurrence against its loop, in the whole training step of the 12.7M model."""
+    from machine import describe_machine
+
+    rounds = [{form: run({"side": "i3", "form": form, "steps": 3}) for form in ("loop", "parallel")} for _ in range(arguments.rounds)]
+    ratios = [r["parallel"]["tokens_per_s"] / r["loop"]["tokens_per_s"] for r in rounds]
+    summary = {"shape": "i3_12m", "speed_ratio": round(statistics.median(ratios), 2), "speed_ratio_range": [min(ratios), max(ratios)]}
+    return {"machine": describe_machine(), "shape": I3, "summary": summary, "rounds": rounds}
+
+
+def run(setting: dict) -> dict:
+    """One measurement in a fresh process."""
+    command = [sys.executable, __file__, "--child", json.dumps(setting)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise SystemExit(f"{setting} failed:\n{result.stderr[-2000:]}")
+    row = {"setting": setting, **json.loads(result.stdout.splitlines()[-1])}
+    print(f"{row['tokens_per_s']:9.1f} tokens/s {row['host_peak_bytes'] / 1e6:8.0f} MB  {setting}", file=sys.stderr, flush=True)
+    return row
+
+
+def measure(setting: dict) -> dict:
+    """In the child: build, warm up, time steps."""
+    import torch
+
+    from lowmem.memory.measure import measure_peak
+
+    torch.manual_seed(0)
+    with measure_peak() as peak:
+        step, tokens = {"hf": hf_step, "lowmem": lowmem_step, "i3": i3_step}[setting["side"]](setting)
+        first_loss = step()
+        times, budget_s = [], 20.0
+        while len(times) < (setting["steps"] or 1000) and (setting["steps"] or len(times) < 3 or sum(times) < budget_s):
+            started = time.perf_counter()
+            loss = step()
+            times.append(time.perf_counter() - started)
+    return {
+        "tokens_per_s": tokens / statistics.median(times),
+        "step_s": [round(t, 4) for t in times],
+        "host_peak_bytes": peak.host_peak_bytes,
+        "first_loss": first_loss,
+        "last_loss": loss,
+    }
+
+
+def hf_step(setting: dict):
+    """A step of transformers' LlamaForCausalLM with torch's fused AdamW."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = SHAPES[setting["shape"]]
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=shape["dim"], intermediate_size=shape["hidden_dim"], num_hidden_layers=shape["num_layers"],
+            num_attention_heads=shape["num_heads"], num_key_value_heads=shape["num_heads"], vocab_size=shape["vocab_size"],
+            max_position_embeddings=shape["seq_len"], attn_implementation="sdpa", use_cache=False, tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+    model = model.to(torch.bfloat16) if setting["weights"] == "bf16" else model.float()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    forward = torch.compile(model) if setting.get("compile") else model
+    tokens = torch.randint(shape["vocab_size"], (setting["batch"], shape["seq_len"]))
+
+    def step() -> float:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=setting["autocast"]):
+            loss = forward(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step, tokens.numel()
+
+
+def lowmem_step(setting: dict):
+    """A step of lowmem's own engine, as a run would take it."""
+    import numpy as np
+
+    from lowmem.config import RunConfig
+    from lowmem.data.batch import Batch
+
+    shape = SHAPES[setting["shape"]]
+    config = RunConfig()
+    for name in ("dim", "hidden_dim", "num_layers", "num_heads", "vocab_size"):
+        setattr(config.model, name, shape[name])
+    config.model.max_seq_len = shape["seq_len"]
+    config.train.activation_checkpointing = setting["checkpointing"]
+    config.train.weight_dtype = setting["weights"]
+    engine = build_engine(config, "bf16" if setting["weights"] == "bf16" or setting["autocast"] else "fp32", setting["batch"])
+    windows = np.random.default_rng(0).integers(shape["vocab_size"], size=(setting["batch"], shape["seq_len"] + 1))
+    return (lambda: engine.step(Batch.from_windows(windows), lr=1e-4).loss), windows[:, 1:].size
+
+
+def i3_step(setting: dict):
+    """A step of i3_12m with its recurrence in parallel or as a loop over time."""
+    import numpy as np
+
+    from lowmem.config_load import load_run_config
+    from lowmem.data.batch import Batch
+    from lowmem.nn import recurrent
+
+    if setting["form"] == "loop":
+        recurrent.HybridCell.forward = recurrent.HybridCell.forward_loop
+    config = load_run_config(Path(__file__).parent.parent / "configs/cpu/i3_12m.yaml")
+    engine = build_engine(config, "fp32", I3["batch"])
+    windows = np.random.default_rng(0).integers(I3["vocab_size"], size=(I3["batch"], I3["seq_len"] + 1))
+    return (lambda: engine.step(Batch.from_windows(windows), lr=1e-4).loss), windows[:, 1:].size
+
+
+def build_engine(config, precision: str, batch: int):
+    """lowmem's local engine for a configuration."""
+    import torch
+
+    from lowmem.engine.local import LocalEngine
+    from lowmem.train.setup import build_configured_model
+
+    model = build_configured_model(config)
+    return LocalEngine(model, config.optim, device=torch.device("cpu"), precision=precision, micro_batch_size=batch)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Imports run downwards only, files stay small, and importing lowmem stays quick."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLOORS = [
+    {"launch", "profiling"},
+    {"cli"},
+    {"train", "finetune", "export", "generate", "doctor"},
+    {"generation", "run_model"},
+    {"planning"},
+    {"engine"},
+    {"models", "optim", "data", "memory"},
+    {"nn"},
+    {"devices"},
+    {"config_load", "config_check", "config", "units", "errors", "sampling"},
+]
+FLOOR_OF = {name: height for height, names in enumerate(reversed(FLOORS)) for name in names}
+SOURCES = sorted([*(ROOT / "lowmem").rglob("*.py"), *(ROOT / "launch").glob("*.py"), *(ROOT / "profiling").glob("*.py")])
+
+
+def part_of(path: Path) -> str:
+    relative = path.relative_to(ROOT)
+    if relative.parts[0] != "lowmem":
+        return relative.parts[0]
+    return relative.parts[1].removesuffix(".py")
+
+
+def imported_parts(path: Path) -> set[str]:
+    """Parts of lowmem that a file imports anywhere, also inside functions."""
+    parts = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "lowmem" else [node.module]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        parts |= {name.split(".")[1] for name in names if name.startswith("lowmem.")}
+    return parts
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_downwards(path):
+    here = part_of(path)
+    if here == "__init__":
+        pytest.skip("the package's front door")
+    for other in imported_parts(path):
+        if other == "__version__":
+            continue
+        assert FLOOR_OF[other] < FLOOR_OF[here] or other == here or ({other, here} <= set(FLOORS[-1])), f"{path} imports lowmem.{other}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_stay_below_the_ceiling(path):
+    assert len(path.read_text().splitlines()) <= 300
+
+
+def test_import_is_quick_and_light():
+    code = "import sys, lowmem; print(sorted({'torch', 'deepspeed', 'transformers', 'datasets'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
