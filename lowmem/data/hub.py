@@ -1,0 +1,129 @@
+"""Hugging Face datasets as text."""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lowmem.config import SourceConfig
+from lowmem.data.json_lines import field_text
+from lowmem.data.pieces import Piece, document_pieces, utf8_size
+from lowmem.data.text_source import ReadCounters, TextSource
+from lowmem.errors import DataError
+
+
+def load_hub_dataset(config: SourceConfig) -> Any:
+    """A `datasets.Dataset`, or an `IterableDataset` where `config.streaming` is set, with the text column alone.
+
+    `config.hub` may also be a local folder of .parquet or .jsonl files. Code that comes with a dataset is never run.
+
+    Raises:
+        DataError: datasets is not installed, there is no such dataset, subset, split or column, or the network fails.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError("hub datasets need the datasets package: pip install 'lowmem[hub]'") from error
+    what = f"cannot load the dataset {config.hub!r}, split {config.split!r}"
+    load = datasets.load_dataset
+    dataset = call_hub(what, load, config.hub, config.subset or None, split=config.split, streaming=config.streaming)
+    columns = dataset.column_names
+    if columns is None:
+        return dataset
+    if config.text_field not in columns:
+        raise DataError(
+            f"the dataset {config.hub!r} has no column {config.text_field!r}, found {', '.join(map(repr, columns))}; "
+            "set text_field of the source to the one with the text"
+        )
+    return dataset.select_columns([config.text_field])
+
+
+def call_hub(what: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function of the datasets package and report whatever it raises in one line.
+
+    Args:
+        what: the beginning of the message, such as "cannot load the dataset 'x'".
+    Raises:
+        DataError: the call failed.
+    """
+    try:
+        return function(*args, **kwargs)
+    except (MemoryError, StopIteration, DataError):
+        raise
+    except Exception as error:  # datasets, fsspec and the HTTP library beneath raise classes without a common base
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise DataError(f"{what}: {reason}; check the name and the network, or use a local path") from error
+
+
+class HubSource(TextSource):
+    """A downloaded dataset, row by row. The download is kept in the datasets package's own cache."""
+
+    def __init__(self, config: SourceConfig):
+        self.label = config.hub
+        self._config = config
+        self._dataset = load_hub_dataset(config)
+
+    def identity(self) -> dict[str, Any]:
+        config = self._config
+        # the folders of the cached files carry the hash of the dataset's version and settings
+        files = [[file["filename"], Path(file["filename"]).stat().st_size] for file in self._dataset.cache_files]
+        return {
+            "kind": "hub",
+            "name": config.hub,
+            "subset": config.subset,
+            "split": config.split,
+            "text_field": config.text_field,
+            "rows": self._dataset.num_rows,
+            "files": files,
+        }
+
+    def pieces(self, counters: ReadCounters) -> Iterator[Piece]:
+        for number, row in enumerate(self._rows(), start=1):
+            text = field_text(row, self._config.text_field, f"{self.label}: row {number}")
+            counters.input_bytes += utf8_size(text)
+            yield from document_pieces(text)
+
+    def _rows(self) -> Iterable[dict[str, Any]]:
+        if "[" in self._config.split or not self._dataset.cache_files:
+            return self._dataset
+        return _unmapped_rows([file["filename"] for file in self._dataset.cache_files], self._config.text_field)
+
+
+class StreamedSource(TextSource):
+    """A dataset read over the network from its beginning each time; for what needs only a part of it."""
+
+    streamed = True
+
+    def __init__(self, config: SourceConfig):
+        self.label = config.hub
+        self._config = config
+
+    def identity(self) -> dict[str, Any]:
+        config = self._config
+        return {"kind": "stream", "name": config.hub, "subset": config.subset, "split": config.split, "text_field": config.text_field}
+
+    def pieces(self, counters: ReadCounters) -> Iterator[Piece]:
+        for text in self.documents():
+            counters.input_bytes += utf8_size(text)
+            yield from document_pieces(text)
+
+    def documents(self) -> Iterator[str]:
+        """The text of each row.
+
+        Raises:
+            DataError: the network fails, or a row has no text.
+        """
+        rows = iter(load_hub_dataset(self._config))
+        number = 0
+        while (row := call_hub(f"reading the dataset {self.label!r} after row {number}", next, rows, None)) is not None:
+            number += 1
+            yield field_text(row, self._config.text_field, f"{self.label}: row {number}")
+
+
+def _unmapped_rows(files: list[str], field: str) -> Iterator[dict[str, Any]]:
+    # the dataset itself maps its files into memory, and every page read would count as ours
+    import pyarrow
+
+    for name in files:
+        with pyarrow.OSFile(name) as file, pyarrow.ipc.open_stream(file) as batches:
+            for batch in batches:
+                yield from batch.select([field]).to_pylist()

@@ -1,0 +1,147 @@
+"""The tokenizer that a run asks for: trained on its corpus, or ready-made."""
+
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from pathlib import Path
+
+from lowmem.config import DataConfig
+from lowmem.data.chunk_tokenizer import ChunkTokenizer
+from lowmem.data.hf_tokenizer import HuggingFaceTokenizer
+from lowmem.data.pieces import utf8_size
+from lowmem.data.progress import DataProgress, ProgressCallback
+from lowmem.data.simple_tokenizers import ByteTokenizer, CharTokenizer
+from lowmem.data.storage import exclusive_lock, json_sha256, make_directory
+from lowmem.data.text_source import LimitedSource, ReadCounters, TextSource
+from lowmem.data.tokenizers import Tokenizer, load_tokenizer
+from lowmem.errors import ConfigError, DataError
+
+TRAINED_KINDS = ("bpe", "chunk", "chars")
+SAMPLE_BYTES_PER_TOKEN = 2048
+MIN_SAMPLE_BYTES = 8 * 1024**2
+MAX_SAMPLE_BYTES = 64 * 1024**2
+_LEAST_RATE = 1 / 64
+_REPORT_PIECES = 256
+_FORMAT = 1
+
+
+def prepare_tokenizer(config: DataConfig, sources: Sequence[TextSource], cache: Path, progress: ProgressCallback) -> Tokenizer:
+    """The tokenizer named by `config.tokenizer`; a trained one is kept in the cache.
+
+    bpe and chunk learn from a sample: 2 KiB of text for each token of the vocabulary, between 8 and 64 MiB, an equal share
+    from each source, spread over the first 64 shares of it. The characters of chars and chunk come from the whole corpus,
+    except for streamed sources, which give their sample.
+
+    Raises:
+        ConfigError: a setting has no effect on this kind of tokenizer, or its vocabulary is too small.
+        DataError: no such tokenizer, malformed text, or an empty corpus.
+        StorageError: the cache cannot be written.
+    Memory: the distinct words or chunks of the sample.
+    """
+    _check_settings(config)
+    if config.tokenizer == "bytes":
+        return ByteTokenizer()
+    if config.tokenizer not in TRAINED_KINDS:
+        return _ready_made(config.tokenizer)
+    identity = {
+        "format": _FORMAT,
+        "kind": config.tokenizer,
+        "vocab_size": config.tokenizer_vocab_size,
+        "lowercase": config.lowercase,
+        "sources": [source.identity() for source in sources],
+    }
+    folder = cache / "tokenizers"
+    make_directory(folder)
+    path = folder / f"{json_sha256(identity)[:32]}.json"
+    if not path.exists():
+        waiting = DataProgress("waiting", "", message="another process trains the tokenizer; waiting for it")
+        with exclusive_lock(path.with_suffix(".lock"), lambda: progress(waiting)):
+            if not path.exists():
+                _train(config, sources, progress).save(path)
+    tokenizer = load_tokenizer(path)
+    tokenizer.kind = config.tokenizer
+    return tokenizer
+
+
+def _check_settings(config: DataConfig) -> None:
+    default = DataConfig()
+    if config.tokenizer not in ("bpe", "chunk") and config.tokenizer_vocab_size != default.tokenizer_vocab_size:
+        raise ConfigError(
+            f"data.tokenizer_vocab_size is {config.tokenizer_vocab_size}, but the tokenizer {config.tokenizer} is not trained to a size; "
+            "remove the setting, or choose bpe or chunk"
+        )
+    if config.tokenizer != "chunk" and config.lowercase != default.lowercase:
+        raise ConfigError(
+            f"data.lowercase has no effect on the tokenizer {config.tokenizer}, which keeps the case; remove it, or choose chunk"
+        )
+
+
+def _ready_made(name: str) -> Tokenizer:
+    path = Path(name).expanduser()
+    if path.exists():
+        return load_tokenizer(path)
+    # a hub name has at most one slash and is no file name
+    if path.suffix == ".json" or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise DataError(
+            f"data.tokenizer is {name!r}: no such file or folder; allowed: bpe, chunk, bytes, chars, a tokenizer.json, a hub name"
+        )
+    return HuggingFaceTokenizer.from_hub(name)
+
+
+def _train(config: DataConfig, sources: Sequence[TextSource], progress: ProgressCallback) -> Tokenizer:
+    budget = min(max(config.tokenizer_vocab_size * SAMPLE_BYTES_PER_TOKEN, MIN_SAMPLE_BYTES), MAX_SAMPLE_BYTES)
+    if config.tokenizer == "bpe":
+        sample = _not_empty(sample_texts(sources, budget, progress))
+        return HuggingFaceTokenizer.train(sample, config.tokenizer_vocab_size)
+    whole = [LimitedSource(source, budget) if source.streamed else source for source in sources]
+    alphabet = CharTokenizer.train(text for source in whole for text in _reported(source, progress))
+    if config.tokenizer == "chars":
+        return alphabet
+    return ChunkTokenizer.train(
+        sample_texts(sources, budget, progress),
+        lowercase=config.lowercase,
+        vocab_size=config.tokenizer_vocab_size,
+        characters=alphabet.characters,
+    )
+
+
+def sample_texts(sources: Sequence[TextSource], budget: int, progress: ProgressCallback) -> Iterator[str]:
+    """About `budget` bytes of text, the same for the same sources: pieces at even distances from each source in turn.
+
+    Args:
+        budget: bytes of UTF-8 text.
+    Memory: one piece of each source.
+    """
+    share = max(1, budget // len(sources))
+    left = budget
+    for texts in zip_longest(*(_spread_pieces(source, share, progress) for source in sources)):
+        for text in texts:
+            if text is not None and left > 0:
+                left -= utf8_size(text)
+                yield text
+        if left <= 0:
+            return
+
+
+def _spread_pieces(source: TextSource, share: int, progress: ProgressCallback) -> Iterator[str]:
+    rate = 1.0
+    if source.total_bytes and not source.streamed:
+        rate = max(min(1.0, share / source.total_bytes), _LEAST_RATE)
+    for number, text in enumerate(_reported(source, progress)):
+        if int((number + 1) * rate) > int(number * rate):
+            yield text
+
+
+def _reported(source: TextSource, progress: ProgressCallback) -> Iterator[str]:
+    counters = ReadCounters()
+    for number, piece in enumerate(source.pieces(counters)):
+        if number % _REPORT_PIECES == 0:
+            progress(DataProgress("tokenizer", source.label, counters.input_bytes, source.total_bytes))
+        yield piece.text
+
+
+def _not_empty(texts: Iterator[str]) -> Iterator[str]:
+    first = next(texts, None)
+    if first is None:
+        raise DataError("the corpus holds no text to train a tokenizer on; check data.sources")
+    yield first
+    yield from texts

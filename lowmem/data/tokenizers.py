@@ -1,0 +1,121 @@
+"""Text to token ids and back: the interface of all tokenizers, and loading them from tokenizer.json."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lowmem.data.storage import json_sha256, write_json
+from lowmem.errors import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer(ABC):
+    """Encodes text; every kind is saved as one self-describing JSON file.
+
+    Attributes:
+        kind: bpe, chunk, bytes, chars, or huggingface for a ready-made one.
+        vocab_size: ids are below this.
+        eos_id: the token that ends a document; decoded to its name, such as <|endoftext|>.
+    """
+
+    kind: str
+    vocab_size: int
+    eos_id: int
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; no end-of-document token is added.
+
+        Raises:
+            DataError: the text holds a lone surrogate, which is no character.
+        """
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text."""
+        return [self.encode(text) for text in texts]
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; bytes that are no complete character become U+FFFD."""
+
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """What `save` writes."""
+
+    def save(self, path: str | Path) -> None:
+        """Write tokenizer.json atomically.
+
+        Raises:
+            StorageError: the disk is full, or not writable.
+        """
+        write_json(Path(path), self.to_json())
+
+    def sha256(self) -> str:
+        """Identifies the tokenizer by what it does, not by where it came from."""
+        return json_sha256([self.to_json(), self.eos_id])
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in a file, or in the tokenizer.json of a folder.
+
+    Args:
+        path: a tokenizer.json written by `save` or by Hugging Face tokenizers.
+    Raises:
+        DataError: the file is missing or malformed.
+    """
+    place = Path(path)
+    if place.is_dir():
+        place = place / "tokenizer.json"
+    try:
+        value = json.loads(place.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"cannot read the tokenizer {place}: {error.strerror}; check the path") from error
+    except ValueError as error:
+        raise DataError(f"{place} is no tokenizer file ({error}); expected a tokenizer.json") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{place} is no tokenizer file; expected a JSON object, found {type(value).__name__}")
+    if "lowmem_tokenizer" not in value:
+        from lowmem.data.hf_tokenizer import HuggingFaceTokenizer
+
+        return HuggingFaceTokenizer.from_file(place)
+    try:
+        return _own_tokenizer(value)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{place} is a damaged tokenizer file ({type(error).__name__}: {error}); restore it") from error
+
+
+def _own_tokenizer(value: dict[str, Any]) -> Tokenizer:
+    from lowmem.data.chunk_tokenizer import ChunkTokenizer
+    from lowmem.data.simple_tokenizers import ByteTokenizer, CharTokenizer
+
+    kind = value["lowmem_tokenizer"]
+    if kind == "chunk":
+        return ChunkTokenizer(value["chunks"], lowercase=value["lowercase"])
+    if kind == "chars":
+        return CharTokenizer(value["characters"])
+    if kind == "bytes":
+        return ByteTokenizer()
+    raise ValueError(f"found kind {kind!r}, allowed: chunk, chars, bytes")
+
+
+def check_vocab(tokenizer: Tokenizer, model_vocab_size: int) -> None:
+    """Refuse a tokenizer whose ids the model's embedding does not hold.
+
+    Args:
+        model_vocab_size: rows of the embedding; 0 means that it takes the tokenizer's size.
+    Raises:
+        DataError: the tokenizer is larger.
+    """
+    if 0 < model_vocab_size < tokenizer.vocab_size:
+        raise DataError(
+            f"the {tokenizer.kind} tokenizer has {tokenizer.vocab_size} tokens, model.vocab_size allows {model_vocab_size}; "
+            f"set model.vocab_size to at least {tokenizer.vocab_size}, or to 0 for exactly that"
+        )
+
+
+def surrogate_error(error: UnicodeEncodeError) -> DataError:
+    """The one error of `encode`."""
+    return DataError(f"the text holds the lone surrogate U+{ord(error.object[error.start]):04X}, which is no character; remove it")
