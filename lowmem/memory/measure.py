@@ -1,0 +1,155 @@
+"""Peak memory, measured: resident memory of the process tree and the CUDA allocator's, each as its own number (D9).
+
+    with measure_peak() as peak:
+        ...
+    peak.host_peak_bytes
+
+On Linux the kernel keeps a process's high-water mark and lets it be reset, so this process's own peak is exact, however
+short it was. Child processes, and every process elsewhere, are sampled ten times a second by a thread, and count
+once they have lived for a tenth of a second.
+"""
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lowmem.memory.host import ChildMemory, HostMeter, HostPeak, own_memory
+
+_lock = threading.RLock()
+_meter: HostMeter | None = None
+_open_cuda: list["PeakMemory"] = []
+
+
+class PeakMemory:
+    """Peaks inside a `measure_peak` block: up to now while it runs, final afterwards.
+
+    Attributes:
+        host_peak_exact: True where this process's own share is the kernel's high-water mark; False where it was sampled,
+            so that a peak shorter than 100 ms may be missing.
+    """
+
+    def __init__(self, meter: HostMeter):
+        self._meter = meter
+        self._host: HostPeak = meter.start()
+        self._cuda_allocated_bytes = 0
+        self._cuda_reserved_bytes = 0
+        self._running = True
+
+    @property
+    def host_peak_exact(self) -> bool:
+        return self._host.exact
+
+    @property
+    def host_peak_bytes(self) -> int:
+        """Most resident at once: this process and its children, pages that they share counted once."""
+        if self._running:
+            self._meter.sample(children=False)
+        return self._host.peak_bytes
+
+    @property
+    def cuda_allocated_peak_bytes(self) -> int:
+        """Most that tensors of this process occupied, summed over its devices; 0 without CUDA."""
+        self._refresh_cuda()
+        return self._cuda_allocated_bytes
+
+    @property
+    def cuda_reserved_peak_bytes(self) -> int:
+        """Most that PyTorch's allocator held of the devices; 0 without CUDA. The CUDA context itself is not in it."""
+        self._refresh_cuda()
+        return self._cuda_reserved_bytes
+
+    def as_dict(self) -> dict[str, int]:
+        """The three peaks under the names used in metrics.jsonl and memory.json."""
+        return {
+            "host_peak_bytes": self.host_peak_bytes,
+            "cuda_allocated_peak_bytes": self.cuda_allocated_peak_bytes,
+            "cuda_reserved_peak_bytes": self.cuda_reserved_peak_bytes,
+        }
+
+    def _refresh_cuda(self) -> None:
+        if self._running:
+            _fold_cuda_peaks()
+
+
+@contextmanager
+def measure_peak() -> Iterator[PeakMemory]:
+    """Measure the peak memory of a block; blocks may be nested and may overlap in threads.
+
+    What was freed before the block does not count, what is still resident does. Costs 0.2 ms at both ends and about half a
+    percent of a core in between; with children a sample takes about 15 ms per GiB resident, and the pauses between samples
+    grow so that it stays near one percent.
+    Nothing else may reset VmHWM or PyTorch's peak statistics inside the block.
+    """
+    with _lock:
+        peak = PeakMemory(_host_meter())
+        _fold_cuda_peaks()
+        _reset_cuda_peaks()
+        _open_cuda.append(peak)
+    try:
+        yield peak
+    finally:
+        with _lock:
+            _fold_cuda_peaks()
+            _open_cuda.remove(peak)
+            peak._meter.stop(peak._host)
+            peak._running = False
+
+
+def host_rss_bytes() -> int:
+    """Resident bytes now: this process and its children, pages that they share counted once."""
+    children = ChildMemory()
+    children.accept_existing()
+    return own_memory()[0] + children.sample()[0]
+
+
+def host_peak_bytes() -> int:
+    """Most resident at once since this process started, its children included while a `measure_peak` block was open.
+
+    Takes about 40 microseconds: cheap enough for every training step.
+    """
+    return _host_meter().lifetime_peak()
+
+
+def cuda_allocated_bytes() -> int:
+    """Bytes that tensors of this process occupy now, summed over its devices; 0 without CUDA."""
+    return _sum_over_devices("memory_allocated")
+
+
+def cuda_reserved_bytes() -> int:
+    """Bytes that PyTorch's allocator holds of the devices now; 0 without CUDA."""
+    return _sum_over_devices("memory_reserved")
+
+
+def _host_meter() -> HostMeter:
+    """The process's only meter; a forked process starts its own, because the sampler thread is not forked along."""
+    global _meter
+    if _meter is None or _meter.pid != os.getpid():
+        _meter = HostMeter()
+    return _meter
+
+
+def _sum_over_devices(function: str) -> int:
+    cuda = _initialized_cuda()
+    return 0 if cuda is None else sum(getattr(cuda, function)(index) for index in range(cuda.device_count()))
+
+
+def _fold_cuda_peaks() -> None:
+    """Carry the allocator's peaks since their last reset into every open measurement."""
+    allocated, reserved = _sum_over_devices("max_memory_allocated"), _sum_over_devices("max_memory_reserved")
+    for peak in _open_cuda:
+        peak._cuda_allocated_bytes = max(peak._cuda_allocated_bytes, allocated)
+        peak._cuda_reserved_bytes = max(peak._cuda_reserved_bytes, reserved)
+
+
+def _reset_cuda_peaks() -> None:
+    cuda = _initialized_cuda()
+    for index in range(cuda.device_count() if cuda else 0):
+        cuda.reset_peak_memory_stats(index)
+
+
+def _initialized_cuda():
+    """torch.cuda if this process uses it already; measuring must neither import PyTorch nor create a CUDA context."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None

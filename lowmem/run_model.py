@@ -1,0 +1,125 @@
+"""The model and the tokenizer of a finished or running run, read back from its run directory."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from lowmem.config import RunConfig
+from lowmem.config_load import load_run_config
+from lowmem.data.tokenizers import Tokenizer, load_tokenizer
+from lowmem.devices import device_has_native_bf16
+from lowmem.engine.tensor_file import read_tensors
+from lowmem.errors import CheckpointError
+from lowmem.models.base import LanguageModel
+from lowmem.models.registry import build_model
+
+_STEP_NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class RunModel:
+    """What generation and export need of a run.
+
+    Attributes:
+        model: in evaluation mode, on its device, in the dtype it was stored in (fp32 where the device has no native bf16).
+        config: as resolved by the run.
+        step: optimizer steps behind the weights.
+        path: the checkpoint's folder.
+    """
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    config: RunConfig
+    step: int
+    path: Path
+
+
+def load_run_model(
+    run_dir: Path | str, checkpoint: int | Literal["latest", "best"] = "latest", device: torch.device | None = None
+) -> RunModel:
+    """The model of a run directory.
+
+    Args:
+        checkpoint: the newest, the one with the lowest validation loss, or a step.
+        device: where the model goes; the CPU if None.
+    Raises:
+        CheckpointError: something is missing or damaged, or weights do not fit the run's configuration; the message names it.
+        ConfigError: the run's config.yaml cannot be read.
+        DataError: the run's tokenizer.json is malformed.
+    Memory: the weights, and one tensor more while they are read.
+    """
+    run_dir, device = Path(run_dir), device or torch.device("cpu")
+    for name in ("config.yaml", "tokenizer.json"):
+        if not (run_dir / name).is_file():
+            found = ", ".join(sorted(path.name for path in run_dir.iterdir())) or "nothing" if run_dir.is_dir() else "no such folder"
+            raise CheckpointError(f"{run_dir} is no run directory: {name} is missing (found: {found}); give the run_dir of a lowmem run")
+    path = checkpoint_path(run_dir, checkpoint)
+    config = load_run_config(run_dir / "config.yaml")
+    tokenizer = load_tokenizer(run_dir / "tokenizer.json")
+    shape = config.model
+    if not 0 < tokenizer.vocab_size <= shape.vocab_size or shape.max_seq_len < 1:
+        raise CheckpointError(
+            f"{run_dir}: config.yaml says model.vocab_size {shape.vocab_size} and model.max_seq_len {shape.max_seq_len}, the tokenizer "
+            f"has {tokenizer.vocab_size} tokens; the files belong to different runs"
+        )
+    model = build_model(shape, vocab_size=shape.vocab_size, max_seq_len=shape.max_seq_len, seed=config.train.seed)
+    load_weights(path / "model.safetensors", model, keep_bf16=device_has_native_bf16(device))
+    return RunModel(model.to(device).eval(), tokenizer, config, int(path.name.removeprefix("step-")), path)
+
+
+def checkpoint_path(run_dir: Path, checkpoint: int | Literal["latest", "best"]) -> Path:
+    """Folder of a checkpoint of a run.
+
+    Raises:
+        CheckpointError: it does not exist; the message lists those that do.
+    """
+    root = run_dir / "checkpoints"
+    steps = sorted(int(match[1]) for path in root.iterdir() if (match := _STEP_NAME.fullmatch(path.name))) if root.is_dir() else []
+    available = ", ".join(map(str, steps)) or "none"
+    if isinstance(checkpoint, int):
+        if checkpoint not in steps:
+            raise CheckpointError(f"{run_dir} has no checkpoint of step {checkpoint}; steps with one: {available}")
+        return root / f"step-{checkpoint:08d}"
+    pointer = root / checkpoint
+    try:
+        name = pointer.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{pointer} is missing or unreadable ({type(error).__name__}); steps with a checkpoint: {available}"
+        ) from error
+    if not _STEP_NAME.fullmatch(name) or not (root / name).is_dir():
+        raise CheckpointError(f"{pointer} names {name[:80]!r}, which is no checkpoint; steps with one: {available}")
+    return root / name
+
+
+def load_weights(path: Path, model: LanguageModel, *, keep_bf16: bool) -> None:
+    """Read a model.safetensors into `model`, which takes on the dtypes of the file.
+
+    Args:
+        keep_bf16: leave bf16 weights as they are; false widens them to fp32, which loses nothing and is faster without bf16 hardware.
+    Raises:
+        CheckpointError: the file is missing or damaged, or lacks tensors, or has others, or other shapes; the message names them.
+    Memory: the file's tensors take the place of the model's one by one.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; choose another checkpoint with --checkpoint=STEP")
+    targets = model.state_dict(keep_vars=True)
+    problems, missing = [], set(targets)
+    for name, tensor in read_tensors(path):
+        target = targets.get(name)
+        if target is None:
+            problems.append(f"{name} is unknown")
+            continue
+        missing -= {other for other in missing if targets[other] is target}  # tied weights have two names and one entry
+        if target.shape != tensor.shape:
+            problems.append(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(target.shape)}")
+        else:
+            widen = tensor.dtype == torch.bfloat16 and not keep_bf16
+            target.data = tensor.float() if widen else tensor
+    problems += [f"{name} is missing" for name in sorted(missing)]
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise CheckpointError(f"{path} does not hold the model of the run's config.yaml: {shown}")

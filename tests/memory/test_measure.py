@@ -1,0 +1,224 @@
+"""Measured peaks against allocations of known size, each in a fresh process so that nothing else moves its memory.
+
+Tolerance: the kernel keeps resident counters in per-core batches (at most 64 pages of 4 KiB per core and counter, three
+counters), which is 1.5 MiB on 2 cores and 6 MiB on 8; Python's own allocations in a block are below 1 MiB. 8 MiB covers both
+and is an eighth or less of every quantity tested.
+"""
+
+import subprocess
+import sys
+import textwrap
+import types
+from pathlib import Path
+
+import pytest
+
+from lowmem.memory import host, measure
+
+TOLERANCE_MIB = 8.0
+linux_only = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+
+
+def run_and_read_mib(code: str) -> list[float]:
+    """Runs `code` in a fresh process and returns the byte counts it prints, in MiB."""
+    prelude = """
+        import os, subprocess, sys, time
+        from lowmem.memory.measure import host_peak_bytes, host_rss_bytes, measure_peak
+        MIB = 1 << 20
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(prelude) + textwrap.dedent(code)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return [int(word) / 2**20 for word in result.stdout.split()]
+
+
+@linux_only
+@pytest.mark.memory
+def test_a_short_allocation_is_seen_and_what_was_freed_before_is_not():
+    (peak,) = run_and_read_mib("""
+        before = bytearray(300 * MIB); del before
+        start = host_rss_bytes()
+        with measure_peak() as peak:
+            block = bytearray(100 * MIB); del block
+        after = bytearray(200 * MIB); del after
+        print(peak.host_peak_bytes - start)
+    """)
+    assert peak == pytest.approx(100, abs=TOLERANCE_MIB)
+
+
+@linux_only
+@pytest.mark.memory
+def test_the_peak_can_be_read_while_the_block_runs_and_is_final_after_it():
+    early, late, final = run_and_read_mib("""
+        start = host_rss_bytes()
+        with measure_peak() as peak:
+            block = bytearray(64 * MIB); del block
+            early = peak.host_peak_bytes
+            block = bytearray(128 * MIB); del block
+            late = peak.host_peak_bytes
+        final = peak.host_peak_bytes
+        print(early - start, late - start, final - start)
+    """)
+    assert [early, late, final] == pytest.approx([64, 128, 128], abs=TOLERANCE_MIB)
+
+
+@linux_only
+@pytest.mark.memory
+def test_nested_blocks_each_see_their_own_peak():
+    outer, inner, lifetime = run_and_read_mib("""
+        start = host_rss_bytes()
+        with measure_peak() as outer:
+            block = bytearray(200 * MIB); del block
+            with measure_peak() as inner:
+                block = bytearray(64 * MIB); del block
+        print(outer.host_peak_bytes - start, inner.host_peak_bytes - start, host_peak_bytes() - start)
+    """)
+    assert [outer, inner, lifetime] == pytest.approx([200, 64, 200], abs=TOLERANCE_MIB)
+
+
+@linux_only
+@pytest.mark.memory
+def test_a_child_counts_and_so_does_its_peak_between_samples():
+    (added,) = run_and_read_mib("""
+        child_code = "block = bytearray(200 << 20); del block; import time; time.sleep(1)"
+        with measure_peak() as alone:
+            idle = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1)"]); idle.wait()
+        with measure_peak() as peak:
+            child = subprocess.Popen([sys.executable, "-c", child_code]); child.wait()
+        print(peak.host_peak_bytes - alone.host_peak_bytes)
+    """)
+    assert added == pytest.approx(200, abs=TOLERANCE_MIB)
+
+
+@linux_only
+@pytest.mark.memory
+def test_starting_processes_does_not_count_the_parent_twice():
+    (added,) = run_and_read_mib("""
+        block = bytearray(256 * MIB)
+        start = host_rss_bytes()
+        with measure_peak() as peak:
+            end = time.monotonic() + 2  # 20 samples, of which about every third falls between vfork and exec
+            while time.monotonic() < end:
+                subprocess.run(["true"])
+        print(peak.host_peak_bytes - start)
+    """)
+    assert added == pytest.approx(0, abs=TOLERANCE_MIB)
+
+
+@linux_only
+@pytest.mark.memory
+def test_peaks_of_parent_and_child_that_never_coincide_are_not_added():
+    (peak,) = run_and_read_mib("""
+        start = host_rss_bytes()
+        with measure_peak() as peak:
+            block = bytearray(200 * MIB); del block
+            time.sleep(0.5)  # several samples, so that the two peaks lie in different intervals
+            pid = os.fork()
+            if pid == 0:
+                block = bytearray(100 * MIB); time.sleep(0.7); os._exit(0)
+            os.waitpid(pid, 0)
+        print(peak.host_peak_bytes - start)
+    """)
+    assert peak == pytest.approx(200, abs=TOLERANCE_MIB)
+
+
+@linux_only
+@pytest.mark.memory
+def test_pages_shared_after_fork_count_once():
+    now, peak = run_and_read_mib("""
+        start = host_rss_bytes()
+        shared = bytearray(256 * MIB)
+        with measure_peak() as peak:
+            pid = os.fork()
+            if pid == 0:
+                own = bytearray(64 * MIB); time.sleep(1.5); os._exit(0)
+            time.sleep(0.7)
+            now = host_rss_bytes()
+            os.waitpid(pid, 0)
+        print(now - start, peak.host_peak_bytes - start)
+    """)
+    assert [now, peak] == pytest.approx([320, 320], abs=TOLERANCE_MIB)
+
+
+def test_without_reset_a_new_record_is_exact_and_a_lower_peak_is_sampled(monkeypatch):
+    readings = iter([(10, 50), (10, 50), (12, 50), (12, 70), (12, 70)])
+    monkeypatch.setattr(host, "own_memory", lambda: next(readings))
+    monkeypatch.setattr(host, "reset_high_water_mark", lambda: False)
+    monkeypatch.setattr(host.ChildMemory, "sample", lambda self: (0, 0))
+    monkeypatch.setattr(host.threading, "Thread", lambda **arguments: types.SimpleNamespace(start=lambda: None))
+    meter = host.HostMeter()
+    peak = meter.start()
+    assert not peak.exact
+    assert peak.peak_bytes == 10  # 50 happened before the block
+    meter.sample()
+    assert peak.peak_bytes == 12
+    meter.sample()
+    assert peak.peak_bytes == 70  # the record grew inside the block
+    meter.stop(peak)
+
+
+def test_without_proc_psutil_answers(monkeypatch):
+    monkeypatch.setattr(host, "status_bytes", lambda pid="self": None)
+    monkeypatch.setattr(host, "child_pids", lambda: None)
+    resident, high_water = host.own_memory()
+    assert 0 < resident <= high_water + TOLERANCE_MIB * 2**20
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        assert host.ChildMemory().sample()[0] > 0
+        child.communicate(b"\n")
+    assert host.ChildMemory().sample() == (0, 0)
+
+
+def test_without_cuda_its_numbers_are_zero():
+    with measure.measure_peak() as peak:
+        pass
+    assert peak.as_dict() == {"host_peak_bytes": peak.host_peak_bytes, "cuda_allocated_peak_bytes": 0, "cuda_reserved_peak_bytes": 0}
+    assert measure.cuda_allocated_bytes() == measure.cuda_reserved_bytes() == 0
+    assert peak.host_peak_bytes > 2**20
+
+
+class FakeCuda:
+    """An allocator with the peak statistics of torch.cuda, on two devices."""
+
+    def __init__(self):
+        self.now, self.peak = [0, 0], [0, 0]
+
+    def allocate(self, device: int, size: int) -> None:
+        self.now[device] += size
+        self.peak[device] = max(self.peak[device], self.now[device])
+
+    def is_initialized(self):
+        return True
+
+    def device_count(self):
+        return 2
+
+    def memory_allocated(self, index):
+        return self.now[index]
+
+    def max_memory_allocated(self, index):
+        return self.peak[index]
+
+    def max_memory_reserved(self, index):
+        return 2 * self.peak[index]
+
+    def reset_peak_memory_stats(self, index):
+        self.peak[index] = self.now[index]
+
+
+def test_cuda_peaks_of_nested_blocks(monkeypatch):
+    cuda = FakeCuda()
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=cuda))
+    cuda.allocate(0, 1000), cuda.allocate(0, -900)
+    with measure.measure_peak() as outer:
+        cuda.allocate(0, 400), cuda.allocate(0, -400)
+        with measure.measure_peak() as inner:
+            cuda.allocate(0, 50), cuda.allocate(1, 7), cuda.allocate(0, -50)
+        assert measure.cuda_allocated_bytes() == 100 + 7
+    assert (inner.cuda_allocated_peak_bytes, inner.cuda_reserved_peak_bytes) == (157, 314)
+    assert (outer.cuda_allocated_peak_bytes, outer.cuda_reserved_peak_bytes) == (500, 1000)
+
+
+def test_measuring_imports_no_torch():
+    code = "import sys, lowmem.memory.measure as m\nwith m.measure_peak(): pass\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
