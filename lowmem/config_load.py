@@ -38,15 +38,20 @@ def load_run_config(path: str | Path = "", overrides: Sequence[str] = ()) -> Run
             _set_dotted(values, key, get_loader("yaml")(text))
         except (ValueError, yaml.YAMLError) as error:
             problems.append(f"--{key}: {_one_line(error)}")
-    known = _known_keys()
-    problems += list(_unknown_keys(values, known))
-    problems += [problem for key, value in _leaves(values, known) for problem in _type_problems(key, value)]
+    config = None
     if not problems:
-        config = _build(values)
+        config = _build_at_once(values)
+    if config is None:  # something is wrong: look at every key on its own to report all of it
+        known = _known_keys()
+        problems += list(_unknown_keys(values, known))
+        problems += [problem for key, value in _leaves(values, known) for problem in _type_problems(key, value)]
+        config = None if problems else _build(values)
+    if config is not None:
         problems = config_problems(config)
     if problems:
         where = f"{path}: " if path else ""
         raise ConfigError(where + f"{len(problems)} problem{'s' if len(problems) > 1 else ''}\n" + "\n".join(f"  {p}" for p in problems))
+    assert config is not None
     return config
 
 
@@ -89,6 +94,14 @@ def field_docs() -> dict[str, str]:
 
     collect(RunConfig, "")
     return docs
+
+
+def _build_at_once(values: dict) -> RunConfig | None:
+    """The configuration if every key and type is right, else None."""
+    try:
+        return _build(values)
+    except (ArgumentError, TypeError, ValueError, AttributeError):
+        return None
 
 
 def _build(values: dict) -> RunConfig:

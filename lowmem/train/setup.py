@@ -43,14 +43,28 @@ def set_up(config: RunConfig, display: ProgressDisplay, *, fresh: bool = False, 
     _enforce_budget(config, device)
     if config.engine.name == "deepspeed":
         distributed.init_process_group(device)
-    run_dir = _open_run_dir(config, fresh, display)
+    run_dir = RunDir(Path(config.run_dir)) if distributed.rank() == 0 else None
+    try:
+        return _assemble(config, device, display, run_dir, fresh, skip_damaged=resume == "last_valid")
+    except BaseException:
+        if run_dir is not None:
+            run_dir.close()
+        raise
+
+
+def _assemble(
+    config: RunConfig, device: torch.device, display: ProgressDisplay, run_dir: RunDir | None, fresh: bool, skip_damaged: bool
+) -> Run:
+    if run_dir is not None:
+        _check_run_dir(run_dir, config, fresh, display)
+    torch.manual_seed(config.train.seed + distributed.rank())
     data = prepare_data(config.data, seed=config.train.seed, progress=display)
     config = resolve(config, data, device)
     model = build_configured_model(config)
     engine = _build_engine(config, model, device)
     checkpoints = CheckpointStore(Path(config.run_dir), config.train.keep_last)
     run = Run(config, engine, data, TrainState(data_fingerprint=data.fingerprint), checkpoints, display, run_dir, loggers=[])
-    _resume(run, skip_damaged=resume == "last_valid")
+    _resume(run, skip_damaged)
     if run_dir is not None:
         run_dir.write_config(config)
         data.tokenizer.save(run_dir.path / "tokenizer.json")
@@ -104,7 +118,7 @@ def _build_engine(config: RunConfig, model: LanguageModel, device: torch.device)
     return LocalEngine(model, config.optim, device=device, precision=config.train.precision, micro_batch_size=micro_batch_size)
 
 
-def _resume(run: Run, *, skip_damaged: bool) -> None:
+def _resume(run: Run, skip_damaged: bool) -> None:
     if run.run_dir is not None:
         run.checkpoints.remove_unfinished()
     run.engine.barrier()
@@ -133,17 +147,14 @@ def _resume(run: Run, *, skip_damaged: bool) -> None:
         run.display.message(f"resumed from {path}")
 
 
-def _open_run_dir(config: RunConfig, fresh: bool, display: ProgressDisplay) -> RunDir | None:
-    if distributed.rank() != 0:
-        return None
-    run_dir = RunDir(Path(config.run_dir))
+def _check_run_dir(run_dir: RunDir, config: RunConfig, fresh: bool, display: ProgressDisplay) -> None:
+    """Before any long work: move the old run aside, or see that this one may go on from it."""
     if fresh:
         old = run_dir.start_over()
         if old:
             display.message(f"the run that was there is kept as {old}")
     elif CheckpointStore(run_dir.path, 1).steps():
         run_dir.check_compatible(config, resolved=False)
-    return run_dir
 
 
 def _device(config: RunConfig) -> torch.device:
