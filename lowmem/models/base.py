@@ -15,7 +15,8 @@ class LossOptions:
     """How a model computes its training loss.
 
     Attributes:
-        chunk_tokens: tokens whose logits are alive at once; 0 picks about 16 MiB of fp32 logits.
+        chunk_tokens: tokens whose logits are alive at once; 0 picks about 16 MiB of logits, but no fewer
+            than dim / 2 tokens.
         label_smoothing: share of the probability spread over the vocabulary; training mode only.
         z_loss: weight of log(Z)^2; training mode only.
     """

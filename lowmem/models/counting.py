@@ -1,0 +1,44 @@
+"""What models share in counting themselves, and in passing loss options on."""
+
+from torch import nn
+
+from lowmem.models.base import LanguageModel
+from lowmem.nn.loss import CrossEntropyOptions
+
+COMPONENTS = ("embedding", "positions", "attention", "hybrid", "mlp", "norm", "head")
+
+
+def parameters_by_component(model: nn.Module) -> dict[str, int]:
+    """Parameters under the module name that says what they are for; shared ones once."""
+    counts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        component = _component(name)
+        counts[component] = counts.get(component, 0) + parameter.numel()
+    return counts
+
+
+def _component(name: str) -> str:
+    parts = name.split(".")
+    parts = parts[2:] if parts[0] == "blocks" else parts
+    top = parts[0]
+    if top.endswith("norm"):
+        return "norm"
+    return top if top in COMPONENTS else "other"
+
+
+def matrix_parameters(model: nn.Module, exclude: tuple[str, ...]) -> int:
+    """Weights that every token is multiplied by: those of two dimensions, `exclude`d components aside."""
+    return sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and _component(name) not in exclude)
+
+
+def attention_flops(dim: int, seq_len: int) -> int:
+    """Forward and backward, per token and layer: two products forward, four backward, over (seq_len + 1) / 2 keys."""
+    return 6 * dim * (seq_len + 1)
+
+
+def head_loss_options(model: LanguageModel) -> CrossEntropyOptions:
+    """The model's options; label smoothing and z-loss in training mode only."""
+    options = model.loss_options
+    if model.training:
+        return CrossEntropyOptions(options.chunk_tokens, options.label_smoothing, options.z_loss)
+    return CrossEntropyOptions(options.chunk_tokens)

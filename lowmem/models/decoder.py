@@ -1,0 +1,169 @@
+"""A decoder-only transformer with a choice of positions, norm, activation and low-rank weights (D2).
+
+Shapes: B batch, T time, C width, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+
+from lowmem.config import ModelConfig
+from lowmem.errors import ConfigError
+from lowmem.models.base import LanguageModel
+from lowmem.models.counting import attention_flops, head_loss_options, matrix_parameters, parameters_by_component
+from lowmem.nn.attention import Attention, LowRankAttention
+from lowmem.nn.factory import LinearFactory
+from lowmem.nn.head import TiedHead, make_head
+from lowmem.nn.kv_cache import LayerCache
+from lowmem.nn.mlp import default_hidden_dim, make_mlp
+from lowmem.nn.norm import make_norm
+from lowmem.nn.positions import LearnedPositions, RotaryTable, alibi_slopes
+from lowmem.nn.recompute import cheap, run_block
+
+INIT_STD = 0.02
+
+
+def check_decoder(config: ModelConfig) -> None:
+    """Refuse settings that the decoder so described would not use.
+
+    Raises:
+        ConfigError: all of them.
+    """
+    problems = []
+    if config.state_dim != ModelConfig.state_dim:
+        problems.append(f"model.state_dim is {config.state_dim}, but only i3 has a recurrent state; remove it or use model.name=i3")
+    if config.positions != "rope" and config.rope_theta != ModelConfig.rope_theta:
+        problems.append(f"model.rope_theta is {config.rope_theta}, but model.positions is {config.positions}; remove it or use rope")
+    if config.tie_embeddings and config.lorpt.rank and "head" in config.lorpt.targets:
+        problems.append("model.lorpt.targets has head, but model.tie_embeddings is true: a tied head has no factors; drop one of the two")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+class DecoderBlock(nn.Module):
+    """Pre-norm attention and feed-forward layer, each added to the residual stream.
+
+    Memory: see `lowmem.nn.recompute`.
+    """
+
+    def __init__(self, config: ModelConfig, factory: LinearFactory, name: str, rotary: RotaryTable | None):
+        super().__init__()
+        out_std = INIT_STD / (2 * config.num_layers) ** 0.5
+        slopes = alibi_slopes(config.num_heads) if config.positions == "alibi" else ()
+        self.attention_norm = make_norm(config.norm, config.dim)
+        attention = (config.dim, config.num_heads, factory, f"{name}.attention")
+        if config.attention_rank:
+            # two factors of this std multiply to a map of std INIT_STD
+            factor_std = INIT_STD**0.5 * config.attention_rank**-0.25
+            self.attention: Attention = LowRankAttention(
+                *attention, rank=config.attention_rank, factor_std=factor_std, rotary=rotary, slopes=slopes, out_std=out_std
+            )
+        else:
+            self.attention = Attention(*attention, rotary=rotary, slopes=slopes, out_std=out_std)
+        self.mlp_norm = make_norm(config.norm, config.dim)
+        hidden_dim = config.hidden_dim or default_hidden_dim(config.activation, config.dim)
+        self.mlp = make_mlp(config.activation, config.dim, hidden_dim, factory, f"{name}.mlp", out_std=out_std)
+
+    def forward(self, hidden_BTC: torch.Tensor, cache: LayerCache | None = None) -> torch.Tensor:
+        """(B, T, C) -> (B, T, C); with a cache, the tokens continue what it holds."""
+        hidden_BTC = hidden_BTC + self.attention(cheap(self.attention_norm, hidden_BTC), cache)
+        return hidden_BTC + self.mlp(cheap(self.mlp_norm, hidden_BTC))
+
+
+@dataclass
+class DecoderCache:
+    """One `LayerCache` per block."""
+
+    layers: list[LayerCache]
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return self.layers[0].length
+
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return sum(layer.nbytes() for layer in self.layers)
+
+
+class Decoder(LanguageModel):
+    """Embedding, blocks, norm, head.
+
+    With rope, rmsnorm, swiglu and dense layers its weights are Llama's: `qkv` and `gate_up` are the separate matrices one
+    below the other, and no layer has a bias.
+
+    Args:
+        config: the shape; `vocab_size` and `max_seq_len` are given apart because 0 there means "decided elsewhere".
+        vocab_size: V.
+        max_seq_len: longest sequence; only learned positions enforce it, rope and alibi go beyond.
+    Raises:
+        ConfigError: a rank saves nothing, a LoRPt pattern matches no layer, or a setting would be ignored.
+    Memory: its weights, in fp32.
+    """
+
+    blocks: nn.ModuleList
+
+    def __init__(self, config: ModelConfig, *, vocab_size: int, max_seq_len: int):
+        super().__init__()
+        check_decoder(config)
+        self.config, self.vocab_size, self.max_seq_len = config, vocab_size, max_seq_len
+        factory = LinearFactory(config.lorpt)
+        rotary = RotaryTable(config.dim // config.num_heads, config.rope_theta) if config.positions == "rope" else None
+        self.embedding = nn.Embedding(vocab_size, config.dim, _weight=torch.empty(vocab_size, config.dim))
+        nn.init.normal_(self.embedding.weight, std=INIT_STD)
+        self.positions = LearnedPositions(max_seq_len, config.dim) if config.positions == "learned" else None
+        self.blocks = nn.ModuleList(DecoderBlock(config, factory, f"blocks.{i}", rotary) for i in range(config.num_layers))
+        self.norm = make_norm(config.norm, config.dim)
+        self.head = TiedHead() if config.tie_embeddings else make_head(config.dim, vocab_size, False, factory)
+        factory.check_patterns()
+
+    def embed(self, tokens_BT: torch.Tensor, start: int = 0) -> torch.Tensor:
+        """(B, T) -> (B, T, C), for positions from `start` on.
+
+        Raises:
+            ConfigError: learned positions end before the last token.
+        """
+        hidden_BTC = self.embedding(tokens_BT)
+        return hidden_BTC if self.positions is None else self.positions(hidden_BTC, start)
+
+    def head_loss(self, hidden_BTC: torch.Tensor, targets_BT: torch.Tensor, denominator: float | torch.Tensor = 1.0) -> torch.Tensor:
+        """Loss from the last block's output; see `forward`."""
+        hidden_BTC = cheap(self.norm, hidden_BTC)
+        return self.head(hidden_BTC, *self._head_weights(), targets_BT, denominator, head_loss_options(self))
+
+    def logits(self, hidden_BTC: torch.Tensor) -> torch.Tensor:
+        """(B, T, C) -> (B, T, V)."""
+        return self.head(self.norm(hidden_BTC), *self._head_weights())
+
+    def _head_weights(self) -> tuple[torch.Tensor, ...]:
+        return (self.embedding.weight,) if self.config.tie_embeddings else ()
+
+    def forward(self, tokens_BT, targets_BT=None, denominator=1.0, cache=None):  # type: ignore[no-untyped-def, override]
+        """See `LanguageModel.forward`."""
+        hidden = self.embed(tokens_BT, 0 if cache is None else cache.length)
+        mode = self.activation_checkpointing if self.training else "none"
+        for index, block in enumerate(self.blocks):
+            hidden = run_block(block, hidden, mode) if cache is None else block(hidden, cache.layers[index])
+        return self.logits(hidden) if targets_BT is None else self.head_loss(hidden, targets_BT, denominator)
+
+    def new_cache(self, batch_size: int, max_len: int) -> DecoderCache:
+        """State for decoding up to `max_len` tokens.
+
+        Memory: layers * batch_size * max_len * 2 * dim (or 2 * attention_rank) elements of the weights' dtype.
+        """
+        weight = self.embedding.weight
+        blocks = cast("list[DecoderBlock]", self.blocks)
+        layers = [LayerCache(batch_size, max_len, block.attention.cache_widths, weight.dtype, weight.device) for block in blocks]
+        return DecoderCache(layers)
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """6 per weight of every matrix product, and attention over the (seq_len + 1) / 2 keys a token sees on average."""
+        tied = self.embedding.weight.numel() if self.config.tie_embeddings else 0
+        matrices = matrix_parameters(self, exclude=("embedding", "positions")) + tied
+        return 6 * matrices + self.config.num_layers * attention_flops(self.config.dim, seq_len)
+
+    def component_parameters(self) -> dict[str, int]:
+        """Parameters of embedding, positions, attention, mlp, norm and head; components without any are left out."""
+        return parameters_by_component(self)

@@ -1,0 +1,141 @@
+"""Causal self-attention: full, or with low-rank query, key and value maps.
+
+Shapes: B batch, T time, C model width, H heads, D head width.
+"""
+
+import torch
+from torch import nn
+
+from lowmem.errors import ConfigError
+from lowmem.nn.causal_attention import cached_attention, causal_attention
+from lowmem.nn.factory import LinearFactory
+from lowmem.nn.kv_cache import LayerCache
+from lowmem.nn.linear import Linear
+from lowmem.nn.lorpt import break_even_rank
+from lowmem.nn.positions import RotaryTable, rotate
+
+
+class Attention(nn.Module):
+    """Multi-head attention with one fused q, k, v map.
+
+    Args:
+        dim: C.
+        num_heads: H, divides C.
+        factory: makes the linear layers.
+        name: dotted name of this module in the model.
+        rotary: rotary tables, or None.
+        slopes: ALiBi slopes per head, or empty.
+        out_std: initial std of the output map.
+        bias: biases in every map.
+    Memory: saves its input, q, k, v and its output per token: 5 * C numbers.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        factory: LinearFactory,
+        name: str,
+        *,
+        rotary: RotaryTable | None = None,
+        slopes: tuple[float, ...] = (),
+        out_std: float = 0.02,
+        bias: bool = False,
+    ):
+        super().__init__()
+        self.num_heads, self.rotary, self.slopes = num_heads, rotary, slopes
+        self.make_maps(dim, factory, name, bias)
+        self.out = factory.linear(dim, dim, bias, group="attention", name=f"{name}.out", dense_std=out_std)
+        self.dim = dim
+
+    def make_maps(self, dim: int, factory: LinearFactory, name: str, bias: bool) -> None:
+        """Create the query, key and value maps."""
+        self.qkv = factory.split(dim, {"q": dim, "k": dim, "v": dim}, bias, group="attention", name=f"{name}.qkv")
+
+    def project(self, x_BTC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values, (B, T, C) each."""
+        return self.qkv(x_BTC)
+
+    @property
+    def cache_widths(self) -> tuple[int, ...]:
+        """Numbers per token that the cache keeps."""
+        return self.dim, self.dim
+
+    def forward(self, x_BTC: torch.Tensor, cache: LayerCache | None = None) -> torch.Tensor:
+        """(B, T, C) -> (B, T, C); with a cache, x continues what it holds."""
+        if cache is not None:
+            return self.out(self.attend_cached(x_BTC, cache))
+        q, k, v = self.project(x_BTC)
+        return self.out(causal_attention(self.positioned(q), self.positioned(k), self.heads(v).transpose(1, 2), self.slopes))
+
+    def attend_cached(self, x_BTC: torch.Tensor, cache: LayerCache) -> torch.Tensor:
+        """Attention over everything in the cache; keys are stored already rotated."""
+        q, k, v = self.project(x_BTC)
+        start = cache.length
+        q_BHTD = self.positioned(q, start)
+        k = self.positioned(k, start).transpose(1, 2).flatten(2)
+        keys, values = cache.append(k, v)
+        return self.over_cache(q_BHTD, self.heads(keys).transpose(1, 2), self.heads(values).transpose(1, 2))
+
+    def over_cache(self, q_BHTD: torch.Tensor, k_BHTD: torch.Tensor, v_BHTD: torch.Tensor) -> torch.Tensor:
+        """Attention of new queries over cached keys, in the dtype of the queries."""
+        return cached_attention(q_BHTD, k_BHTD.to(q_BHTD.dtype), v_BHTD.to(q_BHTD.dtype), self.slopes)
+
+    def heads(self, x_BTC: torch.Tensor) -> torch.Tensor:
+        """(B, T, C) -> (B, T, H, D)."""
+        return x_BTC.unflatten(-1, (self.num_heads, -1))
+
+    def positioned(self, x_BTC: torch.Tensor, start: int = 0) -> torch.Tensor:
+        """(B, T, C) -> (B, H, T, D), rotated where positions are rotary."""
+        x_BTHD = self.heads(x_BTC)
+        if self.rotary is None:
+            return x_BTHD.transpose(1, 2)
+        return rotate(x_BTHD, *self.rotary.get(start, x_BTC.shape[1], x_BTC))
+
+
+class LowRankAttention(Attention):
+    """Attention whose query, key and value maps are products of (C, rank) and (rank, C) factors.
+
+    The cache keeps the rank-wide latents of keys and values and expands them when they are attended: 2 * rank numbers
+    per token instead of 2 * C.
+
+    Args:
+        rank: below C*C/(C+C) = C/2, where the factors hold fewer weights than the whole maps.
+    Raises:
+        ConfigError: the rank saves nothing.
+    """
+
+    def __init__(self, dim: int, num_heads: int, factory: LinearFactory, name: str, *, rank: int, factor_std: float, **choices):  # type: ignore[no-untyped-def]
+        limit = break_even_rank(dim, dim)
+        if not 1 <= rank < limit:
+            raise ConfigError(
+                f"model.attention_rank is {rank}, must be at least 1 and below model.dim / 2 = {limit:g}, the break-even at which the "
+                "factors hold as many weights as full maps; lower it, or set 0 for full attention"
+            )
+        self.rank, self.factor_std = rank, factor_std
+        super().__init__(dim, num_heads, factory, name, **choices)
+
+    def make_maps(self, dim: int, factory: LinearFactory, name: str, bias: bool) -> None:
+        """Create the factors; they are low-rank already, so LoRPt leaves them alone."""
+        self.latents = Linear(dim, 3 * self.rank, bias, std=self.factor_std, splits=(self.rank,) * 3)
+        self.q_up = Linear(self.rank, dim, bias, std=self.factor_std)
+        self.k_up = Linear(self.rank, dim, bias, std=self.factor_std)
+        self.v_up = Linear(self.rank, dim, bias, std=self.factor_std)
+
+    def project(self, x_BTC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values, (B, T, C) each."""
+        q, k, v = self.latents(x_BTC)
+        return self.q_up(q), self.k_up(k), self.v_up(v)
+
+    @property
+    def cache_widths(self) -> tuple[int, ...]:
+        """Numbers per token that the cache keeps."""
+        return self.rank, self.rank
+
+    def attend_cached(self, x_BTC: torch.Tensor, cache: LayerCache) -> torch.Tensor:
+        """Attention over everything in the cache; the latents are expanded and rotated for this call."""
+        q, k, v = self.latents(x_BTC)
+        start = cache.length
+        keys, values = cache.append(k, v)
+        q_BHTD = self.positioned(self.q_up(q), start)
+        return self.over_cache(q_BHTD, self.positioned(self.k_up(keys)), self.heads(self.v_up(values)).transpose(1, 2))

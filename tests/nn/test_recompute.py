@@ -1,0 +1,72 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowmem.config import ModelConfig
+from lowmem.models.registry import build_model
+from lowmem.nn.recompute import cheap, run_block
+
+
+class Block(torch.nn.Module):
+    """A linear layer, a cheap activation, dropout, another linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
+
+    def forward(self, x):
+        return x + self.second(F.dropout(cheap(F.gelu, self.first(x)), 0.5))
+
+
+@pytest.mark.parametrize("mode", ["block", "selective"])
+def test_gradients_are_bit_equal_with_random_numbers_inside(mode):
+    torch.manual_seed(0)
+    block, x = Block(), torch.randn(5, 8)
+    results = []
+    for choice in ("none", mode):
+        torch.manual_seed(1)
+        hidden = x.clone().requires_grad_()
+        out = run_block(block, hidden, choice)
+        results.append((out, torch.rand(1), *torch.autograd.grad(out.square().sum(), [hidden, *block.parameters()])))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+class Allocations(TorchDispatchMode):
+    """Which storages that appeared inside are still alive, those of `known` tensors aside."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+        self.made = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return out
+
+    def live_bytes(self):
+        return sum(size for key, (reference, size) in self.made.items() if key not in self.known and not reference.expired())
+
+
+def test_each_mode_keeps_what_the_table_says(monkeypatch):
+    monkeypatch.setattr("lowmem.nn.causal_attention._prefers_fused", lambda *_: False)
+    width, hidden_dim, tokens = 16, 48, 2 * 32
+    config = ModelConfig(dim=width, hidden_dim=hidden_dim, num_layers=1, num_heads=2)
+    block = build_model(config, vocab_size=10, max_seq_len=32, seed=0).blocks[0]
+    hidden = torch.randn(2, 32, width, requires_grad=True)
+    block(hidden)  # makes the rotary table, which is kept anyway
+    numbers = {}
+    for mode in ("none", "selective", "block"):
+        with Allocations([hidden, *block.parameters()]) as allocations:
+            out = run_block(block, hidden, mode)
+        numbers[mode] = (allocations.live_bytes() - out.nbytes) / tokens / 4
+        del out
+    # sum after attention, q, k, v, attention output; gate, up; one number per row for each norm
+    assert numbers["selective"] == 5 * width + 2 * hidden_dim + 2
+    assert numbers["none"] == numbers["selective"] + 2 * width + hidden_dim
+    assert numbers["block"] * tokens * 4 < 8192  # nothing but the state of the random generator
