@@ -20,7 +20,7 @@ class LorptConfig:
     targets: list[Literal["attention", "mlp", "head"]] = field(default_factory=lambda: ["mlp"])
     """Which groups of linear layers are factored: attention (q, k, v, out), mlp, head (untied only)."""
     ranks: dict[str, int] = field(default_factory=dict)
-    """Rank by module-name pattern, such as {"layers.0.*": 0, "*.down": 128}; first match wins over `rank`; 0 is dense."""
+    """Rank by module-name pattern, such as {"blocks.0.*": 0, "*.down": 128}; first match wins over `rank`; 0 is dense."""
     bottleneck: Literal["linear", "silu"] = "linear"
     """Non-linearity between the two factors; silu cannot be merged into one matrix."""
     init: Literal["original", "product_variance"] = "product_variance"
@@ -56,7 +56,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     """Use the embedding matrix as the output head."""
     attention_rank: int = 0
-    """Low-rank KQV: rank of the query, key and value maps, and width of what the KV cache keeps; 0 is full rank. Must be below dim."""
+    """Low-rank KQV: rank of the query, key and value maps, and width of what the KV cache keeps; 0 is full rank. Must be below dim / 2."""
     state_dim: int = 32
     """Width of the recurrent state of i3's hybrid cell."""
     lorpt: LorptConfig = field(default_factory=LorptConfig)
@@ -155,14 +155,15 @@ class TrainConfig:
     """Sequences computed at once on one rank: memory and speed, never the result. auto: at most 4096 tokens."""
     update: Literal["accumulate"] = "accumulate"
     """accumulate: gradients of all micro-batches are summed, then the optimizer steps."""
-    activation_checkpointing: Literal["none", "block", "selective"] = "none"
-    """block: keep only each block's input and recompute the rest; selective: recompute only cheap, large element-wise results."""
+    activation_checkpointing: Literal["none", "block", "selective"] = "selective"
+    """selective: compute norms and activation functions again instead of keeping them, at no measurable cost; block: keep only each
+    block's input; none: keep everything. The result is the same to the bit."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """What is computed in. auto: bf16 where the device has it natively, else fp16 on a GPU and fp32 on a CPU."""
     weight_dtype: Literal["fp32", "bf16"] = "fp32"
     """What is stored. bf16 halves weights and gradients, keeps no master copy, and needs precision bf16."""
     loss_chunk_tokens: int = 0
-    """Tokens whose logits are alive at once in the loss; 0 picks about 16 MiB of logits."""
+    """Tokens whose logits are alive at once in the loss; 0 picks about 16 MiB of logits, but no fewer than dim / 2 tokens."""
     label_smoothing: float = 0.0
     """Share of the target's probability spread over the vocabulary."""
     z_loss: float = 0.0

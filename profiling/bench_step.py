@@ -49,7 +49,7 @@ LOWMEM_SETTINGS = {
         for batch in (4, 16)
     ],
 }
-I3 = {"seq_len": 256, "batch": 16, "vocab_size": 4466}
+I3 = {"dim": 512, "state_dim": 32, "num_layers": 12, "seq_len": 256, "batches": [1, 16]}
 
 
 def main() -> None:
@@ -95,13 +95,24 @@ def compare(shape: str, arguments: argparse.Namespace) -> dict:
 
 
 def compare_i3(arguments: argparse.Namespace) -> dict:
-    """The parallel form of i3's recurrence against its loop, in the whole training step of the 12.7M model."""
+    """i3's recurrence in parallel against its loop: the cells alone, and the whole training step of the 12.7M model."""
     from machine import describe_machine
 
-    rounds = [{form: run({"side": "i3", "form": form, "steps": 3}) for form in ("loop", "parallel")} for _ in range(arguments.rounds)]
-    ratios = [r["parallel"]["tokens_per_s"] / r["loop"]["tokens_per_s"] for r in rounds]
-    summary = {"shape": "i3_12m", "speed_ratio": round(statistics.median(ratios), 2), "speed_ratio_range": [min(ratios), max(ratios)]}
-    return {"machine": describe_machine(), "shape": I3, "summary": summary, "rounds": rounds}
+    rounds, ratios = [], {}
+    for _ in range(arguments.rounds):
+        rows = {}
+        for part in ("cells", "model"):
+            for batch in I3["batches"]:
+                settings = [{"side": f"i3_{part}", "form": form, "batch": batch, "steps": 3} for form in ("loop", "parallel")]
+                loop, parallel = (run(setting) for setting in settings)
+                rows[f"{part}_batch_{batch}"] = {"loop": loop, "parallel": parallel}
+                ratio = parallel["tokens_per_s"] / loop["tokens_per_s"]
+                ratios.setdefault(f"{part}_batch_{batch}", []).append(ratio)
+        rounds.append(rows)
+    summary = {
+        name: {"speed_ratio": round(statistics.median(r), 2), "range": [round(min(r), 2), round(max(r), 2)]} for name, r in ratios.items()
+    }
+    return {"machine": describe_machine(), "shape": I3, "summary": {"shape": "i3_12m", **summary}, "rounds": rounds}
 
 
 def run(setting: dict) -> dict:
@@ -123,7 +134,9 @@ def measure(setting: dict) -> dict:
 
     torch.manual_seed(0)
     with measure_peak() as peak:
-        step, tokens = {"hf": hf_step, "lowmem": lowmem_step, "i3": i3_step}[setting["side"]](setting)
+        step, tokens = {"hf": hf_step, "lowmem": lowmem_step, "i3_model": i3_model_step, "i3_cells": i3_cells_step}[setting["side"]](
+            setting
+        )
         first_loss = step()
         times, budget_s = [], 20.0
         while len(times) < (setting["steps"] or 1000) and (setting["steps"] or len(times) < 3 or sum(times) < budget_s):
@@ -188,20 +201,46 @@ def lowmem_step(setting: dict):
     return (lambda: engine.step(Batch.from_windows(windows), lr=1e-4).loss), windows[:, 1:].size
 
 
-def i3_step(setting: dict):
+def i3_model_step(setting: dict):
     """A step of i3_12m with its recurrence in parallel or as a loop over time."""
     import numpy as np
 
     from lowmem.config_load import load_run_config
     from lowmem.data.batch import Batch
+
+    choose_form(setting["form"])
+    config = load_run_config(Path(__file__).parent.parent / "configs/cpu/i3_12m.yaml")
+    engine = build_engine(config, "fp32", setting["batch"])
+    windows = np.random.default_rng(0).integers(config.model.vocab_size, size=(setting["batch"], I3["seq_len"] + 1))
+    return (lambda: engine.step(Batch.from_windows(windows), lr=1e-4).loss), windows[:, 1:].size
+
+
+def i3_cells_step(setting: dict):
+    """Forward and backward of the 12 hybrid cells alone."""
+    import torch
+
+    from lowmem.nn.recurrent import HybridCell
+
+    choose_form(setting["form"])
+    cells = [HybridCell(I3["dim"], I3["state_dim"]) for _ in range(I3["num_layers"])]
+    x = torch.randn(setting["batch"], I3["seq_len"], I3["dim"])
+
+    def step() -> float:
+        for cell in cells:
+            cell.zero_grad(set_to_none=True)
+            inputs = x.detach().requires_grad_()
+            cell(inputs).sum().backward()
+        return 0.0
+
+    return step, x.shape[0] * x.shape[1]
+
+
+def choose_form(form: str) -> None:
+    """Train the recurrence through its definition, the loop, instead of the scan."""
     from lowmem.nn import recurrent
 
-    if setting["form"] == "loop":
-        recurrent.HybridCell.forward = recurrent.HybridCell.forward_loop
-    config = load_run_config(Path(__file__).parent.parent / "configs/cpu/i3_12m.yaml")
-    engine = build_engine(config, "fp32", I3["batch"])
-    windows = np.random.default_rng(0).integers(I3["vocab_size"], size=(I3["batch"], I3["seq_len"] + 1))
-    return (lambda: engine.step(Batch.from_windows(windows), lr=1e-4).loss), windows[:, 1:].size
+    if form == "loop":
+        recurrent.hybrid_scan = lambda *arguments: recurrent.hybrid_loop(*arguments)[0]
 
 
 def build_engine(config, precision: str, batch: int):

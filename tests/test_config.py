@@ -27,7 +27,7 @@ def test_every_shipped_config_loads(path):
 @pytest.mark.parametrize("comments", [False, True])
 def test_printed_config_reads_back_equal(tmp_path, comments):
     config = load_run_config(
-        "", ["train.steps=7", "optim.lr=1e-4", "data.sources=[{path: a b.txt, weight: 2}]", "model.lorpt.ranks={'layers.0.*': 3}"]
+        "", ["train.steps=7", "optim.lr=1e-4", "data.sources=[{path: a b.txt, weight: 2}]", "model.lorpt.ranks={'blocks.0.*': 3}"]
     )
     assert config.optim.lr == 1e-4
     assert config.data.sources[0].stdlib is False
@@ -64,7 +64,7 @@ def test_all_problems_are_reported_at_once(tmp_path):
     [
         ("model.num_heads=3", "model.dim is 256, not a multiple of model.num_heads (3)"),
         ("model.dim=12", "rope needs an even head width"),
-        ("model.attention_rank=256", "model.attention_rank is 256, must be below model.dim (256)"),
+        ("model.attention_rank=256", "model.attention_rank is 256, must be below model.dim / 2 (128)"),
         ("train.micro_batch_size=5", "which does not divide the 32 sequences of a rank; allowed: 1, 2, 4, 8, 16, 32 or auto"),
         ("train.tokens=5M", "set exactly one of the two"),
         ("train.tokens=many", "found 'many', expected a count"),

@@ -11,14 +11,18 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"launch", "profiling"},
     {"cli"},
-    {"train", "finetune", "export", "generate", "doctor"},
-    {"generation", "run_model"},
+    {"doctor"},
+    {"doctor_table"},
+    {"machine"},
+    {"train", "finetune", "export", "generate"},
+    {"generation"},
+    {"run_model", "sampling"},
     {"planning"},
     {"engine"},
     {"models", "optim", "data", "memory"},
     {"nn"},
     {"devices"},
-    {"config_load", "config_check", "config", "units", "errors", "sampling"},
+    {"config_load", "config_check", "config", "arguments", "units", "errors"},
 ]
 FLOOR_OF = {name: height for height, names in enumerate(reversed(FLOORS)) for name in names}
 SOURCES = sorted([*(ROOT / "lowmem").rglob("*.py"), *(ROOT / "launch").glob("*.py"), *(ROOT / "profiling").glob("*.py")])
@@ -64,3 +68,8 @@ def test_import_is_quick_and_light():
     code = "import sys, lowmem; print(sorted({'torch', 'deepspeed', 'transformers', 'datasets'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_architecture_names_every_file():
+    page = (ROOT / "ARCHITECTURE.md").read_text()
+    assert [str(path.relative_to(ROOT)) for path in SOURCES if path.name != "__init__.py" and f"`{path.name}`" not in page] == []
