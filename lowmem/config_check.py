@@ -36,7 +36,8 @@ def _model_problems(model: ModelConfig, data: DataConfig) -> list[str]:
         problems.append(f"model.positions=rope needs an even head width, model.dim / model.num_heads is {model.dim // model.num_heads}")
     if 2 * model.attention_rank >= model.dim > 0:
         problems.append(
-            f"model.attention_rank is {model.attention_rank}, must be below model.dim / 2 ({model.dim / 2:g}): it would grow attention, not shrink it"
+            f"model.attention_rank is {model.attention_rank}, must be below model.dim / 2 ({model.dim / 2:g}): "
+            "it would grow attention, not shrink it"
         )
     if model.tie_embeddings and model.lorpt.rank and "head" in model.lorpt.targets:
         problems.append("model.lorpt.targets has head, but model.tie_embeddings is true: a tied head has no factors; drop one of the two")

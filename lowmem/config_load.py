@@ -85,7 +85,7 @@ def field_docs() -> dict[str, str]:
 
     docs: dict[str, str] = {}
 
-    def collect(cls: type, prefix: str) -> None:
+    def collect(cls: typing.Any, prefix: str) -> None:
         parsed = {item.arg_name: item.description or "" for item in parse_from_object(cls).params}
         for name, kind in typing.get_type_hints(cls).items():
             docs[prefix + name] = " ".join(parsed.get(name, "").split())
@@ -154,7 +154,7 @@ def _known_keys() -> dict[str, type]:
     """Dotted key -> type; sections map to their dataclass."""
     known: dict[str, type] = {}
 
-    def collect(cls: type, prefix: str) -> None:
+    def collect(cls: typing.Any, prefix: str) -> None:
         for name, kind in typing.get_type_hints(cls).items():
             known[prefix + name] = kind
             if is_dataclass(kind):

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from lowmem.data.batch import Batch
+from lowmem.models.base import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,13 @@ class Engine(ABC):
     """Computes training steps on one model.
 
     Attributes:
-        model: the plain module, `lowmem.models.base.LanguageModel`.
+        model: the plain module, not wrapped.
         device: where this rank computes.
         rank, world_size: this process among those that share the global batch.
         micro_batch_size: sequences computed at once on this rank.
     """
 
-    model: torch.nn.Module
+    model: LanguageModel
     device: torch.device
     rank: int = 0
     world_size: int = 1
@@ -86,8 +87,8 @@ class Engine(ABC):
         """True on every rank if `flag` is true on at least one."""
         return flag
 
-    def barrier(self) -> None:
+    def barrier(self) -> None:  # noqa: B027  (one process waits for nobody)
         """Wait until every rank is here."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Release processes and groups."""

@@ -67,7 +67,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor | LazyTensor]) 
                 raise TypeError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced as {value.dtype} {tuple(value.shape)}")
             if tensor.numel():
                 flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-                _write_all(file, memoryview(flat.view(torch.uint8).numpy()))
+                _write_all(file, memoryview(flat.view(torch.uint8).numpy().data))
         os.fsync(file.fileno())
 
 

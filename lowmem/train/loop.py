@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,7 +128,8 @@ def _evaluate(run: Run) -> bool:
     validation = run.data.validation
     if validation is None:
         return False
-    loss = run.engine.evaluate(_batches(run))
+    windows = validation.windows(run.config.train.eval_sequences)
+    loss = run.engine.evaluate(Batch.from_windows(part) for part in windows)
     state = run.state
     if run.run_dir is not None:
         record = {"step": state.step, "val_loss": _json_number(loss)}
@@ -141,11 +141,6 @@ def _evaluate(run: Run) -> bool:
         return False
     state.best_val_loss, state.best_step = loss, state.step
     return True
-
-
-def _batches(run: Run) -> Iterator[Batch]:
-    for windows in run.data.validation.windows(run.config.train.eval_sequences):
-        yield Batch.from_windows(windows)
 
 
 def _json_number(value: float) -> float | None:

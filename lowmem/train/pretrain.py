@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 from lowmem.config import RunConfig
 from lowmem.config_load import dump_run_config, field_docs, load_run_config
+from lowmem.engine.distributed import launched_by_deepspeed
 from lowmem.errors import ConfigError, MemoryBudgetError
 
 
@@ -22,14 +23,12 @@ def pretrain_main(argv: Sequence[str]) -> int:
         LowmemError: every failure that a user can cause; the caller prints it and exits with its code.
     """
     flags, overrides = _parse(argv)
+    if flags.local_rank is not None or launched_by_deepspeed():
+        overrides.append("engine.name=deepspeed")
     config = load_run_config(flags.config, overrides)
     if flags.print_config:
         sys.stdout.write(dump_run_config(config, comments=True))
         return 0
-    from lowmem.engine.distributed import launched_by_deepspeed  # torch from here on
-
-    if flags.local_rank is not None or launched_by_deepspeed():
-        config.engine.name = "deepspeed"
     if flags.dry_run:
         return _dry_run(config, as_json=flags.json)
     return _train(config, flags)

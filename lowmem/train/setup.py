@@ -115,7 +115,8 @@ def _build_engine(config: RunConfig, model: LanguageModel, device: torch.device)
         from lowmem.engine.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(model, config, device=device, micro_batch_size=micro_batch_size)
-    return LocalEngine(model, config.optim, device=device, precision=config.train.precision, micro_batch_size=micro_batch_size)
+    precision = resolve_precision(config.train.precision, device)
+    return LocalEngine(model, config.optim, device=device, precision=precision, micro_batch_size=micro_batch_size)
 
 
 def _resume(run: Run, skip_damaged: bool) -> None:
@@ -188,10 +189,10 @@ def _enforce_budget(config: RunConfig, device: torch.device) -> None:
 
 
 def _description(run: Run) -> str:
-    config, model = run.config, run.engine.model
+    config = run.config
     components = run.engine.memory_components()
     return (
-        f"{config.model.name} with {format_count(model.num_parameters())} parameters ({format_bytes(components['weights'])}), "
+        f"{config.model.name} with {format_count(run.engine.model.num_parameters())} parameters ({format_bytes(components['weights'])}), "
         f"{run.engine.device.type}, {config.train.precision}, {run.engine.world_size} x {torch.get_num_threads()} threads; "
         f"global batch {config.train.global_batch_size} x {config.data.seq_len} tokens in micro-batches of {run.engine.micro_batch_size}"
     )
