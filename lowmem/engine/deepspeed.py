@@ -1,0 +1,226 @@
+"""DeepSpeed behind the engine contract: ZeRO 0 to 3, offload to host memory, one rank or many.
+
+Micro-batches are weighted as in the local engine, whatever the number of ranks: every loss is a sum divided by the number of
+predicted tokens of the *global* batch. DeepSpeed averages gradients over ranks, so each rank's loss is first multiplied by the
+number of ranks, and DeepSpeed's own division by the accumulation steps is switched off.
+"""
+
+import io
+import json
+import math
+import sys
+from collections.abc import Iterable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from lowmem.config import RunConfig
+from lowmem.data.batch import Batch
+from lowmem.engine.base import Engine, StepResult
+from lowmem.engine.deepspeed_build import build_deepspeed_ops, put_ninja_on_path
+from lowmem.engine.deepspeed_checkpoint import load_optimizer, plug_in, save_optimizer
+from lowmem.engine.deepspeed_config import build_deepspeed_config, offloads_optimizer, zero_stage
+from lowmem.engine.deepspeed_memory import memory_components
+from lowmem.engine.deepspeed_optimizers import prepare_optimizer
+from lowmem.engine.deepspeed_weights import load_weights, save_weights
+from lowmem.engine.distributed import destroy_process_group, import_deepspeed, init_process_group, local_rank
+from lowmem.engine.random_state import random_state, restore_random_state
+from lowmem.errors import CheckpointError
+from lowmem.models.base import LanguageModel
+from lowmem.optim.build import build_optimizer
+from lowmem.optim.clip import clip_gradients, global_norm
+
+
+class DeepSpeedEngine(Engine):
+    """Trains on every rank of a DeepSpeed launch, or on one rank without a launcher.
+
+    Args:
+        model: moved to `device` and then DeepSpeed's; its dtype is what is stored.
+        config: resolved: train.precision is fp32, bf16 or fp16.
+        device: of this rank.
+        micro_batch_size: sequences computed at once on this rank; divides the rank's share of the global batch.
+    Raises:
+        ConfigError: DeepSpeed is not installed, or engine.config contradicts the configuration.
+    Memory: stage 0 keeps weights, gradients and states whole. Stages 1, 2, 3 divide the states and an fp32 master copy, then also
+        the gradients, then also the weights by the number of ranks; every rank builds the whole model first.
+    """
+
+    def __init__(self, model: LanguageModel, config: RunConfig, *, device: torch.device, micro_batch_size: int):
+        init_process_group(device)
+        deepspeed = import_deepspeed(device.type)
+        self.rank, self.world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
+        self.device, self.micro_batch_size = device, micro_batch_size
+        self.max_norm = config.optim.clip
+        document = build_deepspeed_config(config, world_size=self.world_size, micro_batch_size=micro_batch_size)
+        self.zero_stage = zero_stage(document)
+        if offloads_optimizer(document):
+            self._compile_operators()
+        optimizer = build_optimizer(model.to(device), config.optim, offload=offloads_optimizer(document))
+        _forget_autocast()
+        self._linear = torch.nn.functional.linear
+        with redirect_stdout(io.StringIO()):  # BF16_Optimizer prints its memory use; standard output belongs to --json
+            self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=document)
+        self.model: LanguageModel = model
+        prepare_optimizer(self._engine, optimizer)
+        plug_in(self._engine, self.rank)
+
+    def step(self, batch: Batch, lr: float) -> StepResult:
+        self._engine.train()
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        loss = self._accumulate(batch)
+        return self._update_whole(loss) if self.zero_stage == 0 else self._update_partitioned(loss)
+
+    def evaluate(self, batches: Iterable[Batch]) -> float:
+        self._engine.eval()
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for batch in batches:
+                total += self._sum_over_ranks(self._evaluate_share(batch))
+                count += batch.target_count()
+        return total / count
+
+    def save(self, directory: Path) -> dict:
+        save_weights(self._engine, directory / "model.safetensors", write=self.rank == 0)
+        save_optimizer(self._engine, directory)
+        return {
+            "engine": "deepspeed",
+            "world_size": self.world_size,
+            "zero_stage": self.zero_stage,
+            "random": self._random_states(),
+        }
+
+    def load(self, directory: Path, state: dict) -> None:
+        for name, mine in (("engine", "deepspeed"), ("world_size", self.world_size), ("zero_stage", self.zero_stage)):
+            if state.get(name) != mine:
+                raise CheckpointError(
+                    f"{directory} was written with {name}={state.get(name)}, this run has {name}={mine}; "
+                    "resume as it was started, or begin another run"
+                )
+        self.load_weights(directory)
+        load_optimizer(self._engine, directory)
+        restore_random_state(state["random"][self.rank], self.device)
+
+    def load_weights(self, directory: Path) -> None:
+        load_weights(self._engine, directory / "model.safetensors")
+
+    def memory_components(self) -> dict[str, int]:
+        return memory_components(self._engine)
+
+    def any_rank(self, flag: bool) -> bool:
+        return self._sum_over_ranks(float(flag)) > 0
+
+    def barrier(self) -> None:
+        torch.distributed.barrier()
+
+    def close(self) -> None:
+        self._release()
+        destroy_process_group()
+
+    def _release(self) -> None:
+        """Take DeepSpeed off the model, whose hooks would otherwise keep all of it alive."""
+        self._engine.destroy()
+        self._engine.module_forward_pre_hook.remove()
+        self._engine.module_forward_post_hook.remove()
+        torch.nn.functional.linear = self._linear  # ZeRO 3 puts its own there, for every module of the process
+        del self._engine
+
+    def _compile_operators(self) -> None:
+        """Before DeepSpeed does it in silence, and on one rank of each machine, because ranks that compile at once can block."""
+        put_ninja_on_path()
+        if local_rank() == 0:
+            build_deepspeed_ops(self.device.type, report=lambda line: print(line, file=sys.stderr))
+        self.barrier()
+
+    def _accumulate(self, batch: Batch) -> float:
+        """Forward and backward over this rank's rows; the mean loss of the global batch."""
+        denominator = max(1, batch.target_count()) / self.world_size
+        share = len(batch) // self.world_size
+        rows = batch.rows(self.rank * share, (self.rank + 1) * share)
+        last = share - self.micro_batch_size
+        losses: list[torch.Tensor] = []
+        for start in range(0, share, self.micro_batch_size):
+            self._engine.set_gradient_accumulation_boundary(start == last)
+            loss = self._loss(rows.rows(start, start + self.micro_batch_size), denominator)
+            losses.append(loss.detach())
+            weight = 1.0
+            if start == last:
+                mean = self._sum_over_ranks(math.fsum(torch.stack(losses).tolist())) / self.world_size
+                if not math.isfinite(mean):
+                    weight = math.nan  # a loss can overflow where gradients do not; ZeRO discards a step by its gradients
+            # The product is a tensor of its own even for weight 1: DeepSpeed (0.19.8, stage 0) divides the gradient of the very
+            # tensor that forward returned by the accumulation steps, in spite of scale_wrt_gas=False.
+            self._engine.backward(loss * weight, scale_wrt_gas=False)
+        return mean
+
+    def _update_whole(self, loss: float) -> StepResult:
+        """Stage 0: every rank holds the averaged gradients and updates all weights, as the local engine does."""
+        scaler = self._engine.torch_autocast_z0_gradscaler
+        if scaler is not None:
+            scaler.unscale_(self._engine.optimizer)
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = global_norm(gradients).item()
+        applied = not self.any_rank(not (math.isfinite(loss) and math.isfinite(norm)))
+        if applied:
+            clip_gradients(gradients, norm, self.max_norm)
+            self._engine.step()
+            return StepResult(loss, norm, skipped="")
+        self._engine.zero_grad()
+        if scaler is not None:
+            scaler.update()
+        return StepResult(loss, norm, skipped=self._reason(loss, scaler.get_scale() if scaler is not None else 1.0))
+
+    def _update_partitioned(self, loss: float) -> StepResult:
+        """Stages 1 to 3: DeepSpeed finds the norm over all ranks, and discards the step on all of them if it is not finite."""
+        self._engine.step()
+        norm = float(self._engine.get_global_grad_norm())
+        if self._engine.was_step_applied():
+            return StepResult(loss, norm, skipped="")
+        # DeepSpeed (0.19.8, stages 1 and 2, offload, fp32 accumulation of bf16) forgets these in a discarded step; their NaN would
+        # be added to every later gradient.
+        averaged = getattr(self._engine.optimizer, "averaged_gradients", {})
+        for group in averaged:
+            averaged[group] = None
+        scale = getattr(self._engine.optimizer, "loss_scaler", None)
+        return StepResult(loss, norm, skipped=self._reason(loss, scale.cur_scale if scale is not None else 1.0))
+
+    @staticmethod
+    def _reason(loss: float, loss_scale: float) -> Literal["nonfinite", "loss_scale"]:
+        return "loss_scale" if math.isfinite(loss) and loss_scale > 1.0 else "nonfinite"
+
+    def _evaluate_share(self, batch: Batch) -> float:
+        """Summed loss of every `world_size`-th micro-batch; each rank runs as many, because ZeRO 3 gathers weights together."""
+        starts = range(0, len(batch), self.micro_batch_size)
+        total = 0.0
+        for round_start in range(0, len(starts), self.world_size):
+            mine = round_start + self.rank
+            start = starts[min(mine, len(starts) - 1)]
+            loss = self._loss(batch.rows(start, start + self.micro_batch_size), denominator=1.0).item()
+            total += loss if mine < len(starts) else 0.0
+        return total
+
+    def _loss(self, batch: Batch, denominator: float) -> torch.Tensor:
+        inputs = torch.from_numpy(batch.inputs).to(self.device, non_blocking=True)
+        targets = torch.from_numpy(batch.targets).to(self.device, non_blocking=True)
+        return self._engine(inputs, targets, denominator)
+
+    def _sum_over_ranks(self, value: float) -> float:
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(total)
+        return total.item()
+
+    def _random_states(self) -> list[dict[str, str]]:
+        """The generators of every rank, known to every rank."""
+        mine = torch.frombuffer(bytearray(json.dumps(random_state(self.device)).encode()), dtype=torch.uint8).to(self.device)
+        everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
+        torch.distributed.all_gather(everyone, mine)  # equal lengths: all ranks have generators of the same kinds
+        return [json.loads(bytes(text.tolist())) for text in everyone]
+
+
+def _forget_autocast() -> None:
+    """DeepSpeed remembers autocast in a global, and lets it change the ZeRO stages of a later engine in the same process."""
+    from deepspeed.runtime import torch_autocast
+
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED, torch_autocast.TORCH_AUTOCAST_DTYPE = False, None

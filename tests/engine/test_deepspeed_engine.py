@@ -1,0 +1,164 @@
+"""The DeepSpeed engine in real launches, on one rank and on two: the local engine's numbers, exact resume, skipped steps."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lowmem.engine.local import LocalEngine
+from tests.engine.deepspeed_worker import GLOBAL_BATCH, launch, make_batch, make_model, run_config
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
+]
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
+FILES = ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
+STEPS = list(range(20))
+# fp32 sums of at most 48 tokens (times 67 classes) in another order: 48 * 2**-24 = 3e-6 in the loss and in each gradient. AdamW turns
+# a relative error of a gradient into at most twice that of an update of at most lr = 1e-2, so 20 steps move a weight by
+# 20 * 2 * 3e-6 * 1e-2 = 1.2e-6; in random directions that changes the loss by |gradient| * 1.2e-6 = 1.5e-6 of 4.4. DeepSpeed's
+# clipping adds 1e-6 to the norm it divides by. Together below 1e-5; a wrong weight of one micro-batch shows as 1e-2.
+TOLERANCE = 1e-5
+
+
+def case(file: str, name: str, **more: Any) -> dict[str, Any]:
+    return {"name": f"{file}-{name}", "engine": {"config": str(CONFIGS / f"{file}.json")}, **more}
+
+
+def local_steps(of: dict[str, Any]) -> tuple[list[tuple[float, float]], float]:
+    config = run_config({**of, "engine": {}})
+    engine = LocalEngine(make_model(of), config.optim, device=torch.device("cpu"), precision="fp32", micro_batch_size=GLOBAL_BATCH)
+    results = [engine.step(make_batch(step), config.optim.lr * (1 + step) / 20) for step in of["steps"]]
+    return [(result.loss, result.grad_norm) for result in results], engine.evaluate([make_batch(1000), make_batch(1001).rows(0, 3)])
+
+
+def check_equal_to_local(found: dict[str, Any], of: dict[str, Any]) -> None:
+    expected, val_loss = local_steps(of)
+    assert [skipped for _, _, skipped in found["steps"]] == [""] * len(expected)
+    for (loss, norm, _), (local_loss, local_norm) in zip(found["steps"], expected, strict=True):
+        assert loss == pytest.approx(local_loss, rel=TOLERANCE)
+        assert norm == pytest.approx(local_norm, rel=TOLERANCE)
+    assert found["val_loss"] == pytest.approx(val_loss, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_zero_file_computes_what_the_local_engine_computes(tmp_path: Path, ranks: int) -> None:
+    cases = [case(file, "fp32", steps=STEPS) for file in FILES]
+    for found in launch(cases, tmp_path, ranks):
+        for one in cases:
+            check_equal_to_local(found[one["name"]], one)
+            assert found[one["name"]]["any_rank"] == [True, False]
+
+
+def test_memory_components_shrink_with_the_stage(tmp_path: Path) -> None:
+    cases = [case(file, "memory", steps=[0]) for file in ("zero0", "zero1", "zero2", "zero3")]
+    found = launch(cases, tmp_path, ranks=2)[0]
+    memory = {one["name"].split("-")[0]: found[one["name"]]["memory"] for one in cases}
+    weights = sum(parameter.numel() * 4 for parameter in make_model({}).parameters())
+    states = {file: components["optimizer_states"] for file, components in memory.items()}
+    assert memory["zero0"]["weights"] == weights == memory["zero0"]["gradients"]
+    assert states["zero0"] >= 2 * weights > states["zero1"] >= weights  # two moments each; step counters are a few bytes
+    assert memory["zero2"]["gradients"] < memory["zero1"]["gradients"]
+    assert memory["zero3"]["weights"] < memory["zero2"]["weights"]
+
+
+def test_decoder_with_tied_head_and_recomputation_under_zero_3(tmp_path: Path) -> None:
+    zero3 = json.loads((CONFIGS / "zero3.json").read_text())
+    zero3["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # gather even the smallest parameter
+    path = tmp_path / "zero3.json"
+    path.write_text(json.dumps(zero3))
+    one = {"name": "decoder", "engine": {"config": str(path)}, "steps": STEPS[:5], "activation_checkpointing": "block"}
+    one["model"] = {"dim": 32, "num_layers": 2, "num_heads": 2, "tie_embeddings": True}
+    for found in launch([one], tmp_path / "out", ranks=2):
+        check_equal_to_local(found["decoder"], one)
+
+
+RESUMED = [
+    *((file, {}) for file in FILES),
+    ("zero2_offload", {"optim": {"name": "lion", "lr": 1e-3}}),
+    ("zero3", {"optim": {"name": "lion", "lr": 1e-3}}),
+    ("zero1", {"optim": {"state_bits": 8}, "dim": 96}),
+    ("zero3", {"optim": {"state_bits": 8}, "dim": 96}),
+    *((file, {"train": {"precision": "bf16"}}) for file in FILES[1:]),
+    ("zero0", {"train": {"precision": "bf16", "weight_dtype": "bf16"}}),
+    ("zero0", {"train": {"precision": "bf16"}}),  # last: DeepSpeed remembers autocast for the whole process
+]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_resumed_run_is_bit_identical(tmp_path: Path, ranks: int) -> None:
+    straight = [
+        case(file, f"{i}-straight", steps=[0, 1, 2, 3], save=str(tmp_path / f"{i}-straight"), **o) for i, (file, o) in enumerate(RESUMED)
+    ]
+    halves = [case(file, f"{i}-half", steps=[0, 1], save=str(tmp_path / f"{i}-half"), **o) for i, (file, o) in enumerate(RESUMED)]
+    resumed = [
+        case(file, f"{i}-resumed", steps=[2, 3], load=str(tmp_path / f"{i}-half"), save=str(tmp_path / f"{i}-resumed"), **o)
+        for i, (file, o) in enumerate(RESUMED)
+    ]
+    interleaved = [one for pair in zip(straight, halves, strict=True) for one in pair]
+    first = launch(interleaved, tmp_path / "first", ranks)
+    second = launch(resumed, tmp_path / "second", ranks)
+    for rank in range(ranks):
+        for before, after in zip(straight, resumed, strict=True):
+            one, other = first[rank][before["name"]], second[rank][after["name"]]
+            assert one["steps"][2:] == other["steps"], after["name"]
+            assert one["random"] == other["random"], after["name"]
+            assert one["val_loss"] == other["val_loss"], after["name"]
+            assert one["memory"] == other["memory"], after["name"]
+    for index in range(len(RESUMED)):
+        compare_checkpoints(tmp_path / f"{index}-straight", tmp_path / f"{index}-resumed")
+
+
+def compare_checkpoints(one: Path, other: Path) -> None:
+    names = sorted(path.name for path in one.iterdir())
+    assert names == sorted(path.name for path in other.iterdir())
+    assert {Path(name).suffix for name in names} == {".json", ".safetensors"}  # no pickle, no script
+    for name in (name for name in names if name.endswith(".safetensors")):
+        left, right = load_file(one / name), load_file(other / name)
+        assert left.keys() == right.keys()
+        for key in left:
+            assert left[key].dtype == right[key].dtype
+            assert torch.equal(left[key], right[key]), f"{one / name}: {key}"
+
+
+def test_saved_weights_are_whole_fp32_and_named_as_in_the_module(tmp_path: Path) -> None:
+    cases = [case(file, "save", steps=[0, 1], save=str(tmp_path / file), train={"precision": "bf16"}) for file in ("zero2", "zero3")]
+    launch(cases, tmp_path / "out", ranks=2)
+    expected = {name: tuple(tensor.shape) for name, tensor in make_model({}).state_dict().items()}
+    for file in ("zero2", "zero3"):
+        weights = load_file(tmp_path / file / "model.safetensors")
+        assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == expected
+        assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+        # the master copy, not the 16-bit weights widened
+        assert not torch.equal(weights["head.weight"], weights["head.weight"].bfloat16().float())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bad_steps_leave_no_trace(tmp_path: Path, ranks: int) -> None:
+    """An infinite loss, NaN gradients, both, each on the last rank only: every rank skips, and training goes on as if nothing was."""
+    files = [*FILES[1:], FILES[0]]
+    variants = [(file, precision) for file in files for precision in ("fp32", "bf16")]
+    clean = [
+        case(file, f"{precision}-clean", steps=[0, 1, 5], save=str(tmp_path / f"{file}-{precision}-clean"), train={"precision": precision})
+        for file, precision in variants
+    ]
+    bad = [
+        case(
+            file, f"{precision}-bad", steps=[0, 2, 1, 3, 4, 5], poison={"2": "loss", "3": "gradient", "4": "both"},
+            save=str(tmp_path / f"{file}-{precision}-bad"), train={"precision": precision},
+        )
+        for file, precision in variants
+    ]  # fmt: skip
+    for found in launch([*clean, *bad], tmp_path / "out", ranks):
+        for good_case, bad_case in zip(clean, bad, strict=True):
+            good, steps = found[good_case["name"]]["steps"], found[bad_case["name"]]["steps"]
+            assert [skipped for _, _, skipped in steps] == ["", "nonfinite", "", "nonfinite", "nonfinite", ""]
+            assert [steps[0], steps[2], steps[5]] == good
+    for file, precision in variants:
+        compare_checkpoints(tmp_path / f"{file}-{precision}-clean", tmp_path / f"{file}-{precision}-bad")
