@@ -6,11 +6,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test test-fast lint bench clean
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-fast deepspeed-ops lint bench clean
 help:
 	@echo "make demo       train a small model on this machine's own Python library and let it write (set-up included)"
 	@echo "make test       every test that needs no GPU (set-up included)"
 	@echo "make test-fast  only the unit tests"
+	@echo "make deepspeed-ops  compile the DeepSpeed operators that CPU offload uses (about two minutes, once)"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      the committed measurements, again (an hour)"
 
@@ -18,9 +20,12 @@ demo: $(VENV)/.core
 	lowmem pretrain --config configs/cpu/demo.yaml
 	lowmem generate --run runs/demo --prompt "def read_file(path):" --max_new_tokens 120 --temperature 0.7
 
-test: $(VENV)/.test
-	python -m lowmem.engine.deepspeed_build
+test: $(VENV)/.test deepspeed-ops
+	ruff check .
 	python -m pytest -q
+
+deepspeed-ops: $(VENV)/.test
+	python -m lowmem.engine.deepspeed_build
 
 test-fast: $(VENV)/.test
 	python -m pytest -q -m "not slow and not memory"
@@ -32,12 +37,13 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.test
 	python profiling/bench_step.py --out profiling/results
+	python profiling/data_memory.py --sizes 10 150 1000 --out profiling/results
 
 # Set-up. A stamp file is as new as the last install, so it runs again when pyproject.toml or constraints.txt change.
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "lowmem needs Python 3.10 or newer, found " + sys.version.split()[0] + "; try: make PYTHON=python3.12")'
 	@echo "set-up: creating $(VENV)"
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "set-up: python3 -m venv failed; on Debian or Ubuntu: apt install python3-venv"; exit 1; }
 
 $(VENV)/.core: $(BIN)/python pyproject.toml constraints.txt
 	@echo "set-up: installing lowmem and PyTorch into $(VENV) (a few minutes the first time)"

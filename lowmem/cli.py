@@ -1,9 +1,10 @@
 """The `lowmem` command: finds the subcommand, and turns every failure a user can cause into one message and an exit code."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
-from lowmem.errors import EXIT_INTERRUPTED, LowmemError
+from lowmem.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, LowmemError
 
 USAGE = """usage: lowmem COMMAND [options]
 
@@ -51,8 +52,9 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | N
     except KeyboardInterrupt:
         print("lowmem: stopped before a checkpoint was due; finished work on disk is kept", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        return 0
+    except BrokenPipeError:  # `| head` has read enough; Python's own flush at exit must not complain once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
 
 
 def _commands() -> dict[str, Callable[[Sequence[str]], int]]:

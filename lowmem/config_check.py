@@ -10,6 +10,7 @@ def config_problems(config: RunConfig) -> list[str]:
         *_model_problems(config.model, config.data),
         *_data_problems(config.data),
         *_training_problems(config),
+        *_place_problems(config),
     ]
 
 
@@ -50,6 +51,8 @@ def _data_problems(data: DataConfig) -> list[str]:
     problems = []
     if data.seq_len < 1:
         problems.append(f"data.seq_len is {data.seq_len}, must be at least 1")
+    if data.tokenizer_vocab_size < 2:
+        problems.append(f"data.tokenizer_vocab_size is {data.tokenizer_vocab_size}, must be at least 2; leave it out for 4096")
     if not 0 <= data.val_fraction < 1:
         problems.append(f"data.val_fraction is {data.val_fraction}, must be in [0, 1)")
     if not data.sources:
@@ -60,6 +63,8 @@ def _data_problems(data: DataConfig) -> list[str]:
             problems.append(f"data.sources[{index}] has {' and '.join(given) or 'no source'}; set exactly one of path, hub, stdlib")
         if not source.weight > 0:
             problems.append(f"data.sources[{index}].weight is {source.weight}, must be above 0")
+        if source.max_bytes < 0:
+            problems.append(f"data.sources[{index}].max_bytes is {source.max_bytes}, must be 0 or more; 0 reads everything")
         if source.streaming and not source.hub:
             problems.append(f"data.sources[{index}].streaming is for hub datasets; files are streamed anyway")
     return problems
@@ -74,11 +79,6 @@ def _training_problems(config: RunConfig) -> list[str]:
             problems.append(f"train.steps is {train.steps} and train.tokens is {train.tokens}; set exactly one of the two")
     except ValueError as error:
         problems.append(f"train.tokens: {error}")
-    for name in ("ram", "vram"):
-        try:
-            parse_bytes(getattr(config.budget, name) or "0")
-        except ValueError as error:
-            problems.append(f"budget.{name}: {error}")
     problems += [
         f"train.{name} is {getattr(train, name)}, must be at least {least}"
         for name, least in (
@@ -112,4 +112,23 @@ def _training_problems(config: RunConfig) -> list[str]:
         problems.append("engine.zero_stage, engine.offload and engine.config need engine.name=deepspeed")
     if engine.offload == "cpu" and engine.zero_stage == 0 and not engine.config:
         problems.append("engine.offload=cpu needs engine.zero_stage 1, 2 or 3")
+    return problems
+
+
+def _place_problems(config: RunConfig) -> list[str]:
+    """Device, its memory, and the run's folder."""
+    problems, sizes = [], {}
+    for name in ("ram", "vram"):
+        text = getattr(config.budget, name)
+        try:
+            sizes[name] = parse_bytes(text) if text else None
+        except ValueError as error:
+            problems.append(f"budget.{name}: {error}")
+    vram = sizes.get("vram")
+    if vram == 0 and config.device == "cuda":
+        problems.append(f"budget.vram is {config.budget.vram} (no GPU), but device is cuda; set device=cpu or auto, or raise budget.vram")
+    if vram and config.device == "cpu":
+        problems.append(f"budget.vram is {config.budget.vram}, but device is cpu, which has none; leave it out, or set device=cuda or auto")
+    if not config.run_dir:
+        problems.append("run_dir is empty, must name a folder; such as runs/default")
     return problems

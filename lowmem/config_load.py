@@ -7,7 +7,7 @@ import copy
 import difflib
 import typing
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
 
@@ -16,15 +16,23 @@ from jsonargparse import ArgumentError, ArgumentParser, get_loader
 
 from lowmem.config import RunConfig, SourceConfig
 from lowmem.config_check import config_problems
+from lowmem.config_schema import known_keys
 from lowmem.errors import ConfigError
 
 
-def load_run_config(path: str | Path = "", overrides: Sequence[str] = ()) -> RunConfig:
+class _TextLoader(yaml.SafeLoader):
+    """Reads every scalar as the text that was written; merge keys still work."""
+
+    yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}  # noqa: RUF012 (PyYAML's own attribute)
+
+
+def load_run_config(path: str | Path = "", overrides: Sequence[str] = (), *, check: bool = True) -> RunConfig:
     """A checked configuration.
 
     Args:
         path: a YAML file; empty starts from the defaults.
         overrides: "section.key=value", later ones win.
+        check: look for contradictions between fields too; unknown keys and wrong types are always refused.
     Raises:
         ConfigError: the file cannot be read, or the configuration has problems; all of them are listed.
     """
@@ -35,71 +43,28 @@ def load_run_config(path: str | Path = "", overrides: Sequence[str] = ()) -> Run
             problems.append(f"--{override} has no value; write --{key}=VALUE")
             continue
         try:
-            _set_dotted(values, key, get_loader("yaml")(text))
+            _set_dotted(values, key, _parse_yaml(key, text))
         except (ValueError, yaml.YAMLError) as error:
             problems.append(f"--{key}: {_one_line(error)}")
-    config = None
-    if not problems:
-        config = _build_at_once(values)
+    config = None if problems else _build_at_once(values)
     if config is None:  # something is wrong: look at every key on its own to report all of it
-        known = _known_keys()
+        known = known_keys()
         problems += list(_unknown_keys(values, known))
         problems += [problem for key, value in _leaves(values, known) for problem in _type_problems(key, value)]
         config = None if problems else _build(values)
-    if config is not None:
+    if config is not None and check:
         problems = config_problems(config)
-    if problems:
+    if problems or config is None:
         where = f"{path}: " if path else ""
         raise ConfigError(where + f"{len(problems)} problem{'s' if len(problems) > 1 else ''}\n" + "\n".join(f"  {p}" for p in problems))
-    assert config is not None
     return config
-
-
-def dump_run_config(config: RunConfig, comments: bool = False) -> str:
-    """YAML of every field; `load_run_config` reads it back to an equal configuration.
-
-    Args:
-        comments: write each field's docstring above it.
-    """
-    plain = asdict(config)
-    plain["optim"]["betas"] = list(plain["optim"]["betas"])
-    text = yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=140)
-    if not comments:
-        return text
-    docs, lines, section = field_docs(), [], ""
-    for line in text.splitlines():
-        key = line.partition(":")[0]
-        indent = len(line) - len(line.lstrip())
-        if indent == 0:
-            section = key.strip()
-        doc = docs.get(key.strip() if indent == 0 else f"{section}.{key.strip()}", "") if indent <= 2 else ""
-        lines += [" " * indent + "# " + doc] if doc else []
-        lines.append(line)
-    return "\n".join(lines) + "\n"
-
-
-@cache
-def field_docs() -> dict[str, str]:
-    """The docstring of every field by dotted key, such as "model.dim"."""
-    from docstring_parser import parse_from_object  # the docstring reader that jsonargparse uses
-
-    docs: dict[str, str] = {}
-
-    def collect(cls: typing.Any, prefix: str) -> None:
-        parsed = {item.arg_name: item.description or "" for item in parse_from_object(cls).params}
-        for name, kind in typing.get_type_hints(cls).items():
-            docs[prefix + name] = " ".join(parsed.get(name, "").split())
-            if is_dataclass(kind):
-                collect(kind, f"{prefix}{name}.")
-
-    collect(RunConfig, "")
-    return docs
 
 
 def _build_at_once(values: dict) -> RunConfig | None:
     """The configuration if every key and type is right, else None."""
     try:
-        return _build(values)
+        has_null = any(value is None for _, value in _leaves(values, known_keys()))
+        return None if has_null else _build(values)
     except (ArgumentError, TypeError, ValueError, AttributeError):
         return None
 
@@ -121,7 +86,7 @@ def _instantiate(cls: type, values: dict) -> typing.Any:
 
 def _read_yaml(path: Path) -> dict:
     try:
-        values = get_loader("yaml")(path.read_text(encoding="utf-8"))
+        values = _parse_yaml("", path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         nearby = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))[:5]) or "none"
         raise ConfigError(f"--config: {path} does not exist; YAML files there: {nearby}") from error
@@ -130,6 +95,25 @@ def _read_yaml(path: Path) -> dict:
     if not isinstance(values, dict):
         raise ConfigError(f"--config: {path} holds a {type(values).__name__}, expected sections such as model: and train:")
     return values
+
+
+def _parse_yaml(key: str, text: str) -> typing.Any:
+    """The value of `key`, or the whole configuration if `key` is empty."""
+    if not text and key in _text_keys():
+        return ""
+    return _keep_text(key, get_loader("yaml")(text), yaml.load(text, _TextLoader))
+
+
+def _keep_text(key: str, value: typing.Any, as_text: typing.Any) -> typing.Any:
+    """`value` with numbers and booleans in text fields put back as `as_text`, the same YAML read by _TextLoader, has them."""
+    if key in _text_keys() and isinstance(value, (bool, int, float)):
+        return as_text
+    is_section = not key or key == "data.sources" or is_dataclass(known_keys().get(key))
+    if is_section and isinstance(value, dict) and isinstance(as_text, dict):
+        return {name: _keep_text(f"{key}.{name}".lstrip("."), item, as_text.get(str(name))) for name, item in value.items()}
+    if key == "data.sources" and isinstance(value, list):
+        return [_keep_text(key, *pair) if isinstance(pair[0], dict) else pair[0] for pair in zip(value, as_text, strict=True)]
+    return value
 
 
 def _set_dotted(values: dict, key: str, value: object) -> None:
@@ -150,18 +134,10 @@ def _parser(cls: type) -> ArgumentParser:
 
 
 @cache
-def _known_keys() -> dict[str, type]:
-    """Dotted key -> type; sections map to their dataclass."""
-    known: dict[str, type] = {}
-
-    def collect(cls: typing.Any, prefix: str) -> None:
-        for name, kind in typing.get_type_hints(cls).items():
-            known[prefix + name] = kind
-            if is_dataclass(kind):
-                collect(kind, f"{prefix}{name}.")
-
-    collect(RunConfig, "")
-    return known
+def _text_keys() -> set[str]:
+    """Dotted keys of text fields; those of a source as "data.sources.path"."""
+    known = {**known_keys(), **{f"data.sources.{name}": kind for name, kind in typing.get_type_hints(SourceConfig).items()}}
+    return {key for key, kind in known.items() if kind is str}
 
 
 def _unknown_keys(values: dict, known: dict[str, type], prefix: str = "") -> Iterator[str]:
@@ -179,9 +155,8 @@ def _unknown_keys(values: dict, known: dict[str, type], prefix: str = "") -> Ite
                         yield f"data.sources[{index}].{name} is not a known key{_nearest(name, names)}"
 
 
-def _nearest(key: str, known: typing.Iterable[str]) -> str:
+def _nearest(key: str, known: typing.Collection[str]) -> str:
     """The best match by full key, else by the last part alone (a right name in a wrong section)."""
-    known = list(known)
     same_name = [candidate for candidate in known if candidate.rpartition(".")[2] == key.rpartition(".")[2]]
     close = same_name or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not close:
@@ -198,8 +173,6 @@ def _leaves(values: dict, known: dict[str, type], prefix: str = "") -> Iterator[
             continue
         if is_dataclass(kind) and isinstance(value, dict):
             yield from _leaves(value, known, f"{dotted}.")
-        elif is_dataclass(kind):
-            yield dotted, value
         elif dotted == "data.sources" and isinstance(value, list):
             yield from ((f"data.sources[{i}].{k}", v) for i, s in enumerate(value) if isinstance(s, dict) for k, v in s.items())
             yield from ((f"data.sources[{i}]", s) for i, s in enumerate(value) if not isinstance(s, dict))
@@ -218,9 +191,11 @@ def _type_problems(key: str, value: object) -> list[str]:
     else:
         parser, nested = _parser(RunConfig), {}
         _set_dotted(nested, key, value)
-    if is_dataclass(_known_keys().get(key)):
+    if is_dataclass(known_keys().get(key)):
         return [f"{key} is {value!r}, expected a section with keys below it"]
     try:
+        if value is None:  # jsonargparse takes it for any type
+            raise TypeError("null")
         parser.parse_object(nested)
     except (ArgumentError, TypeError, ValueError):
         return [f"{key} is {value!r}, expected {_describe(_expected_type(key))}"]
@@ -230,7 +205,7 @@ def _type_problems(key: str, value: object) -> list[str]:
 def _expected_type(key: str) -> type:
     if key.startswith("data.sources["):
         return typing.get_type_hints(SourceConfig)[key.partition("].")[2]]
-    return _known_keys()[key]
+    return known_keys()[key]
 
 
 def _describe(kind: type) -> str:

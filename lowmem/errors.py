@@ -4,6 +4,7 @@ Every message says what was found, what is allowed and what to do about it. `low
 line and exits with `exit_code`; `--debug` shows the traceback as well.
 """
 
+EXIT_BROKEN_PIPE = 141  # the reader of the output has gone, as shells report it
 EXIT_INTERRUPTED = 130  # Ctrl-C, after saving a checkpoint
 EXIT_TERMINATED = 143  # SIGTERM, after saving a checkpoint
 

@@ -57,7 +57,7 @@ def load_run_model(
             found = ", ".join(sorted(path.name for path in run_dir.iterdir())) or "nothing" if run_dir.is_dir() else "no such folder"
             raise CheckpointError(f"{run_dir} is no run directory: {name} is missing (found: {found}); give the run_dir of a lowmem run")
     path = checkpoint_path(run_dir, checkpoint)
-    config = load_run_config(run_dir / "config.yaml")
+    config = load_run_config(run_dir / "config.yaml", check=False)
     tokenizer = load_tokenizer(run_dir / "tokenizer.json")
     shape = config.model
     if not 0 < tokenizer.vocab_size <= shape.vocab_size or shape.max_seq_len < 1:

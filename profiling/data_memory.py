@@ -1,6 +1,7 @@
 """Peak memory of preparing a corpus of a given size, in a fresh process, as one JSON object on standard output.
 
     python profiling/data_memory.py --megabytes 1000 --tokenizer bpe
+    python profiling/data_memory.py --sizes 10 150 1000 --out profiling/results     # some minutes; writes data_memory.json
 
 Text of that size is generated in a temporary folder (set TMPDIR to choose the disk), tokenised into shards there, and a few
 thousand training windows are read back.
@@ -26,8 +27,13 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=100, help="size of the corpus in 10^6 bytes")
     parser.add_argument("--tokenizer", default="bpe", help="bpe, chunk, bytes or chars")
     parser.add_argument("--seq_len", type=int, default=256)
+    parser.add_argument("--sizes", type=int, nargs="+", help="several sizes, one after the other")
+    parser.add_argument("--out", type=Path, help="with --sizes: folder for data_memory.json")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.sizes:
+        compare(options)
+        return
     if options.child:
         print(json.dumps(measure(Path(options.child), options.tokenizer, options.seq_len)))
         return
@@ -36,6 +42,22 @@ def main() -> None:
         command = [sys.executable, __file__, *sys.argv[1:], "--child", folder]
         child = subprocess.run(command, check=True, capture_output=True, text=True)
     print(json.dumps({"megabytes": options.megabytes, "tokenizer": options.tokenizer, **json.loads(child.stdout)}))
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Each size in processes of its own; how far the largest peak lies above the smallest."""
+    from machine import describe_machine
+
+    rows = []
+    for size in options.sizes:
+        command = [sys.executable, __file__, "--megabytes", str(size), "--tokenizer", options.tokenizer, "--seq_len", str(options.seq_len)]
+        rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+        print(json.dumps(rows[-1]), flush=True)
+    growth = rows[-1]["host_peak_bytes"] - rows[0]["host_peak_bytes"]
+    result = {"machine": describe_machine(), "growth_bytes": growth, "rows": rows}
+    print(json.dumps({"growth_bytes": growth}))
+    if options.out:
+        (options.out / "data_memory.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def write_text(path: Path, megabytes: int) -> None:

@@ -1,11 +1,15 @@
 """Configuration: YAML and overrides in, all problems out at once."""
 
+import inspect
+import re
 from pathlib import Path
 
 import pytest
 
-from lowmem.config import RunConfig, resolve_micro_batch_size
-from lowmem.config_load import dump_run_config, field_docs, load_run_config
+from lowmem.config import RunConfig, SourceConfig, resolve_micro_batch_size
+from lowmem.config_dump import dump_run_config
+from lowmem.config_load import load_run_config
+from lowmem.config_schema import field_docs
 from lowmem.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +38,93 @@ def test_printed_config_reads_back_equal(tmp_path, comments):
     path = tmp_path / "config.yaml"
     path.write_text(dump_run_config(config, comments=comments))
     assert load_run_config(path) == config
+
+
+@pytest.mark.parametrize("comments", [False, True])
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_shipped_configs_read_back_equal_one_key_a_line(tmp_path, path, comments):
+    config = load_run_config(path)
+    printed = dump_run_config(config, comments=comments)
+    (tmp_path / "config.yaml").write_text(printed)
+    assert load_run_config(tmp_path / "config.yaml") == config
+    lines = [line.strip() for line in printed.splitlines() if not line.lstrip().startswith("#")]
+    sources = len(config.data.sources)  # one line each, below their key
+    assert len(lines) == len(field_docs()) + sources
+    assert [line.partition(":")[0] for line in lines if not line.startswith("- {")] == [key.rpartition(".")[2] for key in field_docs()]
+
+
+@pytest.mark.parametrize(
+    "text", ["0", "2024", "1e-4", "1e9", "010", "true", "null", "", "a: b", "a #b", "[x]", "-", "'", "a\nb ", "é\u2028\t"]
+)
+def test_awkward_text_reads_back_equal(tmp_path, text):
+    config = RunConfig(run_dir=text)
+    config.data.val_source = config.train.tokens = config.data.sources[0].path = text
+    config.model.lorpt.ranks = {text: 3, "*.down": 0}
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_run_config(config, comments=True), encoding="utf-8")
+    read = load_run_config(path, check=False)
+    if text in ("0", "2024", "010", "1e-4", "1e9"):  # a count is a count, quoted or not
+        assert float(read.train.tokens) == float(text)
+        read.train.tokens = text
+    assert read == config
+
+
+def test_printed_comments_stand_above_their_keys():
+    lines = dump_run_config(RunConfig(), comments=True).splitlines()
+    assert max(map(len, lines)) <= 140
+    key_lines = iter([number for number, line in enumerate(lines) if not line.lstrip().startswith(("#", "- "))])
+    for key, doc in field_docs().items():
+        number = next(key_lines)
+        assert lines[number].strip().startswith(key.rpartition(".")[2] + ":")
+        comment = []
+        while number and lines[number - 1].lstrip().startswith("#"):
+            number -= 1
+            comment.insert(0, lines[number].strip().removeprefix("# "))
+        assert " ".join(comment).startswith(doc if key != "data.sources" else doc[:40]), key
+    sources = [line.strip() for line in lines[lines.index("data:") : lines.index("  sources:")]]
+    for name in inspect.signature(SourceConfig).parameters:
+        assert any(line.startswith(f"#   {name}: ") for line in sources), name
+
+
+def test_unchecked_configurations_still_have_right_keys_and_types():
+    assert load_run_config(check=False) == RunConfig()
+    assert "set exactly one of the two" in problems_of()
+    for override, expected in (("train.step=1", "not a known key"), ("train.steps=ten", "expected a whole number")):
+        with pytest.raises(ConfigError, match=expected):
+            load_run_config("", [override], check=False)
+
+
+def test_scalars_in_text_fields_are_the_text_that_was_written(tmp_path):
+    config = load_run_config("", ["train.steps=1", "budget.vram=0", "run_dir=2024", "data.val_source=1e-4", "budget={ram: 0100, vram: 00}"])
+    assert (config.run_dir, config.data.val_source, config.budget.ram, config.budget.vram) == ("2024", "1e-4", "0100", "00")
+    assert load_run_config("", ["train.steps=1", "budget.vram=1GiB", "budget.vram="]).budget.vram == ""
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "run_dir: 010\ntrain: {steps: 3, tokens: 0}\nbudget: &sizes {vram: 0, ram: 4GiB}\n"
+        "data: {tokenizer: yes, sources: [{path: 2024, weight: 2, text_field: 1.50}]}\n"
+    )
+    config = load_run_config(path)
+    assert (config.run_dir, config.budget.vram, config.data.tokenizer, config.train.steps) == ("010", "0", "yes", 3)
+    source = config.data.sources[0]
+    assert (source.path, source.text_field, source.weight) == ("2024", "1.50", 2.0)
+
+
+@pytest.mark.parametrize("value", ["[a]", "[0]", "{a: 1}", "null"])
+def test_lists_and_maps_are_no_text(value):
+    assert "run_dir is " in (message := problems_of("train.steps=1", f"run_dir={value}"))
+    assert "expected text" in message
+
+
+@pytest.mark.parametrize("override", ["train.steps=", "optim.betas=null", "data.sources=null", "data.sources=[{path: a, subset: null}]"])
+def test_no_key_is_null(override):
+    assert "is None, expected " in problems_of("train.tokens=5M", override)
+
+
+@pytest.mark.parametrize("text", ["optim:\ntrain: {steps: 1}\n", "model: {lorpt: }\ntrain: {steps: 1}\n"])
+def test_no_section_is_null(tmp_path, text):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    assert "is None, expected a section with keys below it" in problems_of(path=path)
 
 
 def test_every_field_is_documented():
@@ -77,6 +168,11 @@ def test_all_problems_are_reported_at_once(tmp_path):
         ("train.weight_dtype=bf16 train.precision=fp32", "train.weight_dtype=bf16 needs train.precision bf16 or auto"),
         ("optim.betas=[0.9,1.0]", "optim.betas has 1.0, must be in [0, 1)"),
         ("model.dim", "--model.dim has no value"),
+        ("budget.vram=0 device=cuda", "budget.vram is 0 (no GPU), but device is cuda; set device=cpu or auto, or raise budget.vram"),
+        ("budget.vram=6GiB device=cpu", "budget.vram is 6GiB, but device is cpu, which has none; leave it out, or set device=cuda or auto"),
+        ("data.sources=[{path: a, max_bytes: -1}]", "data.sources[0].max_bytes is -1, must be 0 or more; 0 reads everything"),
+        ("data.tokenizer_vocab_size=1", "data.tokenizer_vocab_size is 1, must be at least 2; leave it out for 4096"),
+        ("run_dir=", "run_dir is empty, must name a folder; such as runs/default"),
     ],
 )
 def test_contradictions_are_named(override, expected):
@@ -84,9 +180,13 @@ def test_contradictions_are_named(override, expected):
 
 
 def _split(override: str) -> list[str]:
-    """Several overrides in one string are separated by a space before a section name."""
-    head, *rest = override.split(" train.")
-    return [head, *(f"train.{part}" for part in rest)]
+    """Several overrides in one string are separated by a space before train. or device=."""
+    return re.split(r" (?=train\.|device=)", override)
+
+
+@pytest.mark.parametrize("device, vram", [("cpu", "0"), ("cpu", ""), ("cuda", ""), ("cuda", "6GiB"), ("auto", "0"), ("auto", "6GiB")])
+def test_device_and_its_memory_agree(device, vram):
+    assert load_run_config("", ["train.steps=1", f"device={device}", f"budget.vram={vram}"]).budget.vram == vram
 
 
 def test_a_missing_file_names_those_that_exist(tmp_path):

@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from lowmem.cli import main
@@ -17,6 +16,7 @@ from tests.train.tiny_run import metrics
 
 ROOT = Path(__file__).parent.parent
 ZERO_FILES = sorted((ROOT / "configs" / "deepspeed").glob("*.json"))
+ZERO2 = (f"--engine.config={ROOT / 'configs/deepspeed/zero2.json'}",)
 STEPS = 20
 # The demo's model with less text per step, in fp32 so that only the order of sums differs between engines.
 ARGUMENTS = [
@@ -46,10 +46,8 @@ def workplace(tmp_path_factory) -> Path:
     return folder
 
 
-def launch(
-    folder: Path, name: str, *launcher: str, arguments: tuple[str, ...] = (), kill_after_lines: int = 0
-) -> subprocess.CompletedProcess:
-    """Run the launcher; with `kill_after_lines`, SIGKILL it and every rank once metrics.jsonl has that many lines."""
+def launch(folder: Path, name: str, *launcher: str, arguments: tuple[str, ...] = (), stop: int = 0) -> subprocess.CompletedProcess:
+    """Run the launcher; with `stop`, send that signal to it and every rank, as a terminal does, once 8 steps are done."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -59,13 +57,11 @@ def launch(
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment, start_new_session=True
     )
-    if kill_after_lines:
+    if stop:
         path = folder / name / "metrics.jsonl"
-        while process.poll() is None and not (path.exists() and path.read_text().count("\n") >= kill_after_lines):
+        while process.poll() is None and not (path.exists() and path.read_text().count("\n") >= 8):
             time.sleep(0.01)
-        ranks = psutil.Process(process.pid).children(recursive=True)
-        for victim in [*ranks, process]:
-            victim.send_signal(signal.SIGKILL)
+        os.killpg(process.pid, stop)
     output, errors = process.communicate(timeout=400)
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
@@ -85,19 +81,35 @@ def test_two_ranks_with_every_zero_file(workplace, path):
     assert losses(workplace / path.stem) == pytest.approx(losses(workplace / "local"), rel=RELATIVE)
 
 
-def test_two_ranks_killed_and_launched_again_end_bit_equal(workplace):
-    zero2 = (f"--engine.config={ROOT / 'configs/deepspeed/zero2.json'}",)
+@pytest.fixture(scope="module")
+def two_ranks(workplace) -> Path:
+    """The uninterrupted run on two ranks that others are compared with."""
     if not (workplace / "zero2").exists():
-        assert launch(workplace, "zero2", "--num_gpus", "2", arguments=zero2).returncode == 0
-    command_run = workplace / "killed"
-    killed = launch(workplace, "killed", "--num_gpus", "2", arguments=zero2, kill_after_lines=13)
-    assert killed.returncode != 0
-    assert len(losses(command_run)) < STEPS
-    again = launch(workplace, "killed", "--num_gpus", "2", arguments=zero2)
+        assert launch(workplace, "zero2", "--num_gpus", "2", arguments=ZERO2).returncode == 0
+    return workplace / "zero2"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_two_ranks_stopped_and_launched_again_end_bit_equal(workplace, two_ranks, number):
+    stopped_run = workplace / f"stopped-{number}"
+    stopped = launch(workplace, stopped_run.name, "--num_gpus", "2", arguments=ZERO2, stop=number)
+    assert stopped.returncode != 0
+    assert len(losses(stopped_run)) < STEPS
+    if number == signal.SIGINT:  # asked politely, the run saves where it is
+        assert "checkpoint saved" in stopped.stderr
+        assert f"step-{len(losses(stopped_run)):08d}\n" == (stopped_run / "checkpoints" / "latest").read_text()
+        assert "lowmem/train" not in stopped.stderr  # no traceback of ours; the launcher shows its own
+    again = launch(workplace, stopped_run.name, "--num_gpus", "2", arguments=ZERO2)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert metrics(command_run) == metrics(workplace / "zero2")
-    one, other = final_files(command_run), final_files(workplace / "zero2")
-    assert one == other
+    assert metrics(stopped_run) == metrics(two_ranks)
+    assert final_files(stopped_run) == final_files(two_ranks)
+
+
+def test_a_mistake_that_only_rank_0_sees_ends_all_ranks_with_its_code(workplace, two_ranks):
+    result = launch(workplace, "zero2", "--num_gpus", "2", arguments=(*ZERO2, "--optim.lr=0.5"))
+    assert result.returncode == 2
+    assert "holds a run with other settings: optim.lr was 0.003, now 0.5" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def final_files(run_dir: Path) -> dict[str, bytes]:

@@ -22,7 +22,9 @@ FLOORS = [
     {"models", "optim", "data", "memory"},
     {"nn"},
     {"devices"},
-    {"config_load", "config_check", "config", "arguments", "units", "errors"},
+    {"config_load", "config_dump"},
+    {"config_schema", "config_check"},
+    {"config", "arguments", "units", "errors"},
 ]
 FLOOR_OF = {name: height for height, names in enumerate(reversed(FLOORS)) for name in names}
 SOURCES = sorted([*(ROOT / "lowmem").rglob("*.py"), *(ROOT / "launch").glob("*.py"), *(ROOT / "profiling").glob("*.py")])

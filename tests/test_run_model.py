@@ -1,4 +1,3 @@
-import copy
 import json
 import shutil
 from dataclasses import replace
@@ -7,7 +6,7 @@ import pytest
 import torch
 
 from lowmem.config import ModelConfig, RunConfig
-from lowmem.config_load import dump_run_config, load_run_config
+from lowmem.config_dump import dump_run_config
 from lowmem.data.simple_tokenizers import ByteTokenizer
 from lowmem.engine.tensor_file import write_tensors
 from lowmem.errors import CheckpointError, DataError
@@ -15,20 +14,6 @@ from lowmem.models.registry import build_model
 from lowmem.run_model import load_run_model
 
 MODEL = ModelConfig(dim=16, hidden_dim=24, num_layers=2, num_heads=2, vocab_size=260, max_seq_len=32)
-CONFIGURATIONS: dict[str, RunConfig] = {}
-
-
-@pytest.fixture(autouse=True)
-def configurations_read_once(monkeypatch):
-    """Checking a whole configuration takes a second or two, and all runs here have one of a few."""
-
-    def load(path):
-        text = path.read_text()
-        if text not in CONFIGURATIONS:
-            CONFIGURATIONS[text] = load_run_config(path)
-        return copy.deepcopy(CONFIGURATIONS[text])
-
-    monkeypatch.setattr("lowmem.run_model.load_run_config", load)
 
 
 def write_run(run_dir, model_config=MODEL, *, dtype=torch.float32, steps=(5, 10)):

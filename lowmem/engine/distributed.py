@@ -3,11 +3,14 @@
 import gc
 import logging
 import os
+import re
 import socket
 import sys
+import time
 import warnings
 from datetime import timedelta
 from types import ModuleType
+from typing import NoReturn
 
 import torch
 
@@ -16,6 +19,8 @@ from lowmem.errors import ConfigError
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 # A rank may wait while another one tokenises a corpus. Hanging is no danger: the launcher ends all ranks when one dies.
 _TIMEOUT = timedelta(hours=12)
+_LAUNCHER_PATIENCE_S = 60.0
+_PEER_FAILURE = re.compile(r"connection (closed|reset)|broken pipe|timed out waiting|remote process exited", re.IGNORECASE)
 # DeepSpeed warns about what lowmem does on purpose or reports itself.
 _EXPECTED_MESSAGES = ("**** You are using ZeRO with an untested optimizer", "[deepspeed] OVERFLOW!")
 
@@ -114,6 +119,25 @@ def destroy_process_group() -> None:
     # Reference cycles keep groups, and their threads, alive. A thread that asks for the interpreter while it shuts down aborts the
     # process, after everything was done right.
     gc.collect()
+
+
+def is_peer_failure(error: BaseException) -> bool:
+    """Whether an error only says that another rank has gone away."""
+    return isinstance(error, RuntimeError) and world_size() > 1 and bool(_PEER_FAILURE.search(str(error)))
+
+
+def wait_for_launcher() -> None:
+    """Wait to be ended by the launcher, which saw the rank that failed: its message and its exit code are the ones that count."""
+    time.sleep(_LAUNCHER_PATIENCE_S)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process; at once if ranks are still connected, because parting politely would wait for ranks that are stuck."""
+    if torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _quieten(logger: logging.Logger, debug: bool) -> None:

@@ -35,12 +35,16 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> tup
 
 
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], scalars: Scalars) -> None:
-    """Put back what `optimizer_tensors` returned; states move to the device of their parameter.
+    """Put back copies of what `optimizer_tensors` returned, each on the device of its parameter.
+
+    Nothing refers to `tensors` afterwards: those of a safetensors file are mapped onto it, and training would fault, or
+    compute with another run's states, once the file is truncated or rewritten.
 
     Args:
         tensors: consumed: each entry is removed as it is placed, so that host copies do not add up.
     Raises:
         CheckpointError: a state names a parameter that the model does not have.
+    Memory: the states; they grow as `tensors` shrinks.
     """
     host_only = {"step"} if not any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups) else set()
     parameters = dict(model.named_parameters())
@@ -50,7 +54,8 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
         if name not in parameters:
             raise CheckpointError(f"the checkpoint has optimizer state for {name}, which this model does not have")
         parameter, value = parameters[name], tensors.pop(full_name)
-        optimizer.state[parameter][key] = value if key in host_only else value.to(parameter.device)
+        device = value.device if key in host_only else parameter.device
+        optimizer.state[parameter][key] = value.to(device, copy=True)
     for name, values in scalars.items():
         if name not in parameters:
             raise CheckpointError(f"the checkpoint has optimizer state for {name}, which this model does not have")

@@ -4,6 +4,7 @@ import re
 
 import torch
 
+from lowmem.memory.procfs import status_bytes
 from lowmem.units import format_bytes
 
 _OOM_TEXT = re.compile(r"can't allocate memory|cannot allocate memory|not enough memory|std::bad_alloc|out of memory", re.IGNORECASE)
@@ -24,6 +25,12 @@ def limit_host_memory(limit_bytes: int) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if hard != resource.RLIM_INFINITY and limit_bytes > hard:
         limit_bytes = hard
+    used_bytes = (status_bytes() or {}).get("VmData", 0)  # what the kernel compares with the limit; unknown outside Linux
+    if used_bytes > limit_bytes:
+        raise ValueError(
+            f"this process already has {format_bytes(used_bytes)} of private memory, its limit is {format_bytes(limit_bytes)}; "
+            "use a larger budget.ram, or leave it empty"
+        )
     resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, hard))
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from lowmem.config import OptimConfig
 from lowmem.errors import ConfigError
+from lowmem.nn.positions import LearnedPositions
 
 _EXTRAS = {"bitsandbytes": "bnb", "lion_pytorch": "lion", "deepspeed": "deepspeed"}
 
@@ -35,9 +36,9 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, *, offload: bool = Fal
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two parameter groups: matrices decay; norms, biases, other 1-D parameters and embeddings do not.
 
-    A tied head is the embedding's own matrix, so it does not decay either.
+    Learned positions are embeddings too. A tied head is the embedding's own matrix, so it does not decay either.
     """
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding | LearnedPositions)}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decayed = [p for p in trainable if p.ndim >= 2 and id(p) not in embeddings]
     rest = [p for p in trainable if p.ndim < 2 or id(p) in embeddings]

@@ -104,10 +104,17 @@ class CheckpointStore:
             renamed.append(target.name)
         return renamed
 
-    def remove_unfinished(self) -> None:
-        """Delete what a killed save left behind."""
-        for path in self.root.glob(".*ing-*") if self.root.is_dir() else ():
+    def repair(self, step: int, best_step: int) -> None:
+        """Before going on from `step` (0: from the start): delete what a killed save left, point `latest` and `best` to what is there."""
+        if not self.root.is_dir():
+            return
+        for path in self.root.glob(".*ing-*"):
             shutil.rmtree(path, ignore_errors=True)
+        for pointer, wanted in (("latest", step), ("best", best_step)):
+            if self.path(wanted).is_dir():
+                self._point(pointer, self.path(wanted).name)
+            else:
+                (self.root / pointer).unlink(missing_ok=True)
 
     def _publish(self, writing: Path, name: str) -> None:
         """Rename to the final name; a checkpoint of the same step steps aside first and is deleted after."""

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 
 from lowmem.config import RunConfig
-from lowmem.devices import resolve_device, resolve_precision
+from lowmem.data.simple_tokenizers import ByteTokenizer
+from lowmem.devices import resolve_precision
 from lowmem.errors import ConfigError
 from lowmem.models.registry import build_model
+from lowmem.train.setup import chosen_device
 
-_TOKENIZER_SIZES = {"bytes": 257}
 _STATES = {"adamw": 2, "lion": 1}
 
 
@@ -21,7 +22,7 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
         ConfigError: the device cannot do what is asked, or the vocabulary is not known before the text is read.
     Memory: none for the model; it is built without storage.
     """
-    device = resolve_device(config.device)
+    device = chosen_device(config)
     config.train.precision = resolve_precision(config.train.precision, device)
     config.device = device.type  # type: ignore[assignment]
     config.model.vocab_size = config.model.vocab_size or _vocab_size(config)
@@ -52,6 +53,6 @@ def _vocab_size(config: RunConfig) -> int:
     name = config.data.tokenizer
     if name in ("bpe", "chunk"):
         return config.data.tokenizer_vocab_size
-    if name in _TOKENIZER_SIZES:
-        return _TOKENIZER_SIZES[name]
+    if name == "bytes":
+        return ByteTokenizer().vocab_size
     raise ConfigError(f"data.tokenizer={name} has a size that only the text or the file tells; set model.vocab_size for a dry run")

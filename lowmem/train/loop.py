@@ -28,6 +28,7 @@ class Run:
         config: resolved.
         run_dir: rank 0 only, None elsewhere.
         loggers: rank 0 only, empty elsewhere.
+        resumed: whether it goes on from a checkpoint.
     """
 
     config: RunConfig
@@ -38,6 +39,7 @@ class Run:
     display: ProgressDisplay
     run_dir: RunDir | None
     loggers: list[MetricsLogger]
+    resumed: bool = False
 
 
 def train(run: Run) -> None:
@@ -59,9 +61,12 @@ def train(run: Run) -> None:
             result = engine.step(batch, lr)
             _count(run, batch, result)
             _report_step(run, batch, result, lr, time.perf_counter() - started)
+            _check_divergence(run, result)
             improved = _due(config.train.eval_every, state.step, total) and _evaluate(run)
             stopping = engine.any_rank(bool(stop.exit_code))
-            if stopping or improved or _due(config.train.save_every, state.step, total) or state.step == total:
+            # within a bad streak the weights may be broken already: they must not push out the last good checkpoint
+            due = _due(config.train.save_every, state.step, total) and not state.bad_steps
+            if stopping or improved or due or state.step == total:
                 save(run)
             if stopping and state.step < total:
                 raise StoppedBySignal(
@@ -89,13 +94,18 @@ def _count(run: Run, batch: Batch, result: StepResult) -> None:
         state.skipped_steps += 1
     elif not result.skipped:
         state.bad_steps = 0
+
+
+def _check_divergence(run: Run, result: StepResult) -> None:
+    state = run.state
     if state.bad_steps >= run.config.train.max_bad_steps:
         steps, optim = run.checkpoints.steps(), run.config.optim
         remedy = f"the last checkpoint is step {steps[-1]}" if steps else "no checkpoint was saved yet"
         raise DivergedError(
             f"loss or gradients were not finite for {state.bad_steps} steps in a row up to step {state.step} "
             f"(loss {result.loss}, gradient norm {result.grad_norm}; train.max_bad_steps is {run.config.train.max_bad_steps}); "
-            f"{remedy}; lower optim.lr ({optim.lr}), lengthen optim.warmup_steps or set optim.clip"
+            f"{remedy}; lower optim.lr ({optim.lr}), lengthen optim.warmup_steps or set optim.clip, "
+            "with --fresh or in another run_dir"
         )
 
 

@@ -5,11 +5,19 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lowmem.config import RunConfig
-from lowmem.config_load import dump_run_config, field_docs, load_run_config
-from lowmem.engine.distributed import launched_by_deepspeed
-from lowmem.errors import ConfigError, MemoryBudgetError
+from lowmem.config_dump import dump_run_config
+from lowmem.config_load import load_run_config
+from lowmem.config_schema import field_docs
+from lowmem.engine import distributed
+from lowmem.errors import ConfigError, MemoryBudgetError, StoppedBySignal, StorageError
+
+if TYPE_CHECKING:
+    from lowmem.memory.measure import PeakMemory
+    from lowmem.train.loop import Run
 
 
 def pretrain_main(argv: Sequence[str]) -> int:
@@ -23,9 +31,9 @@ def pretrain_main(argv: Sequence[str]) -> int:
         LowmemError: every failure that a user can cause; the caller prints it and exits with its code.
     """
     flags, overrides = _parse(argv)
-    if flags.local_rank is not None or launched_by_deepspeed():
+    if flags.local_rank is not None or distributed.launched_by_deepspeed():
         overrides.append("engine.name=deepspeed")
-    config = load_run_config(flags.config, overrides)
+    config = load_run_config(flags.config, overrides, check=not flags.print_config)
     if flags.print_config:
         sys.stdout.write(dump_run_config(config, comments=True))
         return 0
@@ -35,56 +43,68 @@ def pretrain_main(argv: Sequence[str]) -> int:
 
 
 def _train(config: RunConfig, flags: argparse.Namespace) -> int:
-    from lowmem.engine.distributed import rank
     from lowmem.memory.budget import is_out_of_memory
     from lowmem.memory.measure import measure_peak
     from lowmem.train.loop import train
     from lowmem.train.progress import make_display
     from lowmem.train.setup import set_up
 
-    display = make_display(quiet=flags.quiet or rank() != 0)
+    display = make_display(quiet=flags.quiet or distributed.rank() != 0)
     run = None
+    together = True  # whether all ranks end here, for the same reason
     try:
         with measure_peak() as peak:
             run = set_up(config, display, fresh=flags.fresh, resume=flags.resume)
             train(run)
     except (MemoryError, RuntimeError) as error:
+        together = False
+        if distributed.is_peer_failure(error):
+            distributed.wait_for_launcher()
         if not is_out_of_memory(error):
             raise
         raise MemoryBudgetError(
             f"memory ran out (budget.ram={config.budget.ram or 'none'}, budget.vram={config.budget.vram or 'none'}): {_first_line(error)}; "
             "use a smaller train.micro_batch_size, train.activation_checkpointing=block, or a larger budget"
         ) from error
+    except StoppedBySignal:
+        raise
+    except BaseException:
+        together = False
+        raise
     finally:
         display.close()
         if run is not None:
-            _finish(run, peak)
+            _finish(run, peak, disconnect=together or run.engine.world_size == 1)
     return 0
 
 
-def _finish(run, peak) -> None:
-    """Write memory.json, close loggers and ranks; also after a stop or a failure."""
-    if run.run_dir is not None:
-        run.run_dir.write_json("memory.json", memory_report(run, peak))
-        run.run_dir.close()
+def _finish(run: "Run", peak: "PeakMemory", disconnect: bool) -> None:
+    """Write memory.json, close loggers and ranks; also after a stop or a failure.
+
+    Args:
+        disconnect: part from the other ranks; false after a failure, which the others may not share.
+    """
     for logger in run.loggers:
         logger.close()
-    run.engine.close()
+    if run.run_dir is not None:
+        try:
+            run.run_dir.write_json("memory.json", memory_report(run, peak))
+        except StorageError as error:  # the run's own outcome matters more
+            run.display.message(str(error))
+        run.run_dir.close()
+    if disconnect:
+        run.engine.close()
 
 
-def memory_report(run, peak) -> dict:
-    """The content of memory.json: budget, what is known beforehand, what was measured."""
-    components = run.engine.memory_components()
-    return {
-        "budget": asdict(run.config.budget),
-        "predicted": None,
-        "measured": {
-            "host_peak_bytes": peak.host_peak_bytes,
-            "cuda_allocated_peak_bytes": peak.cuda_allocated_peak_bytes,
-            "cuda_reserved_peak_bytes": peak.cuda_reserved_peak_bytes,
-            "components": components,
-        },
-    }
+def memory_report(run: "Run", peak: "PeakMemory") -> dict[str, Any]:
+    """The content of memory.json: budget, what is known beforehand, what was measured; peaks over all legs of a resumed run."""
+    measured: dict[str, Any] = peak.as_dict()
+    path = Path(run.config.run_dir) / "memory.json"
+    if path.exists() and run.resumed:
+        before = json.loads(path.read_text())["measured"]
+        measured = {name: max(value, before.get(name, 0)) for name, value in measured.items()}
+    measured["components"] = run.engine.memory_components()
+    return {"budget": asdict(run.config.budget), "predicted": None, "measured": measured}
 
 
 def _dry_run(config: RunConfig, *, as_json: bool) -> int:

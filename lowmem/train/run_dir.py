@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.config import RunConfig
-from lowmem.config_load import dump_run_config, load_run_config
+from lowmem.config_dump import dump_run_config
+from lowmem.config_load import load_run_config
 from lowmem.errors import ConfigError
 from lowmem.train.checkpoint import storage_error
 
@@ -38,12 +39,15 @@ class RunDir:
 
     def start_over(self) -> Path | None:
         """Move what is there to PATH.old-N and begin an empty directory; the new name, None if there was nothing."""
-        if not (self.path / "config.yaml").exists():
+        if not any((self.path / name).exists() for name in ("config.yaml", "checkpoints", "metrics.jsonl")):
             return None
-        number = 1
-        while (old := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
+        here, number = self.path.resolve(), 1
+        while (old := here.with_name(f"{here.name}.old-{number}")).exists():
             number += 1
-        self.path.rename(old)
+        try:
+            here.rename(old)
+        except OSError as error:
+            raise storage_error(error, old) from error
         self.close()
         self._lock = self._acquire()
         return old
@@ -58,8 +62,10 @@ class RunDir:
         """
         saved_path = self.path / "config.yaml"
         if not saved_path.exists():
-            return
-        saved, wanted = _flat(asdict(load_run_config(saved_path))), _flat(asdict(config))
+            raise ConfigError(
+                f"{self.path} has checkpoints but no config.yaml, so it cannot be resumed safely; put it back, or use --fresh"
+            )
+        saved, wanted = _flat(asdict(load_run_config(saved_path, check=False))), _flat(asdict(config))
         free = FREE_KEYS if resolved else FREE_KEYS | RESOLVED_KEYS
         changed = [key for key in wanted if key not in free and wanted[key] != saved.get(key)]
         if changed:

@@ -38,7 +38,7 @@ def set_up(config: RunConfig, display: ProgressDisplay, *, fresh: bool = False, 
     Raises:
         ConfigError, DataError, CheckpointError, StorageError, MemoryBudgetError: see `lowmem.errors`.
     """
-    device = _device(config)
+    device = _rank_device(config)
     _set_threads(config.train.threads)
     _enforce_budget(config, device)
     if config.engine.name == "deepspeed":
@@ -120,32 +120,29 @@ def _build_engine(config: RunConfig, model: LanguageModel, device: torch.device)
 
 
 def _resume(run: Run, skip_damaged: bool) -> None:
-    if run.run_dir is not None:
-        run.checkpoints.remove_unfinished()
-    run.engine.barrier()
+    run.engine.barrier()  # rank 0 may have moved an old run aside
     found = run.checkpoints.newest_valid(skip_damaged=skip_damaged)
-    if found is None:
+    if found is not None:
+        path, values = found
+        state = TrainState.from_json(values)
         if run.run_dir is not None:
-            run.run_dir.truncate_metrics(0)
-        return
-    path, values = found
-    state = TrainState.from_json(values)
+            run.run_dir.check_compatible(run.config, resolved=True)
+        if state.data_fingerprint != run.data.fingerprint:
+            raise ConfigError(
+                f"{path} was trained on other text or another tokenizer ({state.data_fingerprint[:12]}, now {run.data.fingerprint[:12]}); "
+                "restore the files it was trained on, choose another run_dir, or start over with --fresh"
+            )
+        run.engine.load(path, state.engine)
+        run.data.train.load_state_dict(state.data)
+        run.state, run.resumed = state, True
+    run.engine.barrier()  # everyone has read before rank 0 tidies up
     if run.run_dir is not None:
-        run.run_dir.check_compatible(run.config, resolved=True)
-    if state.data_fingerprint != run.data.fingerprint:
-        raise ConfigError(
-            f"{path} was trained on other text or another tokenizer ({state.data_fingerprint[:12]}, now {run.data.fingerprint[:12]}); "
-            "restore the files it was trained on, choose another run_dir, or start over with --fresh"
-        )
-    run.engine.load(path, state.engine)
-    run.data.train.load_state_dict(state.data)
-    run.state = state
-    run.engine.barrier()
-    if run.run_dir is not None:
-        for name in run.checkpoints.set_aside_after(state.step):
+        for name in run.checkpoints.set_aside_after(run.state.step):
             run.display.message(f"damaged checkpoint kept as {name}")
-        run.run_dir.truncate_metrics(state.step)
-        run.display.message(f"resumed from {path}")
+        run.checkpoints.repair(run.state.step, run.state.best_step)
+        run.run_dir.truncate_metrics(run.state.step)
+        if found is not None:
+            run.display.message(f"resumed from {found[0]}")
 
 
 def _check_run_dir(run_dir: RunDir, config: RunConfig, fresh: bool, display: ProgressDisplay) -> None:
@@ -158,9 +155,13 @@ def _check_run_dir(run_dir: RunDir, config: RunConfig, fresh: bool, display: Pro
         run_dir.check_compatible(config, resolved=False)
 
 
-def _device(config: RunConfig) -> torch.device:
-    name = "cpu" if _is_zero(config.budget.vram) and config.device == "auto" else config.device
-    device = distributed.rank_device(resolve_device(name))
+def chosen_device(config: RunConfig) -> torch.device:
+    """Where the run computes; budget.vram=0 says that there is no GPU."""
+    return resolve_device("cpu" if _is_zero(config.budget.vram) and config.device == "auto" else config.device)
+
+
+def _rank_device(config: RunConfig) -> torch.device:
+    device = distributed.rank_device(chosen_device(config))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device

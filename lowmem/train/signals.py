@@ -1,10 +1,13 @@
-"""SIGTERM and Ctrl-C ask a run to stop after the step in progress; a second one stops at once."""
+"""SIGTERM and Ctrl-C ask a run to stop after the step in progress; a second one, later, stops at once."""
 
 import signal
+import time
 from types import FrameType
 
 from lowmem.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
 
+# DeepSpeed's launcher answers a terminal's Ctrl-C with a SIGTERM of its own: two signals for one wish.
+_SAME_WISH_S = 2.0
 _EXIT_CODES = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED}
 
 
@@ -17,6 +20,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.exit_code = 0
+        self._asked_at = 0.0
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -30,5 +34,8 @@ class StopRequest:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.exit_code:
+            if time.monotonic() - self._asked_at < _SAME_WISH_S:
+                return
             raise KeyboardInterrupt
+        self._asked_at = time.monotonic()
         self.exit_code = _EXIT_CODES[signal.Signals(number)]

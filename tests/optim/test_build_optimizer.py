@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem.config import OptimConfig
+from lowmem.config import LorptConfig, ModelConfig, OptimConfig
 from lowmem.errors import ConfigError
+from lowmem.models.registry import build_model
 from lowmem.optim.build import build_optimizer, decay_groups
 from lowmem.optim.clip import clip_gradients, global_norm
 
@@ -29,6 +30,34 @@ def test_only_matrices_decay():
     assert decayed["weight_decay"] == 0.1
     assert rest["weight_decay"] == 0.0
     assert len(rest["params"]) == 5  # embedding, linear bias, norm weight and bias, scale
+
+
+def decay_by_name(config: ModelConfig) -> dict[str, float]:
+    """Weight decay of every parameter of a model, by the parameter's name."""
+    model = build_model(config, vocab_size=19, max_seq_len=12, seed=0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = decay_groups(model, 0.1)
+    found = {names[id(parameter)]: group["weight_decay"] for group in groups for parameter in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(found) == len(names)  # each exactly once
+    return found
+
+
+DECAYED_DECODER = {"attention.qkv.weight", "attention.out.weight", "mlp.gate_up.weight", "mlp.down.weight"}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embedding_and_learned_positions_of_a_decoder_do_not_decay(tied):
+    decay = decay_by_name(ModelConfig(dim=16, num_layers=2, num_heads=2, positions="learned", tie_embeddings=tied))
+    assert decay["embedding.weight"] == decay["positions.weight"] == decay["norm.weight"] == 0.0
+    expected = {f"blocks.{layer}.{name}" for layer in range(2) for name in DECAYED_DECODER} | (set() if tied else {"head.weight"})
+    assert {name for name, value in decay.items() if value} == expected
+
+
+def test_embedding_and_learned_positions_of_i3_do_not_decay():
+    decay = decay_by_name(ModelConfig(name="i3", dim=16, num_layers=2, attention_rank=4, state_dim=4, lorpt=LorptConfig(rank=4)))
+    assert decay["embedding.weight"] == decay["positions.weight"] == 0.0
+    assert decay["head.down"] == decay["head.up"] == 0.1
+    assert all(value == 0.0 for name, value in decay.items() if name.endswith("bias") or "norm" in name)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,11 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from lowmem.cli import main
+from lowmem.engine.tensor_file import read_tensors
+from lowmem.train.checkpoint import CheckpointStore, damage
 from tests.train.tiny_run import final_bits, lowmem, metrics, tiny_arguments, write_text
 
 
@@ -63,6 +66,18 @@ def _signal_after_lines(path: Path, lines: int, number: int) -> None:
     while not path.exists() or path.read_text().count("\n") < lines:
         pass
     os.kill(os.getpid(), number)
+
+
+def test_running_a_finished_run_again_changes_nothing_and_mends_its_pointers(workplace):
+    assert pretrain(workplace, "finished", train__steps=6) == 0
+    run_dir = workplace / "finished"
+    memory = json.loads((run_dir / "memory.json").read_text())["measured"]["host_peak_bytes"]
+    before = final_bits(run_dir), metrics(run_dir)
+    (run_dir / "checkpoints" / "latest").write_text("step-00000003\n")  # killed between publishing and pointing
+    assert pretrain(workplace, "finished", train__steps=6) == 0
+    assert (final_bits(run_dir), metrics(run_dir)) == before
+    assert (run_dir / "checkpoints" / "latest").read_text() == "step-00000006\n"
+    assert json.loads((run_dir / "memory.json").read_text())["measured"]["host_peak_bytes"] >= memory
 
 
 def test_more_steps_go_on_as_if_asked_for_at_once(workplace):
@@ -124,7 +139,7 @@ def test_divergence_ends_with_6_and_keeps_the_last_good_checkpoint(workplace, ca
     code = pretrain(
         workplace,
         "diverged",
-        optim__lr=1e38,
+        optim__lr=1e25,
         optim__clip=0,
         optim__warmup_steps=0,
         optim__schedule="constant",
@@ -136,11 +151,15 @@ def test_divergence_ends_with_6_and_keeps_the_last_good_checkpoint(workplace, ca
     assert "4 steps in a row" in message
     assert "the last checkpoint is step" in message
     records = [json.loads(line) for line in (workplace / "diverged" / "metrics.jsonl").read_text().splitlines()]
-    assert any(record.get("skipped") == "nonfinite" for record in records)
-    from lowmem.train.checkpoint import CheckpointStore, damage
-
+    bad = [record["step"] for record in records if record.get("skipped") == "nonfinite"]
+    assert bad[-4:] == list(range(bad[-4], bad[-4] + 4))
     store = CheckpointStore(workplace / "diverged", 2)
-    assert damage(store.path(store.steps()[-1])) == ""
+    newest = store.steps()[-1]
+    assert damage(store.path(newest)) == ""
+    assert newest < bad[-4]  # nothing was saved within the streak, so nothing good was pruned
+    weights = read_tensors(store.path(newest) / "model.safetensors")
+    assert all(torch.isfinite(tensor).all() for _, tensor in weights)
+    assert "with --fresh or in another run_dir" in message
 
 
 @pytest.mark.slow

@@ -79,3 +79,12 @@ def test_a_path_that_cannot_be_written_is_a_storage_error(tmp_path, monkeypatch)
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(StorageError, match="Read-only file system"):
         RunDir(tmp_path / "run")
+
+
+def test_checkpoints_without_their_configuration_are_neither_resumed_nor_lost(tmp_path):
+    run_dir = RunDir(tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="has checkpoints but no config.yaml"):
+        run_dir.check_compatible(config(), resolved=True)
+    assert run_dir.start_over() == tmp_path / "run.old-1"
+    assert (tmp_path / "run.old-1" / "checkpoints" / "step-00000001").exists()

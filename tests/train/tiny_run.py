@@ -53,9 +53,11 @@ def lowmem(*arguments: object, **environment: str) -> subprocess.CompletedProces
 
 
 def final_bits(run_dir: Path) -> dict[str, bytes]:
-    """Weights, optimizer states and loop state of the newest checkpoint, as bytes."""
-    newest = sorted((run_dir / "checkpoints").glob("step-????????"))[-1]
-    return {name: (newest / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors", "state.json")}
+    """Weights, optimizer states and loop state of the newest checkpoint, and the pointers, as bytes."""
+    folder = run_dir / "checkpoints"
+    newest = sorted(folder.glob("step-????????"))[-1]
+    files = {name: (newest / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors", "state.json")}
+    return files | {name: (folder / name).read_bytes() for name in ("latest", "best") if (folder / name).exists()}
 
 
 def metrics(run_dir: Path) -> list[dict]:

@@ -1,0 +1,107 @@
+"""Memory limits in fresh processes: refused when already exceeded, and an error, not a kill, for what goes past them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lowmem.memory.procfs import status_bytes
+from tests.train.tiny_run import ROOT, lowmem, tiny_arguments, write_text
+
+pytestmark = pytest.mark.skipif("VmData" not in (status_bytes() or {}), reason="this kernel does not tell a process's private memory")
+
+MIB = 1 << 20
+
+
+def python(code: str, *arguments: object) -> str:
+    """What a fresh process prints."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_a_limit_below_what_is_used_is_refused_and_not_set():
+    code = """
+import resource
+from lowmem.memory.budget import limit_host_memory
+ballast = b"x" * (100 << 20)
+before = resource.getrlimit(resource.RLIMIT_DATA)
+try:
+    limit_host_memory(100 << 20)  # the ballast alone takes as much, the interpreter and torch come on top
+except ValueError as error:
+    print(error)
+assert resource.getrlimit(resource.RLIMIT_DATA) == before
+"""
+    message = python(code)
+    assert message.startswith("this process already has ")
+    assert "its limit is 100" in message
+    assert message.endswith("use a larger budget.ram, or leave it empty")
+
+
+def test_allocations_past_the_limit_raise_out_of_memory_and_the_process_lives_on():
+    code = """
+import numpy, torch
+from lowmem.memory.budget import is_out_of_memory, limit_host_memory
+from lowmem.memory.procfs import status_bytes
+limit_host_memory(status_bytes()["VmData"] + (200 << 20))
+size = 400 << 20
+for allocate in (lambda: torch.empty(size, dtype=torch.uint8), lambda: bytearray(size), lambda: numpy.empty(size, numpy.uint8)):
+    try:
+        allocate()
+    except (MemoryError, RuntimeError) as error:
+        print(is_out_of_memory(error))
+    fits = torch.ones(50 << 20, dtype=torch.uint8)
+    assert fits[-1] == 1
+    del fits
+print(is_out_of_memory(RuntimeError("shapes differ")), is_out_of_memory(ValueError("out of memory")))
+"""
+    assert python(code).split() == ["True", "True", "True", "False", "False"]
+
+
+SET_UP = """
+import sys
+from lowmem.config_load import load_run_config
+from lowmem.memory.procfs import status_bytes
+from lowmem.train.progress import make_display
+from lowmem.train.setup import set_up
+run = set_up(load_run_config("", sys.argv[1:]), make_display(quiet=True))
+print(status_bytes()["VmData"])
+"""
+
+
+@pytest.mark.slow
+def test_a_step_that_is_too_big_ends_with_3_and_a_smaller_micro_batch_fits(tmp_path: Path):
+    write_text(tmp_path / "text.txt", lines=6000)
+    # A step keeps more than qkv (3 * 64 numbers) and gate_up (2 * 192) of each of 2 layers and 256 * 256 tokens in fp32:
+    # 2 * 576 * 65536 * 4 bytes = 302 MB. The limit leaves 160 MiB = 168 MB above what set-up needs, measured without a limit;
+    # micro-batches of 4 sequences need a 64th of a step's activations.
+    shape: dict[str, object] = {
+        "model.dim": 64, "data.seq_len": 256, "train.global_batch_size": 256, "train.micro_batch_size": 256, "train.steps": 1,
+        "train.activation_checkpointing": "none", "train.eval_every": 0,
+    }  # fmt: skip
+
+    def arguments(name: str, **more: object) -> list[str]:
+        return tiny_arguments(tmp_path / name, tmp_path / "text.txt", **{**shape, **more})
+
+    set_up_bytes = int(python(SET_UP, *(argument.removeprefix("--") for argument in arguments("measured"))))
+    limit = {"budget.ram": f"{set_up_bytes // MIB + 160}MiB"}
+    refused = lowmem("pretrain", "--quiet", *arguments("big", **limit))
+    assert refused.returncode == 3, refused.stderr
+    assert refused.stderr.startswith(f"lowmem: error: memory ran out (budget.ram={limit['budget.ram']}, ")
+    assert "smaller train.micro_batch_size" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+    assert not list((tmp_path / "big" / "checkpoints").glob("step-*"))
+    assert (tmp_path / "big" / "config.yaml").exists()  # set-up had passed
+    fitting = lowmem("pretrain", "--quiet", *arguments("fitting", **limit, **{"train.micro_batch_size": 4}))
+    assert fitting.returncode == 0, fitting.stderr
+
+
+@pytest.mark.slow
+def test_a_budget_below_what_the_program_itself_needs_is_a_configuration_error(tmp_path: Path):
+    write_text(tmp_path / "text.txt")
+    result = lowmem("pretrain", "--quiet", *tiny_arguments(tmp_path / "run", tmp_path / "text.txt", budget__ram="20MiB"))
+    assert result.returncode == 2, result.stderr
+    assert "its limit is 20" in result.stderr
+    assert "Traceback" not in result.stderr
