@@ -1,14 +1,16 @@
 """lowmem: train language models inside a memory budget."""
 
+import importlib
+
 __version__ = "0.1.0"
 
-__all__ = ["LoRPtLinear", "__version__"]
+__all__ = ["LoRPtLinear", "__version__", "memory"]
 
 
 def __getattr__(name: str):
-    """Import torch only when something that needs it is asked for."""
+    """Import what is asked for, when it is asked for: `import lowmem` loads no torch."""
     if name == "LoRPtLinear":
-        from lowmem.nn.lorpt import LoRPtLinear
-
-        return LoRPtLinear
+        return importlib.import_module("lowmem.nn.lorpt").LoRPtLinear
+    if name == "memory":
+        return importlib.import_module("lowmem.memory")
     raise AttributeError(f"module 'lowmem' has no attribute {name!r}")

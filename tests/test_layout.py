@@ -75,3 +75,14 @@ def test_import_is_quick_and_light():
 def test_architecture_names_every_file():
     page = (ROOT / "ARCHITECTURE.md").read_text()
     assert [str(path.relative_to(ROOT)) for path in SOURCES if path.name != "__init__.py" and f"`{path.name}`" not in page] == []
+
+
+def test_what_users_script_against_is_there():
+    import lowmem
+
+    assert lowmem.LoRPtLinear(64, 64, rank=8).up.shape == (64, 8)
+    with lowmem.memory.measure_peak() as peak:
+        pass
+    assert peak.host_peak_bytes > 0
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        lowmem.nothing  # noqa: B018
