@@ -163,10 +163,13 @@ def test_without_proc_psutil_answers(monkeypatch):
     monkeypatch.setattr(host, "child_pids", lambda: None)
     resident, high_water = host.own_memory()
     assert 0 < resident <= high_water + TOLERANCE_MIB * 2**20
+    others = host.ChildMemory().sample()[0]  # an idle helper process of another test's library may still be there
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
-        assert host.ChildMemory().sample()[0] > 0
+        assert host.ChildMemory().sample()[0] > others + 2**20
         child.communicate(b"\n")
-    assert host.ChildMemory().sample() == (0, 0)
+    after, peaks = host.ChildMemory().sample()
+    assert abs(after - others) < 2**20
+    assert peaks == 0
 
 
 def test_without_cuda_its_numbers_are_zero():

@@ -1,6 +1,6 @@
-"""Runs a lowmem command and kills its own process (SIGKILL) at the n-th file operation inside the run directory.
+"""Runs a lowmem command and kills its own process (SIGKILL) at the n-th file operation on paths that begin with FOLDER.
 
-usage: python kill_driver.py RUN_DIR EVENT DELAY_S COMMAND [ARGUMENTS]
+usage: python kill_driver.py FOLDER EVENT DELAY_S COMMAND [ARGUMENTS]
 
 Python's audit hooks report every open, rename, mkdir, remove and truncate, so EVENT reaches every moment of a save; DELAY_S
 lets the kill fall inside the write that follows. With EVENT 0 nothing is killed and the number of events goes to standard output.
@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 
-RUN_DIR, EVENT, DELAY_S = os.path.abspath(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+FOLDER, EVENT, DELAY_S = os.path.abspath(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 WATCHED = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.scandir"}
 count = 0
 
@@ -24,7 +24,7 @@ def on_audit(event: str, arguments: tuple) -> None:
     global count
     if event not in WATCHED or not isinstance(arguments[0], (str, os.PathLike)):
         return
-    if os.path.abspath(os.fspath(arguments[0])).startswith(RUN_DIR):
+    if os.path.abspath(os.fspath(arguments[0])).startswith(FOLDER):
         count += 1
         if count == EVENT:
             threading.Timer(DELAY_S, kill).start() if DELAY_S else kill()
