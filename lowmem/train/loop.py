@@ -52,6 +52,9 @@ def train(run: Run) -> None:
     """
     config, state, engine = run.config, run.state, run.engine
     total = config.total_steps()
+    if state.step >= total:
+        run.display.message(f"the run is complete at step {state.step}; raise train.steps to go on, or start over with --fresh")
+        return
     run.display.start(total, state.step)
     with StopRequest() as stop:
         while state.step < total:
@@ -73,6 +76,7 @@ def train(run: Run) -> None:
                     f"stopped at step {state.step} of {total}, checkpoint saved; run the same command again to go on",
                     stop.exit_code or EXIT_INTERRUPTED,
                 )
+    run.display.message(f"done; to let it write: lowmem generate --run {config.run_dir} --interactive")
 
 
 def save(run: Run) -> None:
