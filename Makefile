@@ -18,7 +18,7 @@ help:
 
 demo: $(VENV)/.core
 	lowmem pretrain --config configs/cpu/demo.yaml
-	lowmem generate --run runs/demo --prompt "def read_file(path):" --max_new_tokens 120 --temperature 0.7
+	lowmem generate --run runs/demo --prompt "def read_file(path):" --max_new_tokens 120 --temperature 0.7 --seed 1
 
 test: $(VENV)/.test deepspeed-ops
 	ruff check .
