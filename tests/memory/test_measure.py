@@ -164,7 +164,8 @@ def test_without_proc_psutil_answers(monkeypatch):
     resident, high_water = host.own_memory()
     assert 0 < resident <= high_water + TOLERANCE_MIB * 2**20
     others = host.ChildMemory().sample()[0]  # an idle helper process of another test's library may still be there
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+    with subprocess.Popen([sys.executable, "-c", "input('ready')"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout.read(5) == b"ready"  # before that it may not have grown yet
         assert host.ChildMemory().sample()[0] > others + 2**20
         child.communicate(b"\n")
     after, peaks = host.ChildMemory().sample()
