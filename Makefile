@@ -4,6 +4,7 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+KERNELS := setup.py $(wildcard lowmem/optim/kernels/csrc/*)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DELETE_ON_ERROR:
@@ -39,14 +40,14 @@ bench: $(VENV)/.test
 	python profiling/bench_step.py --out profiling/results
 	python profiling/data_memory.py --sizes 10 150 1000 --out profiling/results
 
-# Set-up. A stamp file is as new as the last install, so it runs again when pyproject.toml or constraints.txt change.
+# Set-up. A stamp file is as new as the last install, so it runs again when pyproject.toml, constraints.txt or the kernels change.
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "lowmem needs Python 3.10 or newer, found " + sys.version.split()[0] + "; try: make PYTHON=python3.12")'
 	@echo "set-up: creating $(VENV)"
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "set-up: python3 -m venv failed; on Debian or Ubuntu: apt install python3-venv"; exit 1; }
 
-$(VENV)/.core: $(BIN)/python pyproject.toml constraints.txt
-	@echo "set-up: installing lowmem and PyTorch into $(VENV) (a few minutes the first time)"
+$(VENV)/.core: $(BIN)/python pyproject.toml constraints.txt $(KERNELS)
+	@echo "set-up: installing lowmem and PyTorch into $(VENV), and compiling the optimizer kernels (a few minutes the first time)"
 	@$(PIP) -e .
 	@touch $@
 

@@ -127,8 +127,11 @@ class OptimConfig:
     """AdamW's denominator offset."""
     weight_decay: float = 0.1
     """Decoupled decay; never applied to norms, biases, embeddings and other 1-D parameters."""
-    state_bits: Literal[32, 8] = 32
-    """Bits per optimizer state: 32 through torch or lion-pytorch, 8 through bitsandbytes."""
+    state_bits: Literal[32, 8, 4] = 32
+    """Bits per optimizer state. 8 and 4 cost 2 and 1 bytes a parameter for adamw, half of that for lion; tensors of fewer than 4096
+    numbers keep 32."""
+    backend: Literal["lowmem", "bitsandbytes"] = "lowmem"
+    """Whose kernels keep 8-bit states: lowmem's, on every device, or bitsandbytes', which are quick on CUDA."""
     clip: float = 1.0
     """Global gradient norm is clipped to this; 0 does not clip."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"

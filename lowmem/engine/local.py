@@ -28,15 +28,18 @@ class LocalEngine(Engine):
         model: moved to `device`; its dtype is what is stored.
         optim: the optimizer; schedules are the loop's business.
         precision: what is computed in; autocast where it differs from the stored dtype.
+        seed: of stochastic rounding.
     Memory: weights, one gradient and the optimizer states per parameter, and one micro-batch of activations.
     """
 
-    def __init__(self, model: LanguageModel, optim: OptimConfig, *, device: torch.device, precision: Precision, micro_batch_size: int):
+    def __init__(
+        self, model: LanguageModel, optim: OptimConfig, *, device: torch.device, precision: Precision, micro_batch_size: int, seed: int = 0
+    ):
         self.model: LanguageModel = model.to(device)
         self.device = device
         self.micro_batch_size = micro_batch_size
         self.max_norm = optim.clip
-        self.optimizer = build_optimizer(model, optim)
+        self.optimizer = build_optimizer(model, optim, seed=seed)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         stored = next(model.parameters()).dtype
         compute = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

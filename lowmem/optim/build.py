@@ -9,25 +9,34 @@ from torch import nn
 from lowmem.config import OptimConfig
 from lowmem.errors import ConfigError
 from lowmem.nn.positions import LearnedPositions
+from lowmem.optim.adamw import AdamW
+from lowmem.optim.lion import Lion
 
 _EXTRAS = {"bitsandbytes": "bnb", "lion_pytorch": "lion", "deepspeed": "deepspeed"}
 
 
-def build_optimizer(model: nn.Module, optim: OptimConfig, *, offload: bool = False) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, optim: OptimConfig, *, seed: int = 0, offload: bool = False, partial: bool = False) -> torch.optim.Optimizer:
     """An optimizer over the trainable parameters of `model`, with decay only where it belongs.
 
     Args:
-        offload: DeepSpeed keeps the states in host memory; its own CPU optimizers are used then, on CPU copies.
+        seed: of stochastic rounding.
+        offload: DeepSpeed keeps 32-bit states in host memory; its own CPU optimizers are used then, on CPU copies.
+        partial: the engine updates tensor by tensor, or rows of one, which only lowmem's optimizers can.
     Returns:
-        torch's fused AdamW, lion-pytorch's Lion, their 8-bit forms from bitsandbytes, or DeepSpeed's CPU forms.
+        lowmem's AdamW or Lion where states or weights have fewer than 32 bits; otherwise torch's fused AdamW, lion-pytorch's Lion, or
+        DeepSpeed's CPU forms; bitsandbytes' 8-bit forms if asked for.
     Raises:
         ConfigError: the library is not installed, or the combination does not exist.
     """
     groups = decay_groups(model, optim.weight_decay)
+    if optim.backend == "bitsandbytes":
+        return _bitsandbytes_optimizer(groups, optim)
     if offload and optim.state_bits == 32:
         return _deepspeed_cpu_optimizer(groups, optim)
-    if optim.state_bits == 8:
-        return _bitsandbytes_optimizer(groups, optim)
+    narrow = any(parameter.dtype != torch.float32 for group in groups for parameter in group["params"])
+    if partial or narrow or optim.state_bits != 32:
+        own: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "state_bits": optim.state_bits, "seed": seed}
+        return AdamW(groups, eps=optim.eps, **own) if optim.name == "adamw" else Lion(groups, **own)
     if optim.name == "adamw":
         return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
     return _import("lion_pytorch").Lion(groups, lr=optim.lr, betas=optim.betas)

@@ -116,7 +116,9 @@ def _build_engine(config: RunConfig, model: LanguageModel, device: torch.device)
 
         return DeepSpeedEngine(model, config, device=device, micro_batch_size=micro_batch_size)
     precision = resolve_precision(config.train.precision, device)
-    return LocalEngine(model, config.optim, device=device, precision=precision, micro_batch_size=micro_batch_size)
+    return LocalEngine(
+        model, config.optim, device=device, precision=precision, micro_batch_size=micro_batch_size, seed=config.train.seed
+    )
 
 
 def _resume(run: Run, skip_damaged: bool) -> None:

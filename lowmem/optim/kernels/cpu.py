@@ -1,0 +1,91 @@
+"""The C++ kernels, loaded with ctypes: they link neither Python nor PyTorch, so one build serves every version of both."""
+
+import ctypes
+import functools
+import importlib.machinery
+import os
+import warnings
+from pathlib import Path
+
+import torch
+
+from lowmem.optim.kernels import reference
+from lowmem.optim.kernels.scalars import StepScalars
+
+ISAS = ("baseline", "avx2", "avx512")
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_FLOATS = ("step_size", "decay", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "rsqrt_correction2", "grad_scale")
+
+
+class _Scalars(ctypes.Structure):
+    _fields_ = [*((name, ctypes.c_float) for name in _FLOATS), ("key", ctypes.c_uint32), ("offset", ctypes.c_int64)]
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None where they were not built."""
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name("_cpu" + suffix)
+        if path.is_file():
+            try:
+                return ctypes.CDLL(str(path))
+            except OSError:
+                return None
+    return None
+
+
+def problem() -> str:
+    """Why the compiled kernels cannot be used; empty when they can."""
+    if library() is not None:
+        return ""
+    return (
+        "lowmem's CPU optimizer kernels are not compiled, the plain PyTorch definition runs instead, tens of times slower; "
+        "install a C++ compiler (g++ or clang++) and run pip install again"
+    )
+
+
+@functools.cache
+def isa() -> int:
+    """Index in ISAS of the instruction set in use; the environment variable LOWMEM_CPU_ISA=avx2 lowers it."""
+    kernels = library()
+    best: int = 0 if kernels is None else kernels.lowmem_best_isa()
+    wanted = os.environ.get("LOWMEM_CPU_ISA", ISAS[best])
+    return min(best, ISAS.index(wanted)) if wanted in ISAS else best
+
+
+@functools.cache
+def _warn_once() -> None:
+    warnings.warn(problem(), stacklevel=2)
+
+
+def step_(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor | None,
+    exp_avg_scale: torch.Tensor | None,
+    exp_avg_sq_scale: torch.Tensor | None,
+    scalars: StepScalars,
+    bits: int,
+) -> None:
+    """See `lowmem.optim.kernels.reference.step_`; fp16 weights and missing kernels run that one.
+
+    Memory: 3 KiB of stack per thread.
+    """
+    kernels = library()
+    if kernels is None:
+        _warn_once()
+    if kernels is None or param.dtype not in _DTYPES or grad.dtype not in _DTYPES:
+        reference.step_(param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, scalars, bits)
+        return
+    numbers = _Scalars(*(getattr(scalars, name) for name in _FLOATS), scalars.key, scalars.offset)
+    failed = kernels.lowmem_step(
+        isa(), torch.get_num_threads(), int(exp_avg_sq is None), bits, _DTYPES[param.dtype], _DTYPES[grad.dtype],
+        _pointer(param), _pointer(grad), _pointer(exp_avg), _pointer(exp_avg_scale), _pointer(exp_avg_sq), _pointer(exp_avg_sq_scale),
+        ctypes.c_int64(param.numel()), ctypes.byref(numbers),
+    )  # fmt: skip
+    assert not failed
+
+
+def _pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

@@ -1,0 +1,192 @@
+"""What AdamW and Lion share: states of 32, 8 or 4 bits, weights of 32 or 16, and updates of parts of a tensor."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from lowmem.optim.kernels.formats import BLOCK, FORMATS, StateBits, scale_count
+from lowmem.optim.kernels.operator import optimizer_step_
+from lowmem.optim.kernels.scalars import StepScalars, mix_key
+
+MIN_QUANTIZED_NUMEL = 4096  # smaller tensors (norms, biases) keep fp32 states: they are nothing in memory and much in the result
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_STAGED_NUMBERS = 1 << 16
+
+
+class LowBitOptimizer(torch.optim.Optimizer):
+    """An ordinary optimizer whose states are codes and scales; see `lowmem.optim.kernels.formats`.
+
+    bf16 and fp16 weights are rounded stochastically and have no master copy. Random numbers depend on the seed, the step and the
+    position of the parameter alone, so a resumed run draws the same ones.
+    """
+
+    state_names: tuple[str, ...]
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], seed: int):
+        self.seed = seed
+        super().__init__(params, defaults)
+        self._index_parameters()
+
+    @abstractmethod
+    def scalars(self, group: dict[str, Any], step: int, **random: Any) -> StepScalars:
+        """The numbers of update number `step`."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters.
+
+        Raises:
+            ValueError: a setting is out of its range, or a parameter has a dtype that has no kernel.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        _check_group(group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        Memory: nothing that grows with a tensor; the states are allocated by the first step.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._index_parameters()  # DeepSpeed replaces parameters between steps
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.begin(parameter)
+                    self.update(parameter, parameter.grad)
+        return loss
+
+    def begin(self, parameter: torch.Tensor) -> None:
+        """Count one update of `parameter`, whose parts `update` then applies in any order."""
+        if not self.state[parameter]:
+            self._allocate(parameter)
+        self.state[parameter]["step"] += 1
+
+    @torch.no_grad()
+    def update(self, parameter: torch.Tensor, grad: torch.Tensor, *, start: int = 0, grad_scale: float = 1.0) -> None:
+        """Apply the step begun to the numbers start, start + 1, ... of `parameter`.
+
+        Args:
+            grad: their gradient, fp32 or 16 bits, whatever the dtype of the weight; all of the parameter if of its shape.
+            start: a multiple of 128.
+            grad_scale: multiplies the gradient as it is read.
+        Raises:
+            ValueError: a sparse gradient, or a start inside a block.
+        Memory: none; 512 KiB where `parameter` or `grad` are not contiguous.
+        """
+        if grad.is_sparse:
+            raise ValueError("the gradient is sparse, lowmem's optimizers update dense ones; use nn.Embedding(sparse=False)")
+        if start % BLOCK:
+            raise ValueError(f"start is {start}, must be a multiple of {BLOCK}")
+        count = grad.numel()
+        if parameter.is_contiguous() and grad.is_contiguous():
+            self._update_flat(parameter, parameter.detach().view(-1)[start : start + count], grad.view(-1), start, grad_scale)
+            return
+        for first in range(0, count, _STAGED_NUMBERS):
+            last = min(first + _STAGED_NUMBERS, count)
+            weights, gradients = parameter.new_empty(last - first), grad.new_empty(last - first)
+            _copy_range(parameter.detach(), start + first, weights)
+            _copy_range(grad, first, gradients)
+            self._update_flat(parameter, weights, gradients, start + first, grad_scale)
+            _copy_range(parameter.detach(), start + first, weights, back=True)
+
+    def _update_flat(self, parameter: torch.Tensor, weights: torch.Tensor, grad: torch.Tensor, start: int, grad_scale: float) -> None:
+        if not weights.numel():
+            return
+        state, group = self.state[parameter], self._groups[parameter]
+        bits = self.bits_of(parameter)
+        key = mix_key(self.seed, state["step"], self._positions[parameter])
+        scalars = self.scalars(group, state["step"], grad_scale=grad_scale, key=key, offset=start)
+        per_number = slice(start, start + weights.numel())
+        blocks = slice(start // BLOCK, scale_count(start + weights.numel()))
+        codes = per_number if bits == 32 else slice(blocks.start * BLOCK * bits // 8, blocks.stop * BLOCK * bits // 8)
+
+        def part(name: str, which: slice) -> torch.Tensor | None:
+            return state[name].view(-1)[which] if name in state else None
+
+        exp_avg = part("exp_avg", codes)
+        assert exp_avg is not None
+        scales = part("exp_avg_scale", blocks), part("exp_avg_sq_scale", blocks)
+        optimizer_step_(weights, grad, exp_avg, part("exp_avg_sq", codes), *scales, scalars, bits)
+
+    def bits_of(self, parameter: torch.Tensor) -> StateBits:
+        """Bits of the states of `parameter`: its group's, or 32 if it is small."""
+        bits = self._groups[parameter]["state_bits"]
+        return bits if parameter.numel() >= MIN_QUANTIZED_NUMEL else 32
+
+    def _allocate(self, parameter: torch.Tensor) -> None:
+        state, bits = self.state[parameter], self.bits_of(parameter)
+        state["step"] = 0
+        for name in self.state_names:
+            if bits == 32:
+                state[name] = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+                continue
+            dtype = torch.int8 if bits == 8 and name == "exp_avg" else torch.uint8
+            state[name] = torch.zeros(FORMATS[bits].code_bytes(parameter.numel()), dtype=dtype, device=parameter.device)
+            state[f"{name}_scale"] = torch.zeros(scale_count(parameter.numel()), dtype=torch.float32, device=parameter.device)
+
+    def _index_parameters(self) -> None:
+        pairs = [(parameter, group) for group in self.param_groups for parameter in group["params"]]
+        self._groups = dict(pairs)
+        self._positions = {parameter: position for position, (parameter, _) in enumerate(pairs)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned, bit for bit, on the devices of the parameters.
+
+        torch's own method casts floating states to the dtype of the parameter, which would round the scales of bf16 weights.
+        """
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        self._index_parameters()
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        for number, parameter in zip(numbers, self._positions, strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                self.state[parameter][name] = value.to(parameter.device, copy=True) if isinstance(value, torch.Tensor) else value
+
+    def __repr__(self) -> str:
+        """Settings of each group, and how many numbers have states of how many bits."""
+        counts: dict[int, tuple[int, int]] = {}
+        for parameter in self._groups:
+            tensors, numbers = counts.get(self.bits_of(parameter), (0, 0))
+            counts[self.bits_of(parameter)] = (tensors + 1, numbers + parameter.numel())
+        lines = [f"    {bits}-bit states: {tensors} tensors, {numbers:,} numbers" for bits, (tensors, numbers) in sorted(counts.items())]
+        lines.append(f"    tensors below {MIN_QUANTIZED_NUMEL} numbers keep 32-bit states")
+        return super().__repr__().rstrip(")") + "\n".join(lines) + "\n)"
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    problems = []
+    if group["state_bits"] not in (32, 8, 4):
+        problems.append(f"state_bits is {group['state_bits']}; allowed: 32, 8, 4")
+    if not group["lr"] >= 0:
+        problems.append(f"lr is {group['lr']}, must be 0 or more")
+    problems += [f"betas has {beta}, must be in [0, 1)" for beta in group["betas"] if not 0 <= beta < 1]
+    problems += [f"{name} is {group[name]}, must be 0 or more" for name in ("eps", "weight_decay") if not group.get(name, 0) >= 0]
+    problems += [f"a parameter is {p.dtype}; allowed: fp32, bf16, fp16" for p in group["params"] if p.dtype not in DTYPES]
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def _copy_range(tensor: torch.Tensor, start: int, flat: torch.Tensor, back: bool = False) -> None:
+    """Copy numbers start, start + 1, ... of `tensor`, in the order of its indices, to `flat`, or back from there."""
+    if tensor.dim() <= 1:
+        part = tensor.reshape(-1)[start : start + flat.numel()] if tensor.dim() == 0 else tensor[start : start + flat.numel()]
+        part.copy_(flat) if back else flat.copy_(part)
+        return
+    row = tensor[0].numel()
+    done = 0
+    while done < flat.numel():
+        index, inside = divmod(start + done, row)
+        whole_rows = (flat.numel() - done) // row if inside == 0 else 0
+        count = whole_rows * row or min(row - inside, flat.numel() - done)
+        piece = flat[done : done + count]
+        if whole_rows:
+            rows = tensor[index : index + whole_rows]
+            rows.copy_(piece.view(rows.shape)) if back else piece.view(rows.shape).copy_(rows)
+        else:
+            _copy_range(tensor[index], inside, piece, back)
+        done += count
