@@ -134,6 +134,9 @@ class OptimConfig:
     """Whose kernels keep 8-bit states: lowmem's, on every device, or bitsandbytes', which are quick on CUDA."""
     clip: float = 1.0
     """Global gradient norm is clipped to this; 0 does not clip."""
+    clip_by: Literal["auto", "global", "previous", "block"] = "auto"
+    """Which norm decides. global: this step's. A layerwise update knows it too late: previous takes the last step's, block clips each
+    block's own norm to clip / sqrt(blocks), so that the global norm stays below clip. auto: previous if layerwise, else global."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """Decay after warm-up; wsd is constant until the last `decay_fraction` of the run, then linear."""
     warmup_steps: int = 100
@@ -156,15 +159,21 @@ class TrainConfig:
     """Sequences per optimizer step, over all ranks and micro-batches."""
     micro_batch_size: int | Literal["auto"] = "auto"
     """Sequences computed at once on one rank: memory and speed, never the result. auto: at most 4096 tokens."""
-    update: Literal["accumulate"] = "accumulate"
-    """accumulate: gradients of all micro-batches are summed, then the optimizer steps."""
+    update: Literal["accumulate", "layerwise"] = "accumulate"
+    """accumulate: gradients of all micro-batches are summed, then the optimizer steps. layerwise: each block's gradient is summed over
+    the global batch, applied and freed before the next one exists; gradients cost one block, boundary activations the global batch."""
+    boundary_dtype: Literal["same", "bf16"] = "same"
+    """layerwise: what boundary activations are kept in; same is the dtype of the residual stream. bf16 rounds it at every block."""
+    boundary_offload: Literal["none", "cpu"] = "none"
+    """layerwise on a GPU: keep boundary activations in host memory, copied while the GPU computes."""
     activation_checkpointing: Literal["none", "block", "selective"] = "selective"
     """selective: compute norms and activation functions again instead of keeping them, at no measurable cost; block: keep only each
     block's input; none: keep everything. The result is the same to the bit."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """What is computed in. auto: bf16 where the device has it natively, else fp16 on a GPU and fp32 on a CPU."""
-    weight_dtype: Literal["fp32", "bf16"] = "fp32"
-    """What is stored. bf16 halves weights and gradients, keeps no master copy, and needs precision bf16."""
+    weight_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What is stored. bf16 and fp16 halve weights and gradients and keep no master copy: updates are rounded stochastically. bf16 needs
+    precision bf16; fp16, for GPUs without bf16, needs precision fp16 and a layerwise update."""
     loss_chunk_tokens: int = 0
     """Tokens whose logits are alive at once in the loss; 0 picks about 16 MiB of logits, but no fewer than dim / 2 tokens."""
     label_smoothing: float = 0.0

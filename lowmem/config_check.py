@@ -96,8 +96,11 @@ def _training_problems(config: RunConfig) -> list[str]:
             problems.append(str(error))
     if not 0 <= train.label_smoothing < 1:
         problems.append(f"train.label_smoothing is {train.label_smoothing}, must be in [0, 1)")
-    if train.weight_dtype == "bf16" and train.precision in ("fp32", "fp16"):
-        problems.append(f"train.weight_dtype=bf16 needs train.precision bf16 or auto, found {train.precision}")
+    if train.weight_dtype != "fp32" and train.precision not in (train.weight_dtype, "auto"):
+        problems.append(
+            f"train.weight_dtype={train.weight_dtype} needs train.precision {train.weight_dtype} or auto, found {train.precision}"
+        )
+    problems += _update_problems(config)
     if not optim.lr >= 0:
         problems.append(f"optim.lr is {optim.lr}, must be 0 or more")
     problems += [f"optim.betas has {beta}, must be in [0, 1)" for beta in optim.betas if not 0 <= beta < 1]
@@ -112,6 +115,44 @@ def _training_problems(config: RunConfig) -> list[str]:
         problems.append("engine.zero_stage, engine.offload and engine.config need engine.name=deepspeed")
     if engine.offload == "cpu" and engine.zero_stage == 0 and not engine.config:
         problems.append("engine.offload=cpu needs engine.zero_stage 1, 2 or 3")
+    return problems
+
+
+def _update_problems(config: RunConfig) -> list[str]:
+    """What a layerwise update, low-bit states and narrow weights ask of each other."""
+    train, optim = config.train, config.optim
+    layerwise, problems = train.update == "layerwise", []
+    if layerwise and config.engine.name == "deepspeed":
+        problems.append(
+            "train.update=layerwise does not work with engine.name=deepspeed: ZeRO reduces and partitions whole gradients after backward; "
+            "use engine.name=local, or train.update=accumulate"
+        )
+    if layerwise and optim.clip_by == "global":
+        problems.append(
+            "optim.clip_by=global does not work with train.update=layerwise: blocks are updated before the global norm is known; "
+            "use previous, block or auto"
+        )
+    if not layerwise:
+        problems += [
+            f"{name} is {value}, which only train.update=layerwise uses; remove it or set train.update=layerwise"
+            for name, value, unused in (
+                ("optim.clip_by", optim.clip_by, ("auto", "global")),
+                ("train.boundary_dtype", train.boundary_dtype, ("same",)),
+                ("train.boundary_offload", train.boundary_offload, ("none",)),
+            )
+            if value not in unused
+        ]
+    if train.weight_dtype == "fp16" and not layerwise:
+        problems.append("train.weight_dtype=fp16 needs train.update=layerwise, which unscales gradients as it applies them; or use fp32")
+    if train.boundary_offload == "cpu" and config.device == "cpu":
+        problems.append("train.boundary_offload=cpu needs a GPU: with device=cpu boundary activations are in host memory already")
+    if optim.backend == "bitsandbytes":
+        wrong = [f"optim.state_bits={optim.state_bits}"] if optim.state_bits != 8 else []
+        wrong += ["train.update=layerwise"] if layerwise else []
+        if wrong:
+            problems.append(
+                f"optim.backend=bitsandbytes keeps 8-bit states and updates whole tensors, found {' and '.join(wrong)}; use lowmem"
+            )
     return problems
 
 

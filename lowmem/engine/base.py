@@ -21,7 +21,7 @@ class StepResult:
         grad_norm: global norm before clipping.
         skipped: "" when the weights were updated; "nonfinite" when loss or gradients were not finite (a bad step);
             "loss_scale" when fp16 overflowed and the loss scale was lowered (normal). Skipped steps leave weights and
-            optimizer states untouched.
+            optimizer states untouched; in a layerwise step those of the blocks above the first bad gradient are updated already.
     """
 
     loss: float

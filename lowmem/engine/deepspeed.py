@@ -57,9 +57,7 @@ class DeepSpeedEngine(Engine):
         self.zero_stage = zero_stage(document)
         if offloads_optimizer(document):
             self._compile_operators()
-        optimizer = build_optimizer(
-            model.to(device), config.optim, seed=config.train.seed, offload=offloads_optimizer(document)
-        )
+        optimizer = build_optimizer(model.to(device), config.optim, seed=config.train.seed, offload=offloads_optimizer(document))
         _forget_autocast()
         self._linear = torch.nn.functional.linear
         with redirect_stdout(io.StringIO()):  # BF16_Optimizer prints its memory use; standard output belongs to --json

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,11 +40,14 @@ class LocalEngine(Engine):
         self.device = device
         self.micro_batch_size = micro_batch_size
         self.max_norm = optim.clip
-        self.optimizer = build_optimizer(model, optim, seed=seed)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.optimizer = self._build_optimizer(model, optim, seed)
+        self.scaler: Any = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         stored = next(model.parameters()).dtype
         compute = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self.autocast_dtype = None if compute == stored else compute
+
+    def _build_optimizer(self, model: LanguageModel, optim: OptimConfig, seed: int) -> torch.optim.Optimizer:
+        return build_optimizer(model, optim, seed=seed)
 
     def step(self, batch: Batch, lr: float) -> StepResult:
         self.model.train()

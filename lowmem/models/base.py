@@ -59,6 +59,14 @@ class LanguageModel(nn.Module, ABC):
         """
 
     @abstractmethod
+    def embed(self, tokens_BT: torch.Tensor, start: int = 0) -> torch.Tensor:
+        """(batch, time) -> (batch, time, width), for positions from `start` on."""
+
+    @abstractmethod
+    def head_loss(self, hidden_BTC: torch.Tensor, targets_BT: torch.Tensor, denominator: float | torch.Tensor = 1.0) -> torch.Tensor:
+        """Loss from the last block's output; see `forward`."""
+
+    @abstractmethod
     def new_cache(self, batch_size: int, max_len: int) -> Any:
         """State for decoding up to `max_len` tokens; its memory is allocated here."""
 
@@ -69,6 +77,15 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def component_parameters(self) -> dict[str, int]:
         """Parameters by component (embedding, attention, mlp, norm, head, ...); they sum to `num_parameters()`."""
+
+    def embed_parameters(self) -> list[nn.Parameter]:
+        """What `embed` uses: the embedding, and learned positions where there are any."""
+        parts = [getattr(self, name, None) for name in ("embedding", "positions")]
+        return [parameter for part in parts if part is not None for parameter in part.parameters()]
+
+    def head_is_tied(self) -> bool:
+        """Whether `head_loss` uses the embedding, too."""
+        return False
 
     def num_parameters(self) -> int:
         """Trainable numbers, shared ones counted once."""

@@ -31,6 +31,14 @@ def matrix_parameters(model: nn.Module, exclude: tuple[str, ...]) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and _component(name) not in exclude)
 
 
+def largest_part(model: LanguageModel) -> int:
+    """Parameters of the largest block, of the head or of the embedding: what a layerwise update has a gradient of at a time."""
+    embedding = sum(parameter.numel() for parameter in model.embed_parameters())
+    blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in model.blocks]
+    head = model.num_parameters() - sum(blocks) - (0 if model.head_is_tied() else embedding)
+    return max(*blocks, embedding, head)
+
+
 def attention_flops(dim: int, seq_len: int) -> int:
     """Forward and backward, per token and layer: two products forward, four backward, over (seq_len + 1) / 2 keys."""
     return 6 * dim * (seq_len + 1)

@@ -98,14 +98,15 @@ class Decoder(LanguageModel):
         config: the shape; `vocab_size` and `max_seq_len` are given apart because 0 there means "decided elsewhere".
         vocab_size: V.
         max_seq_len: longest sequence; only learned positions enforce it, rope and alibi go beyond.
+        dtype: what is stored.
     Raises:
         ConfigError: a rank saves nothing, a LoRPt pattern matches no layer, or a setting would be ignored.
-    Memory: its weights, in fp32.
+    Memory: its weights in `dtype`; each block is cast as soon as it is there.
     """
 
     blocks: nn.ModuleList
 
-    def __init__(self, config: ModelConfig, *, vocab_size: int, max_seq_len: int):
+    def __init__(self, config: ModelConfig, *, vocab_size: int, max_seq_len: int, dtype: torch.dtype = torch.float32):
         super().__init__()
         check_decoder(config)
         self.config, self.vocab_size, self.max_seq_len = config, vocab_size, max_seq_len
@@ -113,10 +114,11 @@ class Decoder(LanguageModel):
         rotary = RotaryTable(config.dim // config.num_heads, config.rope_theta) if config.positions == "rope" else None
         self.embedding = nn.Embedding(vocab_size, config.dim, _weight=torch.empty(vocab_size, config.dim))
         nn.init.normal_(self.embedding.weight, std=INIT_STD)
-        self.positions = LearnedPositions(max_seq_len, config.dim) if config.positions == "learned" else None
-        self.blocks = nn.ModuleList(DecoderBlock(config, factory, f"blocks.{i}", rotary) for i in range(config.num_layers))
-        self.norm = make_norm(config.norm, config.dim)
-        self.head = TiedHead() if config.tie_embeddings else make_head(config.dim, vocab_size, False, factory)
+        self.embedding.to(dtype)
+        self.positions = LearnedPositions(max_seq_len, config.dim).to(dtype) if config.positions == "learned" else None
+        self.blocks = nn.ModuleList(DecoderBlock(config, factory, f"blocks.{i}", rotary).to(dtype) for i in range(config.num_layers))
+        self.norm = make_norm(config.norm, config.dim).to(dtype)
+        self.head = (TiedHead() if config.tie_embeddings else make_head(config.dim, vocab_size, False, factory)).to(dtype)
         factory.check_patterns()
 
     def embed(self, tokens_BT: torch.Tensor, start: int = 0) -> torch.Tensor:
@@ -136,6 +138,10 @@ class Decoder(LanguageModel):
     def logits(self, hidden_BTC: torch.Tensor) -> torch.Tensor:
         """(B, T, C) -> (B, T, V)."""
         return self.head(self.norm(hidden_BTC), *self._head_weights())
+
+    def head_is_tied(self) -> bool:
+        """Whether the embedding is the head."""
+        return self.config.tie_embeddings
 
     def _head_weights(self) -> tuple[torch.Tensor, ...]:
         return (self.embedding.weight,) if self.config.tie_embeddings else ()

@@ -125,24 +125,26 @@ class I3(LanguageModel):
         config: fields that i3 does not have must stay at their defaults.
         vocab_size: V.
         max_seq_len: longest sequence; the learned positions end there.
+        dtype: what is stored.
     Raises:
         ConfigError: a field asks for something i3 does not have, a rank saves nothing, or a LoRPt pattern matches no layer.
-    Memory: its weights, in fp32.
+    Memory: its weights in `dtype`; each block is cast as soon as it is there.
     """
 
     blocks: nn.ModuleList
 
-    def __init__(self, config: ModelConfig, *, vocab_size: int, max_seq_len: int):
+    def __init__(self, config: ModelConfig, *, vocab_size: int, max_seq_len: int, dtype: torch.dtype = torch.float32):
         super().__init__()
         config = resolve_i3(config)
         self.config, self.vocab_size, self.max_seq_len = config, vocab_size, max_seq_len
         factory = LinearFactory(config.lorpt)
         self.embedding = nn.Embedding(vocab_size, config.dim, _weight=torch.empty(vocab_size, config.dim))
         nn.init.normal_(self.embedding.weight, std=INIT_STD)
-        self.positions = LearnedPositions(max_seq_len, config.dim)
-        self.blocks = nn.ModuleList(I3Block(config, factory, f"blocks.{i}") for i in range(config.num_layers))
-        self.norm = LayerNorm(config.dim)
-        self.head = make_head(config.dim, vocab_size, True, factory)
+        self.embedding.to(dtype)
+        self.positions = LearnedPositions(max_seq_len, config.dim).to(dtype)
+        self.blocks = nn.ModuleList(I3Block(config, factory, f"blocks.{i}").to(dtype) for i in range(config.num_layers))
+        self.norm = LayerNorm(config.dim).to(dtype)
+        self.head = make_head(config.dim, vocab_size, True, factory).to(dtype)
         factory.check_patterns()
 
     def embed(self, tokens_BT: torch.Tensor, start: int = 0) -> torch.Tensor:

@@ -10,7 +10,7 @@ from lowmem.models.i3 import I3
 MODELS: dict[str, type[LanguageModel]] = {"decoder": Decoder, "i3": I3}
 
 
-def build_model(config: ModelConfig, *, vocab_size: int, max_seq_len: int, seed: int) -> LanguageModel:
+def build_model(config: ModelConfig, *, vocab_size: int, max_seq_len: int, seed: int, dtype: torch.dtype = torch.float32) -> LanguageModel:
     """A model whose initial weights depend on `seed` alone.
 
     Args:
@@ -18,10 +18,11 @@ def build_model(config: ModelConfig, *, vocab_size: int, max_seq_len: int, seed:
         vocab_size: rows of the embedding.
         max_seq_len: longest sequence, in tokens.
         seed: of the initial weights; the global generator is left as it was.
+        dtype: what is stored; values are drawn in fp32 and rounded, whatever it is.
     Raises:
         ConfigError: the configuration contradicts itself or the model it names.
-    Memory: the weights in fp32, on the CPU unless a device context says otherwise.
+    Memory: the weights, and one block, head or embedding in fp32, on the CPU unless a device context says otherwise.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return MODELS[config.name](config, vocab_size=vocab_size, max_seq_len=max_seq_len)  # type: ignore[call-arg]
+        return MODELS[config.name](config, vocab_size=vocab_size, max_seq_len=max_seq_len, dtype=dtype)  # type: ignore[call-arg]

@@ -15,7 +15,9 @@ from lowmem.optim.lion import Lion
 _EXTRAS = {"bitsandbytes": "bnb", "lion_pytorch": "lion", "deepspeed": "deepspeed"}
 
 
-def build_optimizer(model: nn.Module, optim: OptimConfig, *, seed: int = 0, offload: bool = False, partial: bool = False) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, optim: OptimConfig, *, seed: int = 0, offload: bool = False, partial: bool = False
+) -> torch.optim.Optimizer:
     """An optimizer over the trainable parameters of `model`, with decay only where it belongs.
 
     Args:

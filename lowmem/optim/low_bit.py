@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 
-from lowmem.optim.kernels.formats import BLOCK, FORMATS, StateBits, scale_count
+from lowmem.optim.kernels.formats import BLOCK, FORMATS, MIN_QUANTIZED_NUMEL, StateBits, scale_count
 from lowmem.optim.kernels.operator import optimizer_step_
 from lowmem.optim.kernels.scalars import StepScalars, mix_key
 
-MIN_QUANTIZED_NUMEL = 4096  # smaller tensors (norms, biases) keep fp32 states: they are nothing in memory and much in the result
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STAGED_NUMBERS = 1 << 16
 

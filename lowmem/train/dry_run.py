@@ -9,7 +9,9 @@ from lowmem.config import RunConfig
 from lowmem.data.simple_tokenizers import ByteTokenizer
 from lowmem.devices import resolve_precision
 from lowmem.errors import ConfigError
+from lowmem.models.counting import largest_part
 from lowmem.models.registry import build_model
+from lowmem.optim.kernels.formats import state_bytes
 from lowmem.train.setup import chosen_device
 
 _STATES = {"adamw": 2, "lion": 1}
@@ -30,8 +32,8 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     with torch.device("meta"):
         model = build_model(config.model, vocab_size=config.model.vocab_size, max_seq_len=config.model.max_seq_len, seed=config.train.seed)
     parameters = model.num_parameters()
-    weight_bytes = 2 if config.train.weight_dtype == "bf16" else 4
-    state_bytes = weight_bytes if config.optim.state_bits == 32 else 1
+    weight_bytes = 4 if config.train.weight_dtype == "fp32" else 2
+    sizes = [parameter.numel() for parameter in model.parameters()]
     return {
         "config": asdict(config),
         "budget": asdict(config.budget),
@@ -41,8 +43,8 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
         "predicted": {
             "components": {
                 "weights": parameters * weight_bytes,
-                "gradients": parameters * weight_bytes,
-                "optimizer_states": parameters * state_bytes * _STATES[config.optim.name],
+                "gradients": (largest_part(model) if config.train.update == "layerwise" else parameters) * weight_bytes,
+                "optimizer_states": sum(state_bytes(size, config.optim.state_bits) for size in sizes) * _STATES[config.optim.name],
             }
         },
     }

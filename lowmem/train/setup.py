@@ -14,6 +14,7 @@ from lowmem.data.tokenizers import check_vocab
 from lowmem.devices import resolve_device, resolve_precision
 from lowmem.engine import distributed
 from lowmem.engine.base import Engine
+from lowmem.engine.layerwise import LayerwiseEngine
 from lowmem.engine.local import LocalEngine
 from lowmem.errors import ConfigError
 from lowmem.memory.budget import limit_cuda_memory, limit_host_memory
@@ -26,6 +27,8 @@ from lowmem.train.progress import ProgressDisplay
 from lowmem.train.run_dir import RunDir
 from lowmem.train.state import TrainState
 from lowmem.units import format_bytes, format_count, parse_bytes
+
+_STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def set_up(config: RunConfig, display: ProgressDisplay, *, fresh: bool = False, resume: Literal["auto", "last_valid"] = "auto") -> Run:
@@ -85,11 +88,14 @@ def resolve(config: RunConfig, data: PreparedData, device: torch.device) -> RunC
     check_vocab(data.tokenizer, config.model.vocab_size)
     config.model.max_seq_len = config.max_seq_len()
     config.train.precision = resolve_precision(config.train.precision, device)
-    if config.train.weight_dtype == "bf16" and config.train.precision != "bf16":
+    stored = config.train.weight_dtype
+    if stored != "fp32" and config.train.precision != stored:
         raise ConfigError(
-            f"train.weight_dtype=bf16 needs a device that computes in bf16, {device.type} here resolves to {config.train.precision}; "
-            "use train.weight_dtype=fp32, or train.precision=bf16 to accept slow emulation"
+            f"train.weight_dtype={stored} needs a device that computes in {stored}, {device.type} here resolves to "
+            f"{config.train.precision}; use train.weight_dtype=fp32, or train.precision={stored} to accept slow emulation"
         )
+    if config.train.boundary_offload == "cpu" and device.type == "cpu":
+        raise ConfigError("train.boundary_offload is cpu, but the run computes on a CPU, where they are in host memory already; use none")
     config.device = device.type  # type: ignore[assignment]
     return config
 
@@ -99,11 +105,17 @@ def build_configured_model(config: RunConfig) -> LanguageModel:
 
     Memory: the weights.
     """
-    train = config.train
-    model = build_model(config.model, vocab_size=config.model.vocab_size, max_seq_len=config.model.max_seq_len, seed=train.seed)
+    train, model_config = config.train, config.model
+    model = build_model(
+        model_config,
+        vocab_size=model_config.vocab_size,
+        max_seq_len=model_config.max_seq_len,
+        seed=train.seed,
+        dtype=_STORED[train.weight_dtype],
+    )
     model.loss_options = LossOptions(train.loss_chunk_tokens, train.label_smoothing, train.z_loss)
     model.activation_checkpointing = train.activation_checkpointing
-    return model.to(torch.bfloat16) if train.weight_dtype == "bf16" else model
+    return model
 
 
 def _build_engine(config: RunConfig, model: LanguageModel, device: torch.device) -> Engine:
@@ -116,9 +128,9 @@ def _build_engine(config: RunConfig, model: LanguageModel, device: torch.device)
 
         return DeepSpeedEngine(model, config, device=device, micro_batch_size=micro_batch_size)
     precision = resolve_precision(config.train.precision, device)
-    return LocalEngine(
-        model, config.optim, device=device, precision=precision, micro_batch_size=micro_batch_size, seed=config.train.seed
-    )
+    if config.train.update == "layerwise":
+        return LayerwiseEngine(model, config.optim, config.train, device=device, precision=precision, micro_batch_size=micro_batch_size)
+    return LocalEngine(model, config.optim, device=device, precision=precision, micro_batch_size=micro_batch_size, seed=config.train.seed)
 
 
 def _resume(run: Run, skip_damaged: bool) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 BLOCK = 128  # numbers that share a scale
+MIN_QUANTIZED_NUMEL = 4096  # smaller tensors (norms, biases) keep fp32 states: they are nothing in memory and much in the result
 StateBits = Literal[32, 8, 4]
 _ONE_BITS = 0x3F800000  # fp32 1.0
 
@@ -52,6 +53,13 @@ class Format:
 def scale_count(numel: int) -> int:
     """Blocks, and so scales, of a tensor."""
     return -(-numel // BLOCK)
+
+
+def state_bytes(numel: int, bits: StateBits) -> int:
+    """Bytes of one state of a tensor; small tensors keep 32 bits."""
+    if bits == 32 or numel < MIN_QUANTIZED_NUMEL:
+        return 4 * numel
+    return FORMATS[bits].code_bytes(numel) + 4 * scale_count(numel)
 
 
 FORMATS = {8: Format(bits=8, signed_max=127, unsigned_max=255, shift=19), 4: Format(bits=4, signed_max=7, unsigned_max=15, shift=22)}

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import astuple
-from typing import Any, Optional  # noqa: UP035  (custom_op reads the annotations)
+from typing import Any, Optional
 
 import torch
 
@@ -25,7 +25,7 @@ def _optimizer_step(
     offset: int,
     bits: int,
 ) -> None:
-    scalars = StepScalars(*floats, key=key, offset=offset)
+    scalars = StepScalars(*floats, key, offset)  # type: ignore[arg-type,call-arg,misc]
     _implementation(param.device.type)(param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, scalars, bits)
 
 
@@ -38,7 +38,7 @@ def _implementation(device_type: str) -> Any:
     if device_type == "cpu":
         return cpu.step_
     if device_type == "cuda":
-        from lowmem.optim.kernels import triton
+        from lowmem.optim.kernels import triton  # type: ignore[attr-defined,unused-ignore]
 
         return triton.step_
     return reference.step_

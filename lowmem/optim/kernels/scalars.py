@@ -34,7 +34,15 @@ class StepScalars:
 
 
 def adamw_scalars(
-    *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, step: int, grad_scale: float = 1.0, key: int = 0, offset: int = 0
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float = 1.0,
+    key: int = 0,
+    offset: int = 0,
 ) -> StepScalars:
     """Scalars of AdamW's update number `step`, counted from 1."""
     beta1, beta2 = betas
