@@ -23,7 +23,7 @@ from lowmem.engine.deepspeed_build import build_deepspeed_ops, put_ninja_on_path
 from lowmem.engine.deepspeed_checkpoint import load_optimizer, plug_in, save_optimizer
 from lowmem.engine.deepspeed_config import build_deepspeed_config, offloads_optimizer, zero_stage
 from lowmem.engine.deepspeed_memory import memory_components
-from lowmem.engine.deepspeed_optimizers import prepare_optimizer
+from lowmem.engine.deepspeed_optimizers import prepare_optimizer, separate_small_parameters
 from lowmem.engine.deepspeed_weights import load_weights, save_weights
 from lowmem.engine.distributed import destroy_process_group, import_deepspeed, init_process_group, local_rank
 from lowmem.engine.random_state import random_state, restore_random_state
@@ -55,9 +55,12 @@ class DeepSpeedEngine(Engine):
         self.max_norm = config.optim.clip
         document = build_deepspeed_config(config, world_size=self.world_size, micro_batch_size=micro_batch_size)
         self.zero_stage = zero_stage(document)
-        if offloads_optimizer(document):
+        offload = offloads_optimizer(document)
+        if offload and config.optim.state_bits == 32:
             self._compile_operators()
-        optimizer = build_optimizer(model.to(device), config.optim, seed=config.train.seed, offload=offloads_optimizer(document))
+        optimizer = build_optimizer(model.to(device), config.optim, seed=config.train.seed, offload=offload)
+        if self.zero_stage:
+            separate_small_parameters(optimizer)
         _forget_autocast()
         self._linear = torch.nn.functional.linear
         with redirect_stdout(io.StringIO()):  # BF16_Optimizer prints its memory use; standard output belongs to --json

@@ -145,7 +145,7 @@ def _decided(config: RunConfig, stage: int, offload: dict[str, str], world_size:
         "bf16": {"enabled": stage > 0 and train.precision == "bf16"},
         "fp16": {"enabled": stage > 0 and train.precision == "fp16"},
         "torch_autocast": {"enabled": autocast} | ({"dtype": _TORCH_NAMES[train.precision]} if autocast else {}),
-        "zero_allow_untested_optimizer": True,  # lion-pytorch and bitsandbytes update element by element or block by block
+        "zero_allow_untested_optimizer": True,  # those used here update element by element or block by block
     }
     if offload:
         decided["zero_force_ds_cpu_optimizer"] = config.optim.state_bits == 32

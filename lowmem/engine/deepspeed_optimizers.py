@@ -1,13 +1,34 @@
-"""Corrections to DeepSpeed's host-memory optimizers: exact resume for CPUAdam, half the states for CPULion."""
+"""Optimizers inside ZeRO: what lowmem's own need to be there, and corrections to DeepSpeed's host-memory ones.
+
+ZeRO flattens every parameter group, hands this rank's part of it to the optimizer as a single parameter, and steps one at a time.
+"""
 
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from lowmem.optim.kernels.formats import MIN_QUANTIZED_NUMEL
+from lowmem.optim.kernels.scalars import mix_key
+from lowmem.optim.low_bit import LowBitOptimizer
+
+
+def separate_small_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Move norms and biases to groups of their own with 32-bit states, before ZeRO flattens groups; for lowmem's optimizers only.
+
+    Flattened with larger parameters they would get narrow states like those.
+    """
+    if not isinstance(optimizer, LowBitOptimizer):
+        return
+    for group in list(optimizer.param_groups):
+        small = [parameter for parameter in group["params"] if parameter.numel() < MIN_QUANTIZED_NUMEL]
+        if small and group["state_bits"] != 32:
+            group["params"] = [parameter for parameter in group["params"] if parameter.numel() >= MIN_QUANTIZED_NUMEL]
+            optimizer.add_param_group({**group, "params": small, "state_bits": 32})
+
 
 def prepare_optimizer(ds_engine: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Correct `optimizer` before its first step; others than DeepSpeed's own are left alone.
+    """Correct DeepSpeed's own optimizers and lowmem's before their first step; others are left alone.
 
     Args:
         ds_engine: what `deepspeed.initialize` made of it.
@@ -21,6 +42,8 @@ def prepare_optimizer(ds_engine: Any, optimizer: torch.optim.Optimizer) -> None:
         _make_bias_correction_stateless(optimizer)
     elif kind == "DeepSpeedCPULion":
         _allocate_lion_states(ds_engine, optimizer)
+    elif isinstance(optimizer, LowBitOptimizer):
+        _draw_apart(ds_engine, optimizer)
 
 
 def partitions(ds_engine: Any) -> Iterator[torch.Tensor]:
@@ -51,3 +74,20 @@ def _allocate_lion_states(ds_engine: Any, optimizer: Any) -> None:
     """Give CPULion its one state; left to itself it also allocates Adam's second one and never uses it."""
     for partition in partitions(ds_engine):
         optimizer.state[partition] = {"step": 0, "exp_avg": torch.zeros_like(partition, dtype=torch.float32, requires_grad=False)}
+
+
+def _draw_apart(ds_engine: Any, optimizer: LowBitOptimizer) -> None:
+    """Give each partition of each rank random numbers of its own: to the optimizer every one of them is parameter 0.
+
+    Stage 0 has no partitions: its ranks update equal weights, and must round them alike.
+    """
+    numbers = {partition: number for number, partition in enumerate(partitions(ds_engine))}
+    if not numbers:
+        return
+    seed, rank = optimizer.seed, ds_engine.global_rank
+
+    def reseed(optimizer: Any, args: Any, options: Any) -> None:
+        first = next(parameter for group in optimizer.param_groups for parameter in group["params"])
+        optimizer.seed = mix_key(seed, rank, numbers[first])
+
+    optimizer.register_step_pre_hook(reseed)

@@ -59,6 +59,7 @@ class LayerwiseEngine(LocalEngine):
     ):
         super().__init__(model, optim, device=device, precision=precision, micro_batch_size=micro_batch_size, seed=train.seed)
         self.scaler = LossScale(enabled=precision == "fp16")
+        self.optimizer.allocate_states()
         self.boundary_dtype, self.boundary_offload = train.boundary_dtype, train.boundary_offload
         self.block_micro_batches = [micro_batch_size] * len(model.blocks)
         in_blocks = {id(parameter) for parameter in model.blocks.parameters()}

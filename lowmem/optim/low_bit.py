@@ -1,5 +1,6 @@
 """What AdamW and Lion share: states of 32, 8 or 4 bits, weights of 32 or 16, and updates of parts of a tensor."""
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,6 +13,11 @@ from lowmem.optim.kernels.scalars import StepScalars, mix_key
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STAGED_NUMBERS = 1 << 16
+# torch wraps these so that their first call imports its compiler, which costs 150 MB of memory
+_ADD_PARAM_GROUP, _ZERO_GRAD, _LOAD_STATE_DICT = (
+    inspect.unwrap(method)
+    for method in (torch.optim.Optimizer.add_param_group, torch.optim.Optimizer.zero_grad, torch.optim.Optimizer.load_state_dict)
+)
 
 
 class LowBitOptimizer(torch.optim.Optimizer):
@@ -38,9 +44,13 @@ class LowBitOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: a setting is out of its range, or a parameter has a dtype that has no kernel.
         """
-        super().add_param_group(param_group)
+        _ADD_PARAM_GROUP(self, param_group)
         group = self.param_groups[-1]
         _check_group(group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, or make them zero."""
+        _ZERO_GRAD(self, set_to_none)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -62,8 +72,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
 
     def begin(self, parameter: torch.Tensor) -> None:
         """Count one update of `parameter`, whose parts `update` then applies in any order."""
-        if not self.state[parameter]:
-            self._allocate(parameter)
+        self._allocate(parameter)
         self.state[parameter]["step"] += 1
 
     @torch.no_grad()
@@ -118,8 +127,15 @@ class LowBitOptimizer(torch.optim.Optimizer):
         bits = self._groups[parameter]["state_bits"]
         return bits if parameter.numel() >= MIN_QUANTIZED_NUMEL else 32
 
+    def allocate_states(self) -> None:
+        """Allocate the states of every parameter now, in one piece of memory, rather than among the temporaries of the first step."""
+        for parameter in self._groups:
+            self._allocate(parameter)
+
     def _allocate(self, parameter: torch.Tensor) -> None:
         state, bits = self.state[parameter], self.bits_of(parameter)
+        if state:
+            return
         state["step"] = 0
         for name in self.state_names:
             if bits == 32:
@@ -139,7 +155,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
 
         torch's own method casts floating states to the dtype of the parameter, which would round the scales of bf16 weights.
         """
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        _LOAD_STATE_DICT(self, {"state": {}, "param_groups": state_dict["param_groups"]})
         self._index_parameters()
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         for number, parameter in zip(numbers, self._positions, strict=True):

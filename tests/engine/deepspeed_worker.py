@@ -4,6 +4,7 @@ Usage: deepspeed_worker.py CASES.json OUT_DIR. `launch` does that, with and with
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -98,7 +99,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         result = engine.step(make_batch(step), lr=config.optim.lr * (1 + step) / 20)
         steps.append([result.loss, result.grad_norm, result.skipped])
     model.poison = ""
-    found = {"steps": steps, "memory": engine.memory_components(), "random": found_random}
+    found = {"steps": steps, "memory": engine.memory_components(), "random": found_random, "weights_sha256": weights_sha256(model)}
     found["val_loss"] = engine.evaluate([make_batch(1000), make_batch(1001).rows(0, 3)])
     if case.get("save"):
         directory = Path(case["save"])
@@ -113,6 +114,14 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     engine.barrier()
     engine._release()  # the process group stays for the next case
     return found
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Of the weights that this rank holds whole; stage 3 leaves none."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(b"" if hasattr(parameter, "ds_id") else parameter.detach().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def launch(cases: list[dict[str, Any]], out: Path, ranks: int, timeout_s: float = 120.0) -> list[dict[str, dict[str, Any]]]:

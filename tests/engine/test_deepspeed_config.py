@@ -108,6 +108,13 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
             build({"config": str(tmp_path / name)})
 
 
+@pytest.mark.parametrize(("bits", "forced"), [(32, True), (8, False), (4, False)])
+def test_offload_insists_on_deepspeeds_optimizers_for_32_bit_states_only(bits: Any, forced: bool) -> None:
+    train, optim = TrainConfig(global_batch_size=2, precision="fp32"), OptimConfig(state_bits=bits)
+    config = RunConfig(train=train, optim=optim, engine=EngineConfig(name="deepspeed", zero_stage=2, offload="cpu"))
+    assert build_deepspeed_config(config, world_size=1, micro_batch_size=2)["zero_force_ds_cpu_optimizer"] is forced
+
+
 def test_bf16_weights_without_master_copy_need_stage_0() -> None:
     assert build({}, precision="bf16", weight_dtype="bf16")["torch_autocast"] == {"enabled": False}
     with pytest.raises(ConfigError, match="train.weight_dtype is bf16 with ZeRO stage 2"):

@@ -1,14 +1,16 @@
-"""Corrections to DeepSpeed's host-memory optimizers, against the real operators."""
+"""Optimizers inside ZeRO: lowmem's own, and corrections to DeepSpeed's host-memory ones against the real operators."""
 
 import copy
 import importlib.util
+from typing import Any
 
 import pytest
 import torch
 
 from lowmem.engine.deepspeed_build import put_ninja_on_path
-from lowmem.engine.deepspeed_optimizers import prepare_optimizer
+from lowmem.engine.deepspeed_optimizers import prepare_optimizer, separate_small_parameters
 from lowmem.engine.distributed import import_deepspeed
+from lowmem.optim import AdamW
 
 pytestmark = [
     pytest.mark.slow,
@@ -17,10 +19,10 @@ pytestmark = [
 
 
 class FakeZero:
-    """What prepare_optimizer reads of a DeepSpeed engine: its optimizer, with this rank's flat partitions."""
+    """What prepare_optimizer reads of a DeepSpeed engine: its optimizer, with this rank's flat partitions; stage 0 has none."""
 
-    def __init__(self, partitions: list[torch.Tensor]) -> None:
-        self.optimizer = self
+    def __init__(self, partitions: list[torch.Tensor], rank: int = 0) -> None:
+        self.optimizer, self.global_rank = self, rank
         self.single_partition_of_fp32_groups = partitions
 
 
@@ -72,3 +74,48 @@ def test_cpu_lion_keeps_one_state_and_follows_the_published_rule() -> None:
     torch.testing.assert_close(parameter.data, expected, rtol=0, atol=4 * 2**-24)
     # the operator forms 1 - 0.99 in fp32: one rounding of 0.99 is 2**-25 / 0.01 of the difference
     torch.testing.assert_close(optimizer.state[parameter]["exp_avg"], 0.01 * parameter.grad, rtol=100 * 2**-25 + 4 * 2**-24, atol=0)
+
+
+def second_moments(rank: int, partitioned: bool = True) -> list[torch.Tensor]:
+    """Codes of exp_avg_sq of two parameters of two groups after an update by equal gradients, one group at a time as in ZeRO."""
+    parameters = [torch.nn.Parameter(torch.zeros(8192)) for _ in range(2)]
+    optimizer = AdamW([{"params": [parameter]} for parameter in parameters], state_bits=8, seed=3)
+    prepare_optimizer(FakeZero(parameters if partitioned else [], rank), optimizer)
+    groups = optimizer.param_groups
+    for parameter, group in zip(parameters, groups, strict=True):
+        parameter.grad = torch.randn(8192, generator=torch.Generator().manual_seed(0))
+        optimizer.param_groups = [group]
+        optimizer.step()
+    return [optimizer.state[parameter]["exp_avg_sq"] for parameter in parameters]
+
+
+def test_every_partition_of_every_rank_has_random_numbers_of_its_own() -> None:
+    """Equal values round to equal codes only where the random numbers are equal."""
+    found = [*second_moments(rank=0), *second_moments(rank=1)]
+    for index, codes in enumerate(found):
+        assert not any(torch.equal(codes, other) for other in found[:index])
+    for codes, again in zip(found, [*second_moments(rank=0), *second_moments(rank=1)], strict=True):
+        assert torch.equal(codes, again)
+
+
+def test_ranks_that_update_equal_weights_have_equal_random_numbers() -> None:
+    for one, other in zip(second_moments(0, partitioned=False), second_moments(1, partitioned=False), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_small_parameters_leave_the_groups_that_zero_flattens() -> None:
+    matrix, bias, embedding, norm = (torch.nn.Parameter(torch.zeros(numel)) for numel in (4096, 4095, 5000, 10))
+
+    def groups_of(optimizer: torch.optim.Optimizer) -> list[tuple[list[int], float, int]]:
+        separate_small_parameters(optimizer)
+        return [
+            ([parameter.numel() for parameter in group["params"]], group["weight_decay"], group.get("state_bits", 32))
+            for group in optimizer.param_groups
+        ]
+
+    def groups() -> list[dict[str, Any]]:
+        return [{"params": [matrix, bias], "weight_decay": 0.1}, {"params": [embedding, norm], "weight_decay": 0.0}]
+
+    untouched = [([4096, 4095], 0.1, 32), ([5000, 10], 0.0, 32)]
+    assert groups_of(AdamW(groups(), state_bits=32)) == untouched == groups_of(torch.optim.AdamW(groups()))
+    assert groups_of(AdamW(groups(), state_bits=4)) == [([4096], 0.1, 4), ([5000], 0.0, 4), ([4095], 0.1, 32), ([10], 0.0, 32)]

@@ -1,47 +1,51 @@
-"""The optimizer step as a PyTorch custom operator: C++ on a CPU, Triton on CUDA, the definition elsewhere, nothing on fake tensors."""
+"""The optimizer step as a PyTorch operator: C++ on a CPU, Triton on CUDA, the definition elsewhere, nothing on fake tensors.
 
-from collections.abc import Sequence
+It is registered through torch.library.Library: an operator made with torch.library.custom_op imports PyTorch's compiler when it is
+first called, which costs 150 MB of memory.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import astuple
-from typing import Any, Optional
+from typing import Any
 
 import torch
 
 from lowmem.optim.kernels import cpu, reference
 from lowmem.optim.kernels.scalars import StepScalars
 
-_MUTATED = ("param", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
+_LIBRARY = torch.library.Library("lowmem", "FRAGMENT")
+_LIBRARY.define(
+    "optimizer_step(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!)? exp_avg_sq, Tensor(d!)? exp_avg_scale, "
+    "Tensor(e!)? exp_avg_sq_scale, float[] floats, int key, int offset, int bits) -> ()"
+)
 
 
-@torch.library.custom_op("lowmem::optimizer_step", mutates_args=_MUTATED)
-def _optimizer_step(
-    param: torch.Tensor,
-    grad: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: Optional[torch.Tensor],  # noqa: UP045
-    exp_avg_scale: Optional[torch.Tensor],  # noqa: UP045
-    exp_avg_sq_scale: Optional[torch.Tensor],  # noqa: UP045
-    floats: Sequence[float],
-    key: int,
-    offset: int,
-    bits: int,
-) -> None:
-    scalars = StepScalars(*floats, key, offset)  # type: ignore[arg-type,call-arg,misc]
-    _implementation(param.device.type)(param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, scalars, bits)
+def _register(key: str, kernels: Callable[[], Callable[..., None]]) -> None:
+    """Run `kernels()` for tensors of a dispatch key."""
+
+    def run(param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, floats, key, offset, bits):  # type: ignore[no-untyped-def]
+        scalars = StepScalars(*floats, key, offset)  # type: ignore[call-arg]
+        kernels()(param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, scalars, bits)
+
+    _LIBRARY.impl("optimizer_step", run, key)
 
 
-@_optimizer_step.register_fake
-def _(*args: Any, **kwargs: Any) -> None:
-    """A dry run: no memory beyond the arguments."""
+def _triton_step() -> Callable[..., None]:
+    from lowmem.optim.kernels import triton
+
+    return triton.step_
 
 
-def _implementation(device_type: str) -> Any:
-    if device_type == "cpu":
-        return cpu.step_
-    if device_type == "cuda":
-        from lowmem.optim.kernels import triton  # type: ignore[attr-defined,unused-ignore]
+_register("CPU", lambda: cpu.step_)
+_register("CUDA", _triton_step)
+_register("CompositeExplicitAutograd", lambda: reference.step_)
 
-        return triton.step_
-    return reference.step_
+
+def _no_memory(*arguments: Any) -> None:
+    """A dry run: nothing beyond the arguments."""
+
+
+_LIBRARY.impl("optimizer_step", _no_memory, "Meta")
 
 
 def optimizer_step_(
@@ -56,4 +60,5 @@ def optimizer_step_(
 ) -> None:
     """One step on one tensor, in place, by the kernels of its device; see `lowmem.optim.kernels.reference.step_`."""
     *floats, key, offset = astuple(scalars)
-    _optimizer_step(param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, floats, key, offset, bits)
+    numbers: Sequence[float] = floats
+    torch.ops.lowmem.optimizer_step(param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, numbers, key, offset, bits)

@@ -1,0 +1,217 @@
+"""The optimizer step on CUDA, one Triton kernel. lowmem/optim/kernels/reference.py is the definition: functions have the names of those
+there, and the arithmetic is the same to the bit.
+
+A program updates 8 blocks of 128 numbers, a tile with a block per row: it reads weights, gradients, codes and scales and writes the new
+ones in their place. Row maxima depend on all of a row, so that no code or scale is overwritten before every thread has read it.
+"""
+
+from __future__ import annotations  # tl may be missing
+
+import functools
+import subprocess
+import warnings
+from typing import Any
+
+import torch
+
+from lowmem.optim.kernels import reference
+from lowmem.optim.kernels.formats import FORMATS, scale_count
+from lowmem.optim.kernels.scalars import StepScalars
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+BLOCKS_PER_PROGRAM = 8  # 1024 numbers for 128 threads
+_FLOATS = ("step_size", "decay", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "rsqrt_correction2", "grad_scale")
+# A missing C compiler, a device that Triton does not know, a broken installation: raised before anything is written.
+_LAUNCH_ERRORS = (RuntimeError, OSError, subprocess.SubprocessError, *([triton.errors.TritonError] if triton else []))
+
+
+def _jit(**options: Any) -> Any:
+    """triton.jit, where there is Triton."""
+    return triton.jit(**options) if triton else lambda function: function
+
+
+@_jit()
+def _random_bits(key, position):  # type: ignore[no-untyped-def]
+    x = position.to(tl.uint32) * 0x9E3779B9 + key.to(tl.uint32)
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@_jit()
+def _round_to(value, random, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    bits, noise = value.to(tl.int32, bitcast=True), random.to(tl.int32, bitcast=True)
+    rounded = value
+    if dtype == tl.bfloat16:
+        rounded = ((bits + (noise & 0xFFFF)) & -0x10000).to(tl.float32, bitcast=True)
+    if dtype == tl.float16:
+        magnitude = tl.abs(value)
+        rounded = (((bits & 0x7FFFFFFF) + (noise & 0x1FFF)) & -0x2000).to(tl.float32, bitcast=True)
+        tiny = tl.floor(magnitude * 2.0**24 + (noise & 0xFFFF).to(tl.float32) * 2.0**-16) * 2.0**-24
+        rounded = tl.where(magnitude < 2.0**-14, tiny, rounded)
+        rounded = tl.where(rounded > 65504.0, 65504.0, rounded)
+        rounded = tl.where(value < 0, -rounded, rounded)
+    # The bits of CUDA's NaN are all ones: with noise added they would be those of -0
+    return tl.where(value == value, rounded, value).to(dtype)
+
+
+@_jit()
+def _load_codes(codes, row, column, live, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    if BITS == 8:
+        return tl.load(codes + row * 128 + column, mask=live, other=0).to(tl.int32)
+    byte = tl.load(codes + row * 64 + column % 64, mask=live, other=0).to(tl.int32)
+    return (byte >> (column // 64 * 4)) & 15
+
+
+@_jit()
+def _store_codes(codes, code, row, column, live, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    if BITS == 8:
+        tl.store(codes + row * 128 + column, code.to(codes.dtype.element_ty), mask=live)
+    else:
+        halves = tl.reshape(code << (column // 64 * 4), (code.shape[0], 2, 64))
+        byte = tl.sum(halves, axis=1)
+        tl.store(codes + row * 64 + tl.arange(0, 64)[None, :], byte.to(codes.dtype.element_ty), mask=live)
+
+
+@_jit()
+def _decode_signed(code, scale, SIGNED_MAX: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    code = (code if BITS == 8 else code - (SIGNED_MAX + 1)).to(tl.float32)
+    return code * tl.abs(code) * scale
+
+
+@_jit()
+def _encode_signed(value, SIGNED_MAX: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    square = SIGNED_MAX * SIGNED_MAX * 1.0
+    absmax = tl.max(tl.abs(value), axis=1, keep_dims=True)
+    live = absmax >= 2.0**-126 * square
+    inverse = tl.where(live, tl.div_rn(square, absmax), 0.0)
+    magnitude = tl.sqrt_rn(tl.maximum(tl.abs(value) * inverse - 0.25, 0.0)) + 2.0**23  # rounds to an integer
+    magnitude = magnitude.to(tl.int32, bitcast=True) & 0xFF
+    code = tl.where(value < 0, -magnitude, magnitude)
+    return (code if BITS == 8 else code + (SIGNED_MAX + 1)), tl.where(live, tl.div_rn(absmax, square), 0.0)
+
+
+@_jit()
+def _decode_unsigned(code, scale, SHIFT: tl.constexpr, BASE: tl.constexpr):  # type: ignore[no-untyped-def]
+    return ((code + BASE) << SHIFT).to(tl.float32, bitcast=True) * scale
+
+
+@_jit()
+def _encode_unsigned(value, random, UNSIGNED_MAX: tl.constexpr, SHIFT: tl.constexpr, BASE: tl.constexpr):  # type: ignore[no-untyped-def]
+    largest = tl.max(value, axis=1, keep_dims=True)
+    live = largest >= 2.0**-126
+    inverse = tl.where(live, tl.div_rn(1.0, largest), 0.0)
+    noise = (random >> 16).to(tl.int32) << (SHIFT - 16)
+    code = (((value * inverse).to(tl.int32, bitcast=True) + noise) >> SHIFT) - BASE
+    return tl.minimum(tl.maximum(code, 0), UNSIGNED_MAX), tl.where(live, largest, 0.0)
+
+
+@_jit(do_not_specialize=["numel", "key"], do_not_specialize_on_alignment=["exp_avg_scale", "exp_avg_sq_scale"])
+def _step(  # type: ignore[no-untyped-def]
+    param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, numel, key,
+    step_size, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, rsqrt_correction2, grad_scale,
+    LION: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr,
+    SIGNED_MAX: tl.constexpr, UNSIGNED_MAX: tl.constexpr, SHIFT: tl.constexpr, BASE: tl.constexpr,
+):  # fmt: skip
+    first_block = tl.program_id(0).to(tl.int64) * ROWS
+    first = first_block * 128
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, 128)[None, :]
+    inside = row * 128 + column
+    live, live_row = inside < numel - first, row * 128 < numel - first
+    random = _random_bits(key, first + inside)
+    p_old = tl.load(param + first + inside, mask=live, other=0).to(tl.float32)
+    g = tl.load(grad + first + inside, mask=live, other=0).to(tl.float32) * grad_scale
+    if BITS == 32:
+        m_old = tl.load(exp_avg + first + inside, mask=live, other=0)
+    else:
+        m_codes, m_scale = exp_avg + first * BITS // 8, exp_avg_scale + first_block + row
+        m_old = _load_codes(m_codes, row, column, live_row, BITS)
+        m_old = _decode_signed(m_old, tl.load(m_scale, mask=live_row, other=0), SIGNED_MAX, BITS)
+    if LION:
+        finite = tl.abs(g) < float("inf")
+        c = m_old * beta1 + g * one_minus_beta1
+        direction = (c > 0).to(tl.float32) - (c < 0).to(tl.float32)
+        m = m_old * beta2 + g * one_minus_beta2
+        p = p_old * decay - direction * step_size
+    else:
+        if BITS == 32:
+            v_old = tl.load(exp_avg_sq + first + inside, mask=live, other=0)
+        else:
+            v_codes, v_scale = exp_avg_sq + first * BITS // 8, exp_avg_sq_scale + first_block + row
+            v_old = _load_codes(v_codes, row, column, live_row, BITS)
+            v_old = _decode_unsigned(v_old, tl.load(v_scale, mask=live_row, other=0), SHIFT, BASE)
+        square = g * g
+        finite = square < float("inf")
+        m = m_old * beta1 + g * one_minus_beta1
+        v = v_old * beta2 + square * one_minus_beta2
+        p = p_old * decay - tl.div_rn(m, tl.sqrt_rn(v) * rsqrt_correction2 + eps) * step_size
+        v = tl.where(finite, v, v_old)
+        if BITS == 32:
+            tl.store(exp_avg_sq + first + inside, v, mask=live)
+        else:
+            v_code, scale = _encode_unsigned(tl.where(live, v, 0.0), random, UNSIGNED_MAX, SHIFT, BASE)
+            _store_codes(v_codes, v_code, row, column, live_row, BITS)
+            tl.store(v_scale, scale, mask=live_row)
+    m = tl.where(finite, m, m_old)
+    if BITS == 32:
+        tl.store(exp_avg + first + inside, m, mask=live)
+    else:
+        m_code, scale = _encode_signed(tl.where(live, m, 0.0), SIGNED_MAX, BITS)
+        _store_codes(m_codes, m_code, row, column, live_row, BITS)
+        tl.store(m_scale, scale, mask=live_row)
+    tl.store(param + first + inside, _round_to(tl.where(finite, p, p_old), random, param.dtype.element_ty), mask=live)
+
+
+def step_(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor | None,
+    exp_avg_scale: torch.Tensor | None,
+    exp_avg_sq_scale: torch.Tensor | None,
+    scalars: StepScalars,
+    bits: int,
+) -> None:
+    """See `lowmem.optim.kernels.reference.step_`, which also runs, after one warning, where Triton cannot.
+
+    Memory: none.
+    """
+    if not param.numel():
+        return
+    arguments = (param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, scalars, bits)
+    if triton is None:
+        _warn_once("Triton is not installed", "pip install triton")
+    else:
+        try:
+            _launch(*arguments)
+            return
+        except _LAUNCH_ERRORS as error:
+            _warn_once(f"Triton says: {error}", "a C compiler (gcc or clang) and the Triton of your PyTorch's version")
+    reference.step_(*arguments)
+
+
+def _launch(param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, scalars, bits):  # type: ignore[no-untyped-def]
+    key = (scalars.key + scalars.offset * 0x9E3779B9) & 0xFFFFFFFF
+    key -= (key >> 31) << 32  # an int32 of the same bits: one kernel for every key
+    fmt = FORMATS.get(bits)
+    numbers = (fmt.signed_max, fmt.unsigned_max, fmt.shift, fmt.base) if fmt else (0, 0, 0, 0)
+    grid = (-(-scale_count(param.numel()) // BLOCKS_PER_PROGRAM),)
+    with torch.cuda.device_of(param):
+        _step[grid](
+            param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, param.numel(), key,
+            *(getattr(scalars, name) for name in _FLOATS), exp_avg_sq is None, bits, BLOCKS_PER_PROGRAM, *numbers,
+            num_warps=4, enable_fp_fusion=False, sanitize_overflow=False,  # the hash is meant to wrap
+        )  # fmt: skip
+
+
+@functools.cache
+def _warn_once(problem: str, remedy: str) -> None:
+    warnings.warn(
+        f"{problem}; the plain PyTorch definition of the optimizer step runs on CUDA instead, many times slower; install {remedy}",
+        stacklevel=2,
+    )

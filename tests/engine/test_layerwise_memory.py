@@ -1,0 +1,56 @@
+"""Measured in fresh processes: the gradients of a layerwise step take one block, not the model."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.train.tiny_run import ROOT
+
+pytestmark = pytest.mark.memory
+
+# Few tokens and a small vocabulary, so that weights, states and gradients are nearly all there is; 10 blocks of 3.15M numbers.
+SCRIPT = """
+import json, sys
+import numpy as np, torch
+from lowmem.config import ModelConfig, OptimConfig, TrainConfig
+from lowmem.data.batch import Batch
+from lowmem.engine.layerwise import LayerwiseEngine
+from lowmem.engine.local import LocalEngine
+from lowmem.memory.measure import measure_peak
+from lowmem.models.registry import build_model
+
+torch.set_num_threads(1)
+model = build_model(ModelConfig(dim=512, num_layers=10, num_heads=8), vocab_size=128, max_seq_len=8, seed=0)
+model.activation_checkpointing = "block"
+optim, settings = OptimConfig(state_bits=4), {"device": torch.device("cpu"), "precision": "fp32", "micro_batch_size": 2}
+if sys.argv[1] == "layerwise":
+    engine = LayerwiseEngine(model, optim, TrainConfig(update="layerwise"), **settings)
+else:
+    engine = LocalEngine(model, optim, **settings)
+batch = Batch.from_windows(np.random.default_rng(0).integers(0, 128, (4, 9)))
+for _ in range(3):
+    engine.step(batch, 1e-3)
+with measure_peak() as peak:
+    engine.step(batch, 1e-3)
+print(json.dumps({"peak": peak.host_peak_bytes, **engine.memory_components()}))
+"""
+
+
+def measure(update: str) -> dict[str, int]:
+    command = [sys.executable, "-W", "error", "-c", SCRIPT, update]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_gradients_take_one_block():
+    whole, layerwise = measure("accumulate"), measure("layerwise")
+    assert layerwise["weights"] == whole["weights"]
+    assert layerwise["optimizer_states"] == whole["optimizer_states"]
+    assert layerwise["gradients"] * 9 < whole["gradients"] == whole["weights"]  # 10 blocks and small ends
+    # Nine blocks of gradient are not there. On the other side stand the second gradient of a block (one micro-batch's beside the sum),
+    # and what the allocator keeps of both: two blocks more.
+    saved = whole["peak"] - layerwise["peak"]
+    assert saved > whole["gradients"] - 4 * layerwise["gradients"]
