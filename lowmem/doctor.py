@@ -49,6 +49,7 @@ def examine() -> dict[str, Any]:
         "disk": machine.disk_report,
         "libraries": machine.library_report,
         "compiler": machine.compiler_report,
+        "kernels": machine.kernels_report,
         "deepspeed": machine.deepspeed_report,
     }
     for name, probe in probes.items():
@@ -126,6 +127,7 @@ def _memory_notes(report: dict[str, Any]) -> list[str]:
 def _build_notes(report: dict[str, Any]) -> list[str]:
     missing = [row["name"] for row in report["libraries"] if not row["version"] and not row["extra"]]
     notes = [f"{', '.join(missing)} missing, which lowmem always needs: pip install lowmem"] if missing else []
+    notes += [report["kernels"]["problem"]] if report["kernels"]["problem"] else []
     operators = report["deepspeed"].get("operators", {})
     if [name for name, status in operators.items() if status != "built"]:
         if report["compiler"]["cxx"] is None:

@@ -13,6 +13,7 @@ import torch
 from lowmem.data.storage import cache_root
 from lowmem.devices import cpu_features, cpu_has_native_bf16, cuda_has_native_bf16, cuda_has_native_fp8, cuda_problem
 from lowmem.memory.cgroup import cgroup_limit_bytes
+from lowmem.optim.kernels import cpu as cpu_kernels
 
 # Distribution, the extra that installs it ("" for what lowmem always needs), and what it is for.
 LIBRARIES = (
@@ -34,6 +35,7 @@ LIBRARIES = (
     ("tensorboard", "tensorboard", "metrics in TensorBoard"),
     ("wandb", "wandb", "metrics in Weights & Biases"),
     ("trackio", "trackio", "metrics in trackio"),
+    ("triton", "triton", "low-bit optimizer states on CUDA"),
     ("transformers", "hf", "models in Hugging Face's format"),
 )
 _SHOWN_FEATURES = {
@@ -146,6 +148,11 @@ def compiler_report() -> dict[str, Any]:
     """C++ compiler, which DeepSpeed's operators need."""
     path = shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++") or shutil.which("clang++")
     return {"cxx": path}
+
+
+def kernels_report() -> dict[str, Any]:
+    """lowmem's own optimizer kernels: the instruction set in use, and why they cannot be used (empty when they can)."""
+    return {"instructions": cpu_kernels.ISAS[cpu_kernels.isa()], "problem": cpu_kernels.problem()}
 
 
 def deepspeed_report() -> dict[str, Any]:

@@ -174,7 +174,9 @@ def hf_step(setting: dict):
         )
     )  # fmt: skip
     model = model.to(torch.bfloat16) if setting["weights"] == "bf16" else model.float()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    if setting.get("checkpointing"):
+        model.gradient_checkpointing_enable()
+    optimizer = hf_optimizer(model, setting.get("state_bits", 32))
     forward = torch.compile(model) if setting.get("compile") else model
     tokens = torch.randint(shape["vocab_size"], (setting["batch"], shape["seq_len"]))
 
@@ -188,6 +190,17 @@ def hf_step(setting: dict):
         return loss.item()
 
     return step, tokens.numel()
+
+
+def hf_optimizer(model, state_bits: int):
+    """torch's fused AdamW, or bitsandbytes' with 8-bit states."""
+    import torch
+
+    if state_bits == 32:
+        return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit(model.parameters(), lr=1e-4)
 
 
 def lowmem_step(setting: dict):
@@ -204,7 +217,9 @@ def lowmem_step(setting: dict):
     config.model.max_seq_len = shape["seq_len"]
     config.train.activation_checkpointing = setting["checkpointing"]
     config.train.weight_dtype = setting["weights"]
-    engine = build_engine(config, "bf16" if setting["weights"] == "bf16" or setting.get("autocast") else "fp32", setting["batch"])
+    config.train.update, config.optim.state_bits = setting.get("update", "accumulate"), setting.get("state_bits", 32)
+    precision = "bf16" if setting["weights"] == "bf16" or setting.get("autocast") else "fp32"
+    engine = build_engine(config, precision, setting.get("micro", setting["batch"]))
     windows = np.random.default_rng(0).integers(shape["vocab_size"], size=(setting["batch"], shape["seq_len"] + 1))
     return (lambda: engine.step(Batch.from_windows(windows), lr=1e-4).loss), windows[:, 1:].size
 
@@ -255,11 +270,9 @@ def build_engine(config, precision: str, batch: int):
     """lowmem's local engine for a configuration."""
     import torch
 
-    from lowmem.engine.local import LocalEngine
-    from lowmem.train.setup import build_configured_model
+    from lowmem.train.setup import build_configured_model, build_local_engine
 
-    model = build_configured_model(config)
-    return LocalEngine(model, config.optim, device=torch.device("cpu"), precision=precision, micro_batch_size=batch)
+    return build_local_engine(config, build_configured_model(config), torch.device("cpu"), precision, batch)
 
 
 if __name__ == "__main__":

@@ -162,15 +162,18 @@ class LowBitOptimizer(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(number, {}).items():
                 self.state[parameter][name] = value.to(parameter.device, copy=True) if isinstance(value, torch.Tensor) else value
 
-    def __repr__(self) -> str:
-        """Settings of each group, and how many numbers have states of how many bits."""
+    def describe(self) -> str:
+        """How many numbers have states of how many bits."""
         counts: dict[int, tuple[int, int]] = {}
         for parameter in self._groups:
             tensors, numbers = counts.get(self.bits_of(parameter), (0, 0))
             counts[self.bits_of(parameter)] = (tensors + 1, numbers + parameter.numel())
-        lines = [f"    {bits}-bit states: {tensors} tensors, {numbers:,} numbers" for bits, (tensors, numbers) in sorted(counts.items())]
-        lines.append(f"    tensors below {MIN_QUANTIZED_NUMEL} numbers keep 32-bit states")
-        return super().__repr__().rstrip(")") + "\n".join(lines) + "\n)"
+        parts = [f"{bits}-bit for {tensors} tensors of {numbers:,} numbers" for bits, (tensors, numbers) in sorted(counts.items())]
+        return f"{type(self).__name__} states {', '.join(parts)} (32-bit below {MIN_QUANTIZED_NUMEL} numbers)"
+
+    def __repr__(self) -> str:
+        """Settings of each group, and how many numbers have states of how many bits."""
+        return super().__repr__().rstrip(")") + f"    {self.describe()}\n)"
 
 
 def _check_group(group: dict[str, Any]) -> None:

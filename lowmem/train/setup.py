@@ -11,7 +11,7 @@ import torch
 from lowmem.config import RunConfig, resolve_micro_batch_size
 from lowmem.data.prepare import PreparedData, prepare_data
 from lowmem.data.tokenizers import check_vocab
-from lowmem.devices import resolve_device, resolve_precision
+from lowmem.devices import Precision, resolve_device, resolve_precision
 from lowmem.engine import distributed
 from lowmem.engine.base import Engine
 from lowmem.engine.layerwise import LayerwiseEngine
@@ -20,6 +20,7 @@ from lowmem.errors import ConfigError
 from lowmem.memory.budget import limit_cuda_memory, limit_host_memory
 from lowmem.models.base import LanguageModel, LossOptions
 from lowmem.models.registry import build_model
+from lowmem.optim.low_bit import LowBitOptimizer
 from lowmem.train.checkpoint import CheckpointStore
 from lowmem.train.loggers import open_loggers
 from lowmem.train.loop import Run
@@ -127,7 +128,13 @@ def _build_engine(config: RunConfig, model: LanguageModel, device: torch.device)
         from lowmem.engine.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(model, config, device=device, micro_batch_size=micro_batch_size)
-    precision = resolve_precision(config.train.precision, device)
+    return build_local_engine(config, model, device, resolve_precision(config.train.precision, device), micro_batch_size)
+
+
+def build_local_engine(
+    config: RunConfig, model: LanguageModel, device: torch.device, precision: Precision, micro_batch_size: int
+) -> LocalEngine:
+    """The engine of one process that `train.update` asks for."""
     if config.train.update == "layerwise":
         return LayerwiseEngine(model, config.optim, config.train, device=device, precision=precision, micro_batch_size=micro_batch_size)
     return LocalEngine(model, config.optim, device=device, precision=precision, micro_batch_size=micro_batch_size, seed=config.train.seed)
@@ -210,4 +217,16 @@ def _description(run: Run) -> str:
         f"{config.model.name} with {format_count(run.engine.model.num_parameters())} parameters ({format_bytes(components['weights'])}), "
         f"{run.engine.device.type}, {config.train.precision}, {run.engine.world_size} x {torch.get_num_threads()} threads; "
         f"global batch {config.train.global_batch_size} x {config.data.seq_len} tokens in micro-batches of {run.engine.micro_batch_size}"
+        f"{_update_description(run)}"
     )
+
+
+def _update_description(run: Run) -> str:
+    """What a user would otherwise not see: which states are narrow, and by which norm a layerwise step clips."""
+    engine, parts = run.engine, []
+    if isinstance(engine, LocalEngine) and isinstance(engine.optimizer, LowBitOptimizer):
+        parts.append(engine.optimizer.describe())
+    if isinstance(engine, LayerwiseEngine) and run.config.optim.clip:
+        which = "its own norm" if engine.clipping.mode == "block" else "the previous step's norm"
+        parts.append(f"layerwise: each block is clipped by {which}")
+    return "".join(f"; {part}" for part in parts)
