@@ -24,7 +24,9 @@ from lowmem.engine.loss_scale import LossScale
 from lowmem.errors import MemoryBudgetError
 from lowmem.memory.budget import is_out_of_memory
 from lowmem.models.base import LanguageModel
-from lowmem.models.counting import largest_part
+from lowmem.models.counting import head_loss_options, largest_part
+from lowmem.nn.loss import auto_chunk_tokens
+from lowmem.nn.loss_by_rows import CrossEntropyByRows
 from lowmem.nn.recompute import run_block
 from lowmem.optim.build import build_optimizer
 from lowmem.optim.low_bit import LowBitOptimizer
@@ -123,6 +125,9 @@ class LayerwiseEngine(LocalEngine):
         last = len(self.model.blocks)
         hidden = boundaries.read(last, slice(0, len(targets_BT))).detach().requires_grad_()
         boundaries.free(last)
+        dense = self.model.dense_head()
+        if dense is not None and self._by_rows(targets_BT.numel(), dense[1]):
+            return *self._head_by_rows(*dense, hidden, targets_BT, denominator), {}
         with self._autocast():
             loss = self.model.head_loss(hidden, targets_BT, denominator)
         value = loss.item()
@@ -133,6 +138,42 @@ class LayerwiseEngine(LocalEngine):
         pairs = list(zip(self._head_parameters, gradients, strict=True))
         applied = self._apply([pair for pair in pairs if id(pair[0]) not in embedding])
         return value, grad if applied else None, {parameter: g for parameter, g in pairs if id(parameter) in embedding}
+
+    def _by_rows(self, tokens: int, head: nn.Linear) -> bool:
+        """Whether the head's gradient would have to be summed over several chunks of tokens: then it comes in rows instead.
+
+        Not when blocks are clipped by their own norms: the head's is known only once all rows are there.
+        """
+        chunk = self.model.loss_options.chunk_tokens or auto_chunk_tokens(head.weight.shape[0], head.weight.shape[1], head.weight.element_size())
+        return tokens > chunk and self.clipping.mode == "previous"
+
+    def _head_by_rows(
+        self, norm: nn.Module, head: nn.Linear, hidden: torch.Tensor, targets_BT: torch.Tensor, denominator: float
+    ) -> tuple[float, torch.Tensor | None]:
+        """As `_head`, with a block of rows of the head updated before the gradient of the next one exists."""
+        with self._autocast():
+            normed = norm(hidden)
+        work = CrossEntropyByRows(
+            normed, head.weight, head.bias, targets_BT, head_loss_options(self.model), self.autocast_dtype or normed.dtype
+        )
+        value = work.loss.item() / denominator
+        if not math.isfinite(value):
+            return value, None
+        self.optimizer.begin(head.weight)
+        bias = []
+        for first, grad_rows, grad_bias in work.gradients():
+            factor = self.clipping.factor([grad_rows], 1 / denominator)
+            if math.isnan(factor):
+                return value, None
+            self.optimizer.update(head.weight, grad_rows.view(-1), start=first * head.weight.shape[1], grad_scale=factor)
+            bias += [] if grad_bias is None else [grad_bias]
+        scale = self.scaler.get_scale() / denominator
+        grad_normed = (work.grad_hidden * scale).to(normed.dtype).view_as(normed)
+        grad, *gradients = torch.autograd.grad(normed, [hidden, *norm.parameters()], grad_normed)
+        pairs = list(zip(norm.parameters(), gradients, strict=True))
+        if head.bias is not None:
+            pairs.append((head.bias, torch.cat(bias) * scale))
+        return value, grad if self._apply(pairs) else None
 
     def _block(self, index: int, boundaries: Boundaries, graphs: Graphs, grad: torch.Tensor) -> torch.Tensor | None:
         """Update block `index`; the gradient of what it was given, or None if its own was not finite.

@@ -87,6 +87,10 @@ class LanguageModel(nn.Module, ABC):
         """Whether `head_loss` uses the embedding, too."""
         return False
 
+    def dense_head(self) -> tuple[nn.Module, nn.Linear] | None:
+        """The final norm and the head, where `head_loss` is one plain matrix of its own after that norm."""
+        return None
+
     def num_parameters(self) -> int:
         """Trainable numbers, shared ones counted once."""
         return sum(parameter.numel() for parameter in self.parameters())

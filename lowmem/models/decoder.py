@@ -15,7 +15,7 @@ from lowmem.models.base import LanguageModel
 from lowmem.models.counting import attention_flops, head_loss_options, matrix_parameters, parameters_by_component
 from lowmem.nn.attention import Attention, LowRankAttention
 from lowmem.nn.factory import LinearFactory
-from lowmem.nn.head import TiedHead, make_head
+from lowmem.nn.head import DenseHead, TiedHead, make_head
 from lowmem.nn.kv_cache import LayerCache
 from lowmem.nn.mlp import default_hidden_dim, make_mlp
 from lowmem.nn.norm import make_norm
@@ -142,6 +142,10 @@ class Decoder(LanguageModel):
     def head_is_tied(self) -> bool:
         """Whether the embedding is the head."""
         return self.config.tie_embeddings
+
+    def dense_head(self) -> tuple[nn.Module, nn.Linear] | None:
+        """Norm and head, unless the head is tied or LoRPt."""
+        return (self.norm, self.head) if isinstance(self.head, DenseHead) else None
 
     def _head_weights(self) -> tuple[torch.Tensor, ...]:
         return (self.embedding.weight,) if self.config.tie_embeddings else ()

@@ -14,7 +14,9 @@ from lowmem.engine.layerwise import LayerwiseEngine
 from lowmem.engine.local import LocalEngine
 from lowmem.engine.optimizer_state import optimizer_tensors
 from lowmem.errors import MemoryBudgetError
+from lowmem.models.base import LossOptions
 from lowmem.models.registry import build_model
+from lowmem.nn import loss_by_rows
 
 VOCAB, SEQ_LEN, GLOBAL_BATCH, LR = 67, 16, 8, 1e-2
 CPU = torch.device("cpu")
@@ -93,6 +95,58 @@ def test_gradients_are_those_of_accumulation(name, mode, micro):
         # fp32 sums of the same terms in another order: the norm of the difference stays near 2^-24 = 6e-8 of the norm. The gradient of a
         # key bias is zero but for rounding (softmax does not see it): there 1e-9 of the whole gradient is the measure.
         assert (gradient - expected[key]).norm() <= 1e-6 * max(expected[key].norm(), 1e-3 * whole), key
+
+
+def make_rows(engine: LocalEngine) -> LocalEngine:
+    """Have the loss work on 32 tokens at a time: a layerwise engine then updates its head in rows."""
+    engine.model.loss_options = LossOptions(chunk_tokens=32)
+    return engine
+
+
+def test_a_head_in_rows_gets_the_same_gradients(monkeypatch):
+    monkeypatch.setattr(loss_by_rows, "GRAD_BLOCK_ROWS", 16)  # 16 rows of 32 numbers are four blocks of states
+    reference, engine = make_rows(accumulate()), make_rows(layerwise(micro=3))
+    reference._accumulate(make_batch(0))
+    expected = reference.model.head.weight.grad
+    found, update = [], engine.optimizer.update
+
+    def record(parameter, grad, **more):
+        if parameter is engine.model.head.weight:
+            found.append((more["start"], grad.clone() * more["grad_scale"]))
+        elif parameter is engine.model.norm.weight:
+            assert (grad - reference.model.norm.weight.grad).norm() <= 1e-6 * grad.norm()
+        update(parameter, grad, **more)
+
+    engine.optimizer.update = record
+    result = engine.step(make_batch(0), LR)
+    assert [start for start, _ in found] == [0, 512, 1024, 1536, 2048]  # 67 rows
+    gradient = torch.cat([rows for _, rows in found]).view_as(expected)
+    assert (gradient - expected).norm() <= 1e-6 * expected.norm()
+    plain = make_rows(accumulate()).step(make_batch(0), LR)
+    assert result.loss == pytest.approx(plain.loss, rel=1e-6)
+    assert result.grad_norm == pytest.approx(plain.grad_norm, rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_head_in_rows_learns_what_a_whole_one_learns(precision):
+    whole, rows = (layerwise(precision=precision, eps=1.0, clip=1.0) for _ in range(2))
+    make_rows(rows)
+    # products of 8 or 11 bits are added up in another order: 12 smooth steps keep losses within some of their last bits
+    tolerance = {"fp32": 1e-5, "bf16": 2**-8, "fp16": 2**-11}[precision]
+    for seed in range(12):
+        one, other = whole.step(make_batch(seed), LR), rows.step(make_batch(seed), LR)
+        assert other.loss == pytest.approx(one.loss, rel=tolerance)
+        assert one.skipped == other.skipped
+
+
+def test_a_bad_loss_changes_nothing_in_rows_either():
+    engine = make_rows(layerwise(state_bits=8))
+    engine.step(make_batch(0), LR)
+    before = bits(engine)
+    poisoned = engine.model.norm.register_forward_hook(lambda module, inputs, output: output * math.nan)
+    assert engine.step(make_batch(1), LR).skipped == "nonfinite"
+    poisoned.remove()
+    assert bits(engine) == before
 
 
 @pytest.mark.parametrize("micro", [1, 2, 4])
