@@ -144,7 +144,8 @@ class LayerwiseEngine(LocalEngine):
 
         Not when blocks are clipped by their own norms: the head's is known only once all rows are there.
         """
-        chunk = self.model.loss_options.chunk_tokens or auto_chunk_tokens(head.weight.shape[0], head.weight.shape[1], head.weight.element_size())
+        vocab_size, width = head.weight.shape
+        chunk = self.model.loss_options.chunk_tokens or auto_chunk_tokens(vocab_size, width, head.weight.element_size())
         return tokens > chunk and self.clipping.mode == "previous"
 
     def _head_by_rows(

@@ -105,7 +105,7 @@ def round_to(value: torch.Tensor, bits: torch.Tensor, dtype: torch.dtype) -> tor
         magnitude = value.abs()
         rounded = ((magnitude.view(torch.int32) + (bits & 0x1FFF).to(torch.int32)) & -0x2000).view(torch.float32)
         # below 2^-14 fp16 has a fixed spacing of 2^-24
-        tiny = (magnitude * 2.0**24 + (bits & 0xFFFF).float() * 2.0**-16).floor() * 2.0**-24
+        tiny = (magnitude * 2.0**24 + (bits & 0x3FFF).float() * 2.0**-14).floor() * 2.0**-24
         rounded = torch.where(magnitude < 2.0**-14, tiny, rounded).clamp_max(65504.0)
         return torch.where(value < 0, -rounded, rounded).half()
     return value.to(dtype)

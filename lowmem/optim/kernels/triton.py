@@ -7,7 +7,6 @@ ones in their place. Row maxima depend on all of a row, so that no code or scale
 
 from __future__ import annotations  # tl may be missing
 
-import functools
 import subprocess
 import warnings
 from typing import Any
@@ -26,8 +25,9 @@ except ImportError:
 
 BLOCKS_PER_PROGRAM = 8  # 1024 numbers for 128 threads
 _FLOATS = ("step_size", "decay", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "rsqrt_correction2", "grad_scale")
-# A missing C compiler, a device that Triton does not know, a broken installation: raised before anything is written.
-_LAUNCH_ERRORS = (RuntimeError, OSError, subprocess.SubprocessError, *([triton.errors.TritonError] if triton else []))
+# Nothing installed, no C compiler, a device that Triton does not know: raised before anything is written
+_LAUNCH_ERRORS = (ImportError, RuntimeError, OSError, subprocess.SubprocessError, *((triton.TritonError,) if triton else ()))
+_without_kernel: set[torch.device] = set()
 
 
 def _jit(**options: Any) -> Any:
@@ -36,7 +36,7 @@ def _jit(**options: Any) -> Any:
 
 
 @_jit()
-def _random_bits(key, position):  # type: ignore[no-untyped-def]
+def _random_bits(key, position):
     x = position.to(tl.uint32) * 0x9E3779B9 + key.to(tl.uint32)
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
@@ -44,7 +44,7 @@ def _random_bits(key, position):  # type: ignore[no-untyped-def]
 
 
 @_jit()
-def _round_to(value, random, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+def _round_to(value, random, dtype: tl.constexpr):
     bits, noise = value.to(tl.int32, bitcast=True), random.to(tl.int32, bitcast=True)
     rounded = value
     if dtype == tl.bfloat16:
@@ -52,7 +52,7 @@ def _round_to(value, random, dtype: tl.constexpr):  # type: ignore[no-untyped-de
     if dtype == tl.float16:
         magnitude = tl.abs(value)
         rounded = (((bits & 0x7FFFFFFF) + (noise & 0x1FFF)) & -0x2000).to(tl.float32, bitcast=True)
-        tiny = tl.floor(magnitude * 2.0**24 + (noise & 0xFFFF).to(tl.float32) * 2.0**-16) * 2.0**-24
+        tiny = tl.floor(magnitude * 2.0**24 + (noise & 0x3FFF).to(tl.float32) * 2.0**-14) * 2.0**-24
         rounded = tl.where(magnitude < 2.0**-14, tiny, rounded)
         rounded = tl.where(rounded > 65504.0, 65504.0, rounded)
         rounded = tl.where(value < 0, -rounded, rounded)
@@ -61,7 +61,7 @@ def _round_to(value, random, dtype: tl.constexpr):  # type: ignore[no-untyped-de
 
 
 @_jit()
-def _load_codes(codes, row, column, live, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _load_codes(codes, row, column, live, BITS: tl.constexpr):
     if BITS == 8:
         return tl.load(codes + row * 128 + column, mask=live, other=0).to(tl.int32)
     byte = tl.load(codes + row * 64 + column % 64, mask=live, other=0).to(tl.int32)
@@ -69,7 +69,7 @@ def _load_codes(codes, row, column, live, BITS: tl.constexpr):  # type: ignore[n
 
 
 @_jit()
-def _store_codes(codes, code, row, column, live, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _store_codes(codes, code, row, column, live, BITS: tl.constexpr):
     if BITS == 8:
         tl.store(codes + row * 128 + column, code.to(codes.dtype.element_ty), mask=live)
     else:
@@ -79,13 +79,13 @@ def _store_codes(codes, code, row, column, live, BITS: tl.constexpr):  # type: i
 
 
 @_jit()
-def _decode_signed(code, scale, SIGNED_MAX: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _decode_signed(code, scale, SIGNED_MAX: tl.constexpr, BITS: tl.constexpr):
     code = (code if BITS == 8 else code - (SIGNED_MAX + 1)).to(tl.float32)
     return code * tl.abs(code) * scale
 
 
 @_jit()
-def _encode_signed(value, SIGNED_MAX: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _encode_signed(value, SIGNED_MAX: tl.constexpr, BITS: tl.constexpr):
     square = SIGNED_MAX * SIGNED_MAX * 1.0
     absmax = tl.max(tl.abs(value), axis=1, keep_dims=True)
     live = absmax >= 2.0**-126 * square
@@ -97,12 +97,12 @@ def _encode_signed(value, SIGNED_MAX: tl.constexpr, BITS: tl.constexpr):  # type
 
 
 @_jit()
-def _decode_unsigned(code, scale, SHIFT: tl.constexpr, BASE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _decode_unsigned(code, scale, SHIFT: tl.constexpr, BASE: tl.constexpr):
     return ((code + BASE) << SHIFT).to(tl.float32, bitcast=True) * scale
 
 
 @_jit()
-def _encode_unsigned(value, random, UNSIGNED_MAX: tl.constexpr, SHIFT: tl.constexpr, BASE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _encode_unsigned(value, random, UNSIGNED_MAX: tl.constexpr, SHIFT: tl.constexpr, BASE: tl.constexpr):
     largest = tl.max(value, axis=1, keep_dims=True)
     live = largest >= 2.0**-126
     inverse = tl.where(live, tl.div_rn(1.0, largest), 0.0)
@@ -112,7 +112,7 @@ def _encode_unsigned(value, random, UNSIGNED_MAX: tl.constexpr, SHIFT: tl.conste
 
 
 @_jit(do_not_specialize=["numel", "key"], do_not_specialize_on_alignment=["exp_avg_scale", "exp_avg_sq_scale"])
-def _step(  # type: ignore[no-untyped-def]
+def _step(
     param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, numel, key,
     step_size, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, rsqrt_correction2, grad_scale,
     LION: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr,
@@ -177,25 +177,31 @@ def step_(
     scalars: StepScalars,
     bits: int,
 ) -> None:
-    """See `lowmem.optim.kernels.reference.step_`, which also runs, after one warning, where Triton cannot.
+    """See `lowmem.optim.kernels.reference.step_`, which runs, after one warning, where Triton is missing or cannot start the kernel.
 
     Memory: none.
     """
     if not param.numel():
         return
     arguments = (param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, scalars, bits)
-    if triton is None:
-        _warn_once("Triton is not installed", "pip install triton")
-    else:
+    if param.device not in _without_kernel:
         try:
             _launch(*arguments)
             return
         except _LAUNCH_ERRORS as error:
-            _warn_once(f"Triton says: {error}", "a C compiler (gcc or clang) and the Triton of your PyTorch's version")
+            _without_kernel.add(param.device)
+            warnings.warn(_problem(error), stacklevel=2)
     reference.step_(*arguments)
 
 
-def _launch(param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, scalars, bits):  # type: ignore[no-untyped-def]
+def _problem(error: Exception) -> str:
+    remedy = "a C compiler (gcc or clang) and the Triton of your PyTorch's version" if triton else "Triton (pip install triton)"
+    return f"{error}; the plain PyTorch definition of the optimizer step runs instead, many times slower; install {remedy}"
+
+
+def _launch(param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, scalars, bits):
+    if triton is None:
+        raise ModuleNotFoundError("Triton is not installed")
     key = (scalars.key + scalars.offset * 0x9E3779B9) & 0xFFFFFFFF
     key -= (key >> 31) << 32  # an int32 of the same bits: one kernel for every key
     fmt = FORMATS.get(bits)
@@ -207,11 +213,3 @@ def _launch(param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, s
             *(getattr(scalars, name) for name in _FLOATS), exp_avg_sq is None, bits, BLOCKS_PER_PROGRAM, *numbers,
             num_warps=4, enable_fp_fusion=False, sanitize_overflow=False,  # the hash is meant to wrap
         )  # fmt: skip
-
-
-@functools.cache
-def _warn_once(problem: str, remedy: str) -> None:
-    warnings.warn(
-        f"{problem}; the plain PyTorch definition of the optimizer step runs on CUDA instead, many times slower; install {remedy}",
-        stacklevel=2,
-    )
