@@ -18,18 +18,19 @@ HF, LOWMEM = {"side": "hf", "shape": "215m", "weights": "bf16", "autocast": Fals
 LAYERWISE = {**LOWMEM, "update": "layerwise", "checkpointing": "block"}
 SETTINGS = {
     "HF, AdamW8bit, checkpointing, 1 x 512": {**HF, "batch": 1, "state_bits": 8, "checkpointing": True},
+    "HF, fused AdamW, 1 x 512": {**HF, "batch": 1},
     "HF, fused AdamW, 4 x 512": {**HF, "batch": 4},
     "HF, fused AdamW, compiled, 4 x 512": {**HF, "batch": 4, "compile": True},
     "lowmem, 4-bit, layerwise, 1 x 512": {**LAYERWISE, "batch": 1, "state_bits": 4},
     "lowmem, 8-bit, layerwise, 1 x 512": {**LAYERWISE, "batch": 1, "state_bits": 8},
     "lowmem, 4-bit, layerwise, 16 x 512 by 4": {**LAYERWISE, "batch": 16, "micro": 4, "state_bits": 4},
-    "lowmem, 4-bit, accumulate, 16 x 512 by 4": {**LOWMEM, "batch": 16, "micro": 4, "state_bits": 4, "checkpointing": "selective"},
+    "lowmem, 4-bit, accumulate, 4 x 512": {**LOWMEM, "batch": 4, "state_bits": 4, "checkpointing": "selective"},
 }
 PAIRS = {
     "lowmem, 4-bit, layerwise, 1 x 512": "HF, AdamW8bit, checkpointing, 1 x 512",
     "lowmem, 8-bit, layerwise, 1 x 512": "HF, AdamW8bit, checkpointing, 1 x 512",
     "lowmem, 4-bit, layerwise, 16 x 512 by 4": "HF, fused AdamW, 4 x 512",
-    "lowmem, 4-bit, accumulate, 16 x 512 by 4": "HF, fused AdamW, 4 x 512",
+    "lowmem, 4-bit, accumulate, 4 x 512": "HF, fused AdamW, 4 x 512",
 }
 COMPILED = "HF, fused AdamW, compiled, 4 x 512"
 

@@ -84,14 +84,17 @@ class LowBitOptimizer(torch.optim.Optimizer):
             start: a multiple of 128.
             grad_scale: multiplies the gradient as it is read.
         Raises:
-            ValueError: a sparse gradient, or a start inside a block.
+            ValueError: a sparse gradient, a start or end inside a block, or states of another width than the group's `state_bits`.
         Memory: none; 512 KiB where `parameter` or `grad` are not contiguous.
         """
         if grad.is_sparse:
             raise ValueError("the gradient is sparse, lowmem's optimizers update dense ones; use nn.Embedding(sparse=False)")
+        count = grad.numel()
         if start % BLOCK:
             raise ValueError(f"start is {start}, must be a multiple of {BLOCK}")
-        count = grad.numel()
+        if (start + count) % BLOCK and start + count != parameter.numel():
+            raise ValueError(f"the update ends at {start + count}, must end at a multiple of {BLOCK} or at the end ({parameter.numel()})")
+        self._check_state(parameter)
         if parameter.is_contiguous() and grad.is_contiguous():
             self._update_flat(parameter, parameter.detach().view(-1)[start : start + count], grad.view(-1), start, grad_scale)
             return
@@ -122,6 +125,17 @@ class LowBitOptimizer(torch.optim.Optimizer):
         scales = part("exp_avg_scale", blocks), part("exp_avg_sq_scale", blocks)
         optimizer_step_(weights, grad, exp_avg, part("exp_avg_sq", codes), *scales, scalars, bits)
 
+    def _check_state(self, parameter: torch.Tensor) -> None:
+        """Kernels trust the sizes of states: a width that was changed after the first step must not reach them."""
+        state, bits = self.state[parameter], self.bits_of(parameter)
+        for name in self.state_names:
+            numel = parameter.numel() if bits == 32 else FORMATS[bits].code_bytes(parameter.numel())
+            if (state[name].dtype, state[name].numel()) != (_code_dtype(name, bits), numel):
+                raise ValueError(
+                    f"{name} has {state[name].numel()} numbers of {state[name].dtype}, state_bits={bits} needs {numel} of "
+                    f"{_code_dtype(name, bits)}; the width of a parameter's states cannot change once they exist"
+                )
+
     def bits_of(self, parameter: torch.Tensor) -> StateBits:
         """Bits of the states of `parameter`: its group's, or 32 if it is small."""
         bits = self._groups[parameter]["state_bits"]
@@ -141,8 +155,8 @@ class LowBitOptimizer(torch.optim.Optimizer):
             if bits == 32:
                 state[name] = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
                 continue
-            dtype = torch.int8 if bits == 8 and name == "exp_avg" else torch.uint8
-            state[name] = torch.zeros(FORMATS[bits].code_bytes(parameter.numel()), dtype=dtype, device=parameter.device)
+            size = FORMATS[bits].code_bytes(parameter.numel())
+            state[name] = torch.zeros(size, dtype=_code_dtype(name, bits), device=parameter.device)
             state[f"{name}_scale"] = torch.zeros(scale_count(parameter.numel()), dtype=torch.float32, device=parameter.device)
 
     def _index_parameters(self) -> None:
@@ -162,6 +176,13 @@ class LowBitOptimizer(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(number, {}).items():
                 self.state[parameter][name] = value.to(parameter.device, copy=True) if isinstance(value, torch.Tensor) else value
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "seed": self.seed}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._index_parameters()
+
     def describe(self) -> str:
         """How many numbers have states of how many bits."""
         counts: dict[int, tuple[int, int]] = {}
@@ -174,6 +195,12 @@ class LowBitOptimizer(torch.optim.Optimizer):
     def __repr__(self) -> str:
         """Settings of each group, and how many numbers have states of how many bits."""
         return super().__repr__().rstrip(")") + f"    {self.describe()}\n)"
+
+
+def _code_dtype(name: str, bits: int) -> torch.dtype:
+    if bits == 32:
+        return torch.float32
+    return torch.int8 if bits == 8 and name == "exp_avg" else torch.uint8
 
 
 def _check_group(group: dict[str, Any]) -> None:

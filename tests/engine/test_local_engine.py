@@ -21,7 +21,7 @@ KINDS = [("adamw", 32), ("lion", 32), ("adamw", 8), ("lion", 8)]
 
 def make_engine(*, precision: Precision = "fp32", micro: int = GLOBAL_BATCH, dim: int = 32, **optim) -> LocalEngine:
     """A two-layer decoder; always the same initial weights."""
-    if optim.get("state_bits") == 8:
+    if optim.get("state_bits") == 8 and optim.get("backend") == "bitsandbytes":
         pytest.importorskip("bitsandbytes")
     elif optim.get("name") == "lion":
         pytest.importorskip("lion_pytorch")

@@ -9,8 +9,10 @@ from torch import nn
 from lowmem.config import LorptConfig, ModelConfig, OptimConfig
 from lowmem.errors import ConfigError
 from lowmem.models.registry import build_model
+from lowmem.optim import AdamW, Lion
 from lowmem.optim.build import build_optimizer, decay_groups
 from lowmem.optim.clip import clip_gradients, global_norm
+from lowmem.optim.low_bit import LowBitOptimizer
 
 
 class Tiny(nn.Module):
@@ -60,17 +62,58 @@ def test_embedding_and_learned_positions_of_i3_do_not_decay():
     assert all(value == 0.0 for name, value in decay.items() if name.endswith("bias") or "norm" in name)
 
 
-@pytest.mark.parametrize(
-    "name, bits, class_name", [("adamw", 32, "AdamW"), ("lion", 32, "Lion"), ("adamw", 8, "AdamW8bit"), ("lion", 8, "Lion8bit")]
-)
-def test_each_choice_gives_its_optimizer_and_steps(name, bits, class_name):
-    model = Tiny()
-    optimizer = build_optimizer(model, OptimConfig(name=name, state_bits=bits, lr=0.1))
-    assert type(optimizer).__name__ == class_name
+CHOICES = [
+    # name, bits, dtype of the weights, other arguments, the class
+    ("adamw", 32, torch.float32, {}, torch.optim.AdamW),
+    ("adamw", 32, torch.bfloat16, {}, AdamW),
+    ("adamw", 32, torch.float32, {"partial": True}, AdamW),
+    ("adamw", 8, torch.float32, {}, AdamW),
+    ("adamw", 4, torch.bfloat16, {}, AdamW),
+    ("adamw", 8, torch.float32, {"offload": True}, AdamW),
+    ("lion", 32, torch.bfloat16, {}, Lion),
+    ("lion", 32, torch.float32, {"partial": True}, Lion),
+    ("lion", 8, torch.float32, {}, Lion),
+    ("lion", 4, torch.float32, {}, Lion),
+]
+
+
+def steps(optimizer: torch.optim.Optimizer, model: Tiny, dtype: torch.dtype) -> bool:
+    """Whether a step changes the weights."""
     before = model.linear.weight.detach().clone()
-    model.linear(torch.randn(2, 4)).sum().backward()
+    model.linear(torch.ones(2, 4, dtype=dtype)).sum().backward()
     optimizer.step()
-    assert not torch.equal(before, model.linear.weight)
+    return not torch.equal(before, model.linear.weight)
+
+
+@pytest.mark.parametrize("name, bits, dtype, arguments, kind", CHOICES)
+def test_each_choice_gives_its_optimizer_and_steps(name, bits, dtype, arguments, kind):
+    model = Tiny().to(dtype)
+    config = OptimConfig(name=name, state_bits=bits, lr=0.1, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.2)
+    optimizer = build_optimizer(model, config, seed=7, **arguments)
+    assert type(optimizer) is kind
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.1, (0.8, 0.95), 0.2)
+    assert group.get("eps", 1e-6) == 1e-6
+    if isinstance(optimizer, LowBitOptimizer):
+        assert (optimizer.seed, group["state_bits"]) == (7, bits)
+    assert steps(optimizer, model, dtype)
+
+
+def test_lion_with_32_bits_is_lion_pytorchs():
+    library = pytest.importorskip("lion_pytorch")
+    model = Tiny()
+    optimizer = build_optimizer(model, OptimConfig(name="lion", lr=0.1))
+    assert type(optimizer) is library.Lion
+    assert steps(optimizer, model, torch.float32)
+
+
+@pytest.mark.parametrize("name, class_name", [("adamw", "AdamW8bit"), ("lion", "Lion8bit")])
+def test_bitsandbytes_is_used_when_it_is_asked_for(name, class_name):
+    library = pytest.importorskip("bitsandbytes")
+    model = Tiny()
+    optimizer = build_optimizer(model, OptimConfig(name=name, state_bits=8, backend="bitsandbytes", lr=0.1))
+    assert type(optimizer) is getattr(library.optim, class_name)
+    assert steps(optimizer, model, torch.float32)
 
 
 def test_a_missing_library_names_its_extra(monkeypatch):

@@ -3,6 +3,7 @@ there, and the arithmetic is the same to the bit.
 
 A program updates 8 blocks of 128 numbers, a tile with a block per row: it reads weights, gradients, codes and scales and writes the new
 ones in their place. Row maxima depend on all of a row, so that no code or scale is overwritten before every thread has read it.
+Before Triton 3.6, which PyTorch 2.11 brings, roots and quotients below 2^-126 came out as zero.
 """
 
 from __future__ import annotations  # tl may be missing
@@ -43,21 +44,33 @@ def _random_bits(key, position):
     return x ^ (x >> 16)
 
 
+# bf16 numbers pass as bits: Triton's interpreter converts subnormal ones wrongly, and old devices have no instruction for it
+@_jit()
+def _load_numbers(pointers, live):
+    x = tl.load(pointers, mask=live, other=0)
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
 @_jit()
 def _round_to(value, random, dtype: tl.constexpr):
     bits, noise = value.to(tl.int32, bitcast=True), random.to(tl.int32, bitcast=True)
-    rounded = value
+    is_number = value == value  # CUDA's NaN is 0x7FFFFFFF: with noise added it would be -0
     if dtype == tl.bfloat16:
-        rounded = ((bits + (noise & 0xFFFF)) & -0x10000).to(tl.float32, bitcast=True)
-    if dtype == tl.float16:
+        upper = tl.where(is_number, (bits + (noise & 0xFFFF)) >> 16, 0x7FC0)
+        result = upper.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    elif dtype == tl.float16:
         magnitude = tl.abs(value)
         rounded = (((bits & 0x7FFFFFFF) + (noise & 0x1FFF)) & -0x2000).to(tl.float32, bitcast=True)
         tiny = tl.floor(magnitude * 2.0**24 + (noise & 0x3FFF).to(tl.float32) * 2.0**-14) * 2.0**-24
         rounded = tl.where(magnitude < 2.0**-14, tiny, rounded)
         rounded = tl.where(rounded > 65504.0, 65504.0, rounded)
-        rounded = tl.where(value < 0, -rounded, rounded)
-    # The bits of CUDA's NaN are all ones: with noise added they would be those of -0
-    return tl.where(value == value, rounded, value).to(dtype)
+        signed = rounded * tl.where(value < 0, -1.0, 1.0)  # Triton's -x is 0 - x, which makes no -0
+        result = tl.where(is_number, signed, value).to(tl.float16)
+    else:
+        result = value
+    return result
 
 
 @_jit()
@@ -124,10 +137,10 @@ def _step(
     inside = row * 128 + column
     live, live_row = inside < numel - first, row * 128 < numel - first
     random = _random_bits(key, first + inside)
-    p_old = tl.load(param + first + inside, mask=live, other=0).to(tl.float32)
-    g = tl.load(grad + first + inside, mask=live, other=0).to(tl.float32) * grad_scale
+    p_old = _load_numbers(param + first + inside, live)
+    g = _load_numbers(grad + first + inside, live) * grad_scale
     if BITS == 32:
-        m_old = tl.load(exp_avg + first + inside, mask=live, other=0)
+        m_old = _load_numbers(exp_avg + first + inside, live)
     else:
         m_codes, m_scale = exp_avg + first * BITS // 8, exp_avg_scale + first_block + row
         m_old = _load_codes(m_codes, row, column, live_row, BITS)
@@ -140,7 +153,7 @@ def _step(
         p = p_old * decay - direction * step_size
     else:
         if BITS == 32:
-            v_old = tl.load(exp_avg_sq + first + inside, mask=live, other=0)
+            v_old = _load_numbers(exp_avg_sq + first + inside, live)
         else:
             v_codes, v_scale = exp_avg_sq + first * BITS // 8, exp_avg_sq_scale + first_block + row
             v_old = _load_codes(v_codes, row, column, live_row, BITS)
