@@ -62,7 +62,7 @@ def encode_signed(value: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, torch
     # sqrt(t - 1/4) rounds at t = c^2 + c + 1/2, half-way between the squares of two codes; adding 2^23 rounds to an integer
     magnitude = ((value.abs() * inverse.unsqueeze(1) - 0.25).clamp_min(0.0).double().sqrt().float() + 2.0**23) - 2.0**23
     code = torch.where(value < 0, -magnitude, magnitude)
-    scale = torch.where(live, absmax / square, 0.0)
+    scale = torch.where(live, absmax / torch.full_like(absmax, square), 0.0)
     if fmt.bits == 8:
         return code.to(torch.int8), scale
     return pack((code + (fmt.signed_max + 1)).to(torch.uint8)), scale
@@ -99,15 +99,16 @@ def round_to(value: torch.Tensor, bits: torch.Tensor, dtype: torch.dtype) -> tor
         bits: random bits of the same shape; the lower 16 are used.
     """
     if dtype == torch.bfloat16:
-        rounded = (value.view(torch.int32) + (bits & 0xFFFF).to(torch.int32)) & -0x10000
-        return rounded.view(torch.float32).bfloat16()
+        rounded = value.view(torch.int32) + (bits & 0xFFFF).to(torch.int32)
+        rounded = torch.where(value.isnan(), 0x7FC00000, rounded)  # noise would turn some NaN into -0
+        return (rounded >> 16).to(torch.int16).view(torch.bfloat16)
     if dtype == torch.float16:
         magnitude = value.abs()
         rounded = ((magnitude.view(torch.int32) + (bits & 0x1FFF).to(torch.int32)) & -0x2000).view(torch.float32)
         # below 2^-14 fp16 has a fixed spacing of 2^-24
         tiny = (magnitude * 2.0**24 + (bits & 0x3FFF).float() * 2.0**-14).floor() * 2.0**-24
         rounded = torch.where(magnitude < 2.0**-14, tiny, rounded).clamp_max(65504.0)
-        return torch.where(value < 0, -rounded, rounded).half()
+        return torch.where(value.isnan(), value, torch.where(value < 0, -rounded, rounded)).half()
     return value.to(dtype)
 
 
