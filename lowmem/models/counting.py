@@ -1,11 +1,21 @@
 """What models share in counting themselves, and in passing loss options on."""
 
+import torch
 from torch import nn
 
 from lowmem.models.base import LanguageModel
 from lowmem.nn.loss import CrossEntropyOptions
 
 COMPONENTS = ("embedding", "positions", "attention", "hybrid", "mlp", "norm", "head")
+
+
+def store_as(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """`module` with its parameters in `dtype`; unlike Module.to it also works on fake tensors."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            if parameter.dtype != dtype:
+                setattr(part, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=parameter.requires_grad))
+    return module
 
 
 def parameters_by_component(model: nn.Module) -> dict[str, int]:

@@ -12,7 +12,7 @@ from torch import nn
 from lowmem.config import ModelConfig
 from lowmem.errors import ConfigError
 from lowmem.models.base import LanguageModel
-from lowmem.models.counting import attention_flops, head_loss_options, matrix_parameters, parameters_by_component
+from lowmem.models.counting import attention_flops, head_loss_options, matrix_parameters, parameters_by_component, store_as
 from lowmem.nn.attention import Attention, LowRankAttention
 from lowmem.nn.factory import LinearFactory
 from lowmem.nn.head import DenseHead, TiedHead, make_head
@@ -114,11 +114,12 @@ class Decoder(LanguageModel):
         rotary = RotaryTable(config.dim // config.num_heads, config.rope_theta) if config.positions == "rope" else None
         self.embedding = nn.Embedding(vocab_size, config.dim, _weight=torch.empty(vocab_size, config.dim))
         nn.init.normal_(self.embedding.weight, std=INIT_STD)
-        self.embedding.to(dtype)
-        self.positions = LearnedPositions(max_seq_len, config.dim).to(dtype) if config.positions == "learned" else None
-        self.blocks = nn.ModuleList(DecoderBlock(config, factory, f"blocks.{i}", rotary).to(dtype) for i in range(config.num_layers))
-        self.norm = make_norm(config.norm, config.dim).to(dtype)
-        self.head = (TiedHead() if config.tie_embeddings else make_head(config.dim, vocab_size, False, factory)).to(dtype)
+        store_as(self.embedding, dtype)
+        self.positions = store_as(LearnedPositions(max_seq_len, config.dim), dtype) if config.positions == "learned" else None
+        self.blocks = nn.ModuleList(store_as(DecoderBlock(config, factory, f"blocks.{i}", rotary), dtype) for i in range(config.num_layers))
+        self.norm = store_as(make_norm(config.norm, config.dim), dtype)
+        head = TiedHead() if config.tie_embeddings else make_head(config.dim, vocab_size, False, factory)
+        self.head = store_as(head, dtype)
         factory.check_patterns()
 
     def embed(self, tokens_BT: torch.Tensor, start: int = 0) -> torch.Tensor:

@@ -15,7 +15,7 @@ from torch import nn
 from lowmem.config import LorptConfig, ModelConfig
 from lowmem.errors import ConfigError
 from lowmem.models.base import LanguageModel
-from lowmem.models.counting import attention_flops, head_loss_options, matrix_parameters, parameters_by_component
+from lowmem.models.counting import attention_flops, head_loss_options, matrix_parameters, parameters_by_component, store_as
 from lowmem.nn.attention import LowRankAttention
 from lowmem.nn.factory import LinearFactory
 from lowmem.nn.head import make_head
@@ -140,11 +140,11 @@ class I3(LanguageModel):
         factory = LinearFactory(config.lorpt)
         self.embedding = nn.Embedding(vocab_size, config.dim, _weight=torch.empty(vocab_size, config.dim))
         nn.init.normal_(self.embedding.weight, std=INIT_STD)
-        self.embedding.to(dtype)
-        self.positions = LearnedPositions(max_seq_len, config.dim).to(dtype)
-        self.blocks = nn.ModuleList(I3Block(config, factory, f"blocks.{i}").to(dtype) for i in range(config.num_layers))
-        self.norm = LayerNorm(config.dim).to(dtype)
-        self.head = make_head(config.dim, vocab_size, True, factory).to(dtype)
+        store_as(self.embedding, dtype)
+        self.positions = store_as(LearnedPositions(max_seq_len, config.dim), dtype)
+        self.blocks = nn.ModuleList(store_as(I3Block(config, factory, f"blocks.{i}"), dtype) for i in range(config.num_layers))
+        self.norm = store_as(LayerNorm(config.dim), dtype)
+        self.head = store_as(make_head(config.dim, vocab_size, True, factory), dtype)
         factory.check_patterns()
 
     def embed(self, tokens_BT: torch.Tensor, start: int = 0) -> torch.Tensor:
