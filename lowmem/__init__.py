@@ -4,13 +4,13 @@ import importlib
 
 __version__ = "0.1.0"
 
-__all__ = ["LoRPtLinear", "__version__", "memory"]
+__all__ = ["LoRPtLinear", "__version__", "memory", "optim"]
 
 
 def __getattr__(name: str):
     """Import what is asked for, when it is asked for: `import lowmem` loads no torch."""
     if name == "LoRPtLinear":
         return importlib.import_module("lowmem.nn.lorpt").LoRPtLinear
-    if name == "memory":
-        return importlib.import_module("lowmem.memory")
+    if name in ("memory", "optim"):
+        return importlib.import_module(f"lowmem.{name}")
     raise AttributeError(f"module 'lowmem' has no attribute {name!r}")

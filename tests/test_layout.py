@@ -81,6 +81,7 @@ def test_what_users_script_against_is_there():
     import lowmem
 
     assert lowmem.LoRPtLinear(64, 64, rank=8).up.shape == (64, 8)
+    assert {lowmem.optim.AdamW.__name__, lowmem.optim.Lion.__name__} == {"AdamW", "Lion"}
     with lowmem.memory.measure_peak() as peak:
         pass
     assert peak.host_peak_bytes > 0
