@@ -36,7 +36,9 @@ class Engine(ABC):
         model: the plain module, not wrapped.
         device: where this rank computes.
         rank, world_size: this process among those that share the global batch.
-        micro_batch_size: sequences computed at once on this rank.
+        micro_batch_size: sequences computed at once on this rank; lowered when memory runs out.
+        failed_micro_batch_size: the smallest size known to run out of memory; 0 if none is.
+        messages: what a person should know of recoveries; whoever shows them empties the list.
     """
 
     model: LanguageModel
@@ -44,6 +46,11 @@ class Engine(ABC):
     rank: int = 0
     world_size: int = 1
     micro_batch_size: int = 1
+    failed_micro_batch_size: int = 0
+    messages: list[str]
+
+    def __init__(self) -> None:
+        self.messages = []
 
     @abstractmethod
     def step(self, batch: Batch, lr: float) -> StepResult:
@@ -52,11 +59,29 @@ class Engine(ABC):
         Args:
             batch: global_batch_size sequences.
             lr: learning rate of this step.
+        Raises:
+            MemoryBudgetError: memory ran out and no smaller micro-batch helps, or where the step could not be repeated.
         """
 
     @abstractmethod
     def evaluate(self, batches: Iterable[Batch]) -> float:
-        """Mean loss over all predicted tokens of `batches`; weights, states and RNG are left as they were."""
+        """Mean loss over all predicted tokens of `batches`; weights, states and RNG are left as they were.
+
+        Raises:
+            MemoryBudgetError: memory ran out with one sequence at a time.
+        """
+
+    @abstractmethod
+    def rehearse(self, batch: Batch) -> None:
+        """Take the memory that steps on batches like this one and evaluations will take, and lower the micro-batch until it is there.
+
+        Weights, states, loss scale and RNG are left as they were.
+
+        Args:
+            batch: a global batch of the longest sequences of the run.
+        Raises:
+            MemoryBudgetError: memory ran out with one sequence at a time.
+        """
 
     @abstractmethod
     def save(self, directory: Path) -> dict:
@@ -82,6 +107,33 @@ class Engine(ABC):
     @abstractmethod
     def memory_components(self) -> dict[str, int]:
         """Bytes that this rank keeps between and during steps, by arithmetic: weights, gradients, optimizer_states."""
+
+    def memory_remedies(self) -> list[str]:
+        """Settings that are not in force and would take less memory, as "key=value", the most effective first."""
+        return []
+
+    def set_micro_batch_size(self, size: int) -> None:
+        """Compute `size` sequences at once from now on."""
+        self.micro_batch_size = size
+
+    def micro_batch_state(self) -> dict[str, int]:
+        """For the checkpoint: the present micro-batch, and the smallest that failed."""
+        return {"size": self.micro_batch_size, "failed": self.failed_micro_batch_size}
+
+    def restore_micro_batch(self, state: dict) -> None:
+        """Take over from a checkpoint which size failed, and the size found instead if the configured one would fail again.
+
+        Args:
+            state: what `save` returned; "micro_batch" may be missing.
+        """
+        saved = state.get("micro_batch", {"size": self.micro_batch_size, "failed": 0})
+        self.failed_micro_batch_size = saved["failed"]
+        if 0 < saved["failed"] <= self.micro_batch_size:
+            self.set_micro_batch_size(saved["size"])
+
+    def sum_over_ranks(self, value: float) -> float:
+        """The sum of every rank's `value`, on every rank."""
+        return value
 
     def any_rank(self, flag: bool) -> bool:
         """True on every rank if `flag` is true on at least one."""

@@ -69,6 +69,10 @@ class Boundaries:
         for key in [key for key in self._fetched if key[0] == index]:
             del self._fetched[key]
 
+    def drop_fetched(self) -> None:
+        """Give back the device memory of rows that were prefetched and not read; what was written stays."""
+        self._fetched.clear()
+
     def nbytes(self) -> int:
         """Bytes kept."""
         return sum(kept.numel() * kept.element_size() for kept in self._kept.values())

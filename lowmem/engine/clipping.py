@@ -37,6 +37,10 @@ class BlockClipping:
         reference = self.previous_norm if self.mode == "previous" else norm
         return unscale * (limit / reference if 0 < limit < reference else 1.0)
 
+    def forget(self) -> None:
+        """Drop the gradients of a step that does not end."""
+        self._squares = []
+
     def end_step(self) -> float:
         """The global norm before clipping; non-finite if a gradient was."""
         norm = math.sqrt(math.fsum(self._squares)) if all(map(math.isfinite, self._squares)) else math.nan

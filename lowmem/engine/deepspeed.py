@@ -3,6 +3,11 @@
 Micro-batches are weighted as in the local engine, whatever the number of ranks: every loss is a sum divided by the number of
 predicted tokens of the *global* batch. DeepSpeed averages gradients over ranks, so each rank's loss is first multiplied by the
 number of ranks, and DeepSpeed's own division by the accumulation steps is switched off.
+
+Memory that runs out on one rank is everyone's business. Below stage 3 a forward pass does not communicate: the ranks tell each other
+how it went, and all of them start the step or the evaluation again with a smaller micro-batch. In a backward pass, in stage 3 and in
+DeepSpeed's own step the other ranks wait in the middle of a collective operation, or gradients are in DeepSpeed's buckets: the run ends
+with an error, except for the backward pass of stage 0 on a single rank, which leaves nothing but gradients behind.
 """
 
 import io
@@ -10,7 +15,8 @@ import json
 import math
 import sys
 from collections.abc import Iterable
-from contextlib import redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +33,9 @@ from lowmem.engine.deepspeed_optimizers import prepare_optimizer, separate_small
 from lowmem.engine.deepspeed_weights import load_weights, save_weights
 from lowmem.engine.distributed import destroy_process_group, import_deepspeed, init_process_group, local_rank
 from lowmem.engine.random_state import random_state, restore_random_state
+from lowmem.engine.recovery import cannot_be_repeated, first_line, release_memory, repeat_with_smaller_micro_batches
 from lowmem.errors import CheckpointError
+from lowmem.memory.budget import is_out_of_memory
 from lowmem.models.base import LanguageModel
 from lowmem.optim.build import build_optimizer
 from lowmem.optim.clip import clip_gradients, global_norm
@@ -48,11 +56,12 @@ class DeepSpeedEngine(Engine):
     """
 
     def __init__(self, model: LanguageModel, config: RunConfig, *, device: torch.device, micro_batch_size: int):
+        super().__init__()
         init_process_group(device)
         deepspeed = import_deepspeed(device.type)
         self.rank, self.world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
         self.device, self.micro_batch_size = device, micro_batch_size
-        self.max_norm = config.optim.clip
+        self.max_norm, self.config = config.optim.clip, config
         document = build_deepspeed_config(config, world_size=self.world_size, micro_batch_size=micro_batch_size)
         self.zero_stage = zero_stage(document)
         offload = offloads_optimizer(document)
@@ -73,17 +82,21 @@ class DeepSpeedEngine(Engine):
         self._engine.train()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        loss = self._accumulate(batch)
-        return self._update_whole(loss) if self.zero_stage == 0 else self._update_partitioned(loss)
+        loss = repeat_with_smaller_micro_batches(self, partial(self._accumulate, batch), self._discard)
+        with self._fatal("in the update"):
+            return self._update_whole(loss) if self.zero_stage == 0 else self._update_partitioned(loss)
 
     def evaluate(self, batches: Iterable[Batch]) -> float:
         self._engine.eval()
         total, count = 0.0, 0
         with torch.no_grad():
             for batch in batches:
-                total += self._sum_over_ranks(self._evaluate_share(batch))
+                total += self._sum_over_ranks(repeat_with_smaller_micro_batches(self, partial(self._evaluate_share, batch), self._discard))
                 count += batch.target_count()
         return total / count
+
+    def rehearse(self, batch: Batch) -> None:
+        """Does nothing: ZeRO's hooks communicate and fill buckets during backward, so a pass that is thrown away cannot be taken back."""
 
     def save(self, directory: Path) -> dict:
         save_weights(self._engine, directory / "model.safetensors", write=self.rank == 0)
@@ -93,6 +106,7 @@ class DeepSpeedEngine(Engine):
             "world_size": self.world_size,
             "zero_stage": self.zero_stage,
             "random": self._random_states(),
+            "micro_batch": self.micro_batch_state(),
         }
 
     def load(self, directory: Path, state: dict) -> None:
@@ -104,6 +118,7 @@ class DeepSpeedEngine(Engine):
                 )
         self.load_weights(directory)
         load_optimizer(self._engine, directory)
+        self.restore_micro_batch(state)
         restore_random_state(state["random"][self.rank], self.device)
 
     def load_weights(self, directory: Path) -> None:
@@ -111,6 +126,13 @@ class DeepSpeedEngine(Engine):
 
     def memory_components(self) -> dict[str, int]:
         return memory_components(self._engine)
+
+    def memory_remedies(self) -> list[str]:
+        checkpointing = [] if self.config.train.activation_checkpointing == "block" else ["train.activation_checkpointing=block"]
+        return [*checkpointing, *([] if self.config.optim.state_bits == 4 else ["optim.state_bits=4"])]
+
+    def sum_over_ranks(self, value: float) -> float:
+        return self._sum_over_ranks(value)
 
     def any_rank(self, flag: bool) -> bool:
         return self._sum_over_ranks(float(flag)) > 0
@@ -143,10 +165,11 @@ class DeepSpeedEngine(Engine):
         share = len(batch) // self.world_size
         rows = batch.rows(self.rank * share, (self.rank + 1) * share)
         last = share - self.micro_batch_size
+        recoverable = self.zero_stage == 0 and self.world_size == 1
         losses: list[torch.Tensor] = []
         for start in range(0, share, self.micro_batch_size):
             self._engine.set_gradient_accumulation_boundary(start == last)
-            loss = self._loss(rows.rows(start, start + self.micro_batch_size), denominator)
+            loss = self._loss_everywhere(rows.rows(start, start + self.micro_batch_size), denominator)
             losses.append(loss.detach())
             weight = 1.0
             if start == last:
@@ -155,8 +178,28 @@ class DeepSpeedEngine(Engine):
                     weight = math.nan  # a loss can overflow where gradients do not; ZeRO discards a step by its gradients
             # The product is a tensor of its own even for weight 1: DeepSpeed (0.19.8, stage 0) divides the gradient of the very
             # tensor that forward returned by the accumulation steps, in spite of scale_wrt_gas=False.
-            self._engine.backward(loss * weight, scale_wrt_gas=False)
+            with nullcontext() if recoverable else self._fatal("in a backward pass"):
+                self._engine.backward(loss * weight, scale_wrt_gas=False)
         return mean
+
+    def _discard(self) -> None:
+        """Forget the gradients of the micro-batches so far, as DeepSpeed (0.19.8) does after an overflow, and that there were any.
+
+        Called between backward passes: buckets are empty then.
+        """
+        optimizer = self._engine.optimizer
+        self._engine.zero_grad()
+        if self.zero_stage:
+            optimizer.zero_grad()  # also the fp32 sums of BF16_Optimizer, stage 1 in bf16
+        if hasattr(optimizer, "micro_step_id"):
+            optimizer.micro_step_id = -1
+        for name in ("averaged_gradients", "all_grad_tensors"):
+            sums = getattr(optimizer, name, {})
+            for group in sums:
+                sums[group] = None
+
+    def _fatal(self, where: str) -> AbstractContextManager:
+        return cannot_be_repeated(self, f"{where}, which cannot be done again under DeepSpeed; go on from the last checkpoint")
 
     def _update_whole(self, loss: float) -> StepResult:
         """Stage 0: every rank holds the averaged gradients and updates all weights, as the local engine does."""
@@ -200,9 +243,34 @@ class DeepSpeedEngine(Engine):
         for round_start in range(0, len(starts), self.world_size):
             mine = round_start + self.rank
             start = starts[min(mine, len(starts) - 1)]
-            loss = self._loss(batch.rows(start, start + self.micro_batch_size), denominator=1.0).item()
+            loss = self._loss_everywhere(batch.rows(start, start + self.micro_batch_size), denominator=1.0).item()
             total += loss if mine < len(starts) else 0.0
         return total
+
+    def _loss_everywhere(self, batch: Batch, denominator: float) -> torch.Tensor:
+        """This rank's loss.
+
+        Raises:
+            MemoryError: on every rank, if memory ran out on one.
+            MemoryBudgetError: memory ran out in stage 3, where weights are gathered in between.
+        """
+        if self.zero_stage == 3:
+            with self._fatal("in a forward pass of stage 3"):
+                return self._loss(batch, denominator)
+        failure = ""
+        try:
+            loss = self._loss(batch, denominator)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = first_line(error)
+        if failure:
+            release_memory(self.device)
+        if self.world_size > 1 and self.any_rank(bool(failure)):
+            failure = failure or "on another rank"
+        if failure:
+            raise MemoryError(failure)
+        return loss
 
     def _loss(self, batch: Batch, denominator: float) -> torch.Tensor:
         inputs = torch.from_numpy(batch.inputs).to(self.device, non_blocking=True)

@@ -1,10 +1,11 @@
 """One process, one device: the engine with the least memory."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,16 +15,24 @@ from lowmem.devices import Precision
 from lowmem.engine.base import Engine, StepResult
 from lowmem.engine.optimizer_state import load_optimizer_tensors, optimizer_tensors
 from lowmem.engine.random_state import random_state, restore_random_state
+from lowmem.engine.recovery import cannot_be_repeated, repeat_with_smaller_micro_batches
 from lowmem.engine.tensor_file import load_into, read_tensors, write_tensors
+from lowmem.fake import representative
 from lowmem.models.base import LanguageModel
-from lowmem.optim.build import build_optimizer
+from lowmem.models.counting import move_to
+from lowmem.optim.build import allocate_states, build_optimizer
 from lowmem.optim.clip import clip_gradients, global_norm
 
 _MIN_LOSS_SCALE = 1.0
+HALF_APPLIED = "while weights were updated: some have changed, some have not; run the same command again to go on from the last checkpoint"
+T = TypeVar("T")
 
 
 class LocalEngine(Engine):
     """Accumulates the gradients of all micro-batches, clips, updates.
+
+    A step or an evaluation that runs out of memory is done again with a smaller micro-batch. The update is not part of that: its states
+    are allocated here, and of the optimizers only lion-pytorch's allocates more.
 
     Args:
         model: moved to `device`; its dtype is what is stored.
@@ -36,11 +45,13 @@ class LocalEngine(Engine):
     def __init__(
         self, model: LanguageModel, optim: OptimConfig, *, device: torch.device, precision: Precision, micro_batch_size: int, seed: int = 0
     ):
-        self.model: LanguageModel = model.to(device)
+        super().__init__()
+        self.model: LanguageModel = move_to(model, device)
         self.device = device
         self.micro_batch_size = micro_batch_size
-        self.max_norm = optim.clip
+        self.max_norm, self.state_bits = optim.clip, optim.state_bits
         self.optimizer = self._build_optimizer(model, optim, seed)
+        allocate_states(self.optimizer)
         self.scaler: Any = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         stored = next(model.parameters()).dtype
         compute = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
@@ -53,15 +64,11 @@ class LocalEngine(Engine):
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss = self._accumulate(batch)
-        self.scaler.unscale_(self.optimizer)
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = global_norm(gradients).item()
-        applied = math.isfinite(loss) and math.isfinite(norm)
-        if applied:
-            clip_gradients(gradients, norm, self.max_norm)
-            self.scaler.step(self.optimizer)
-        self.scaler.update()
+        loss, norm, applied = self._repeat(partial(self._gradients, batch))
+        with cannot_be_repeated(self, HALF_APPLIED):
+            if applied:
+                self.scaler.step(self.optimizer)
+            self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)  # gradients must not be alive during the next forward pass
         if applied:
             return StepResult(loss, norm, skipped="")
@@ -73,10 +80,19 @@ class LocalEngine(Engine):
         total, count = 0.0, 0
         with torch.no_grad():
             for batch in batches:
-                for micro_batch in self._micro_batches(batch):
-                    total += self._loss(micro_batch, denominator=1.0).item()
+                for loss in self._repeat(partial(self._losses, batch)):
+                    total += loss
                 count += batch.target_count()
         return total / count
+
+    def rehearse(self, batch: Batch) -> None:
+        random = random_state(self.device)
+        try:
+            self._repeat(partial(self._try_step, batch))
+            self._repeat(partial(self._try_evaluation, batch))
+        finally:
+            self._discard()
+            restore_random_state(random, self.device)
 
     def save(self, directory: Path) -> dict:
         tensors, scalars = optimizer_tensors(self.model, self.optimizer)
@@ -87,6 +103,7 @@ class LocalEngine(Engine):
             "optimizer_scalars": scalars,
             "loss_scale": self.scaler.state_dict(),
             "random": random_state(self.device),
+            "micro_batch": self.micro_batch_state(),
         }
 
     def load(self, directory: Path, state: dict) -> None:
@@ -94,6 +111,8 @@ class LocalEngine(Engine):
         load_optimizer_tensors(
             self.model, self.optimizer, dict(read_tensors(directory / "optimizer.safetensors")), state["optimizer_scalars"]
         )
+        allocate_states(self.optimizer)  # a checkpoint from before the first step may hold none
+        self.restore_micro_batch(state)
         if state["loss_scale"]:
             self.scaler.load_state_dict(state["loss_scale"])
         restore_random_state(state["random"], self.device)
@@ -111,6 +130,52 @@ class LocalEngine(Engine):
             "optimizer_states": sum(state.numel() * state.element_size() for state in states.values()),
         }
 
+    def memory_remedies(self) -> list[str]:
+        checkpointing = [] if self.model.activation_checkpointing == "block" else ["train.activation_checkpointing=block"]
+        return [*checkpointing, "train.update=layerwise", *([] if self.state_bits == 4 else ["optim.state_bits=4"])]
+
+    def _repeat(self, work: Callable[[], T]) -> T:
+        return repeat_with_smaller_micro_batches(self, work, self._discard)
+
+    def _discard(self) -> None:
+        """Drop the gradients of an unfinished step, and that they were unscaled."""
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        if self.scaler.is_enabled():
+            state = self.scaler.state_dict()
+            self.scaler = torch.amp.GradScaler(self.device.type)
+            self.scaler.load_state_dict(state)
+
+    def _gradients(self, batch: Batch) -> tuple[float, float, bool]:
+        """Loss, norm before clipping, and whether the gradients, now clipped, may be applied."""
+        loss = self._accumulate(batch)
+        self.scaler.unscale_(self.optimizer)
+        gradients = self._kept_gradients()
+        norm = global_norm(gradients).item()
+        applied = math.isfinite(loss) and math.isfinite(norm)
+        if applied:
+            clip_gradients(gradients, norm, self.max_norm)
+        return loss, norm, applied
+
+    def _kept_gradients(self) -> list[torch.Tensor]:
+        return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+
+    def _losses(self, batch: Batch) -> list[float]:
+        return [self._loss(micro_batch, denominator=1.0).item() for micro_batch in self._micro_batches(batch)]
+
+    def _try_step(self, batch: Batch) -> None:
+        """The second micro-batch meets the gradients of the first, as every later one does."""
+        self.model.train()
+        self._accumulate(batch.rows(0, 2 * self.micro_batch_size))
+        global_norm(self._kept_gradients())
+        self._discard()
+
+    def _try_evaluation(self, batch: Batch) -> None:
+        self.model.eval()
+        with torch.no_grad():
+            self._losses(batch.rows(0, self.micro_batch_size))
+        self.model.train()
+
     def _accumulate(self, batch: Batch) -> float:
         """Gradients of the mean loss over the whole global batch, whatever the micro-batch; returns that loss."""
         denominator = max(1, batch.target_count())
@@ -119,18 +184,21 @@ class LocalEngine(Engine):
             loss = self._loss(micro_batch, denominator)
             self.scaler.scale(loss).backward()
             losses.append(loss.detach())
-        return math.fsum(torch.stack(losses).tolist())
+        return math.fsum(loss.item() for loss in losses)
 
     def _loss(self, batch: Batch, denominator: float) -> torch.Tensor:
         inputs = torch.from_numpy(batch.inputs).to(self.device, non_blocking=True)
         targets = torch.from_numpy(batch.targets).to(self.device, non_blocking=True)
-        with self._autocast():
+        with self.autocast():
             return self.model(inputs, targets, denominator)
 
     def _micro_batches(self, batch: Batch) -> Iterable[Batch]:
-        return (batch.rows(start, start + self.micro_batch_size) for start in range(0, len(batch), self.micro_batch_size))
+        starts = range(0, len(batch), self.micro_batch_size)
+        like = next(self.model.parameters())
+        return (batch.rows(start, start + self.micro_batch_size) for start in representative(starts, like, distinct=2))
 
-    def _autocast(self) -> AbstractContextManager:
+    def autocast(self) -> AbstractContextManager:
+        """Compute in the precision of the run."""
         if self.autocast_dtype is None:
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+        return torch.autocast("cpu" if self.device.type == "meta" else self.device.type, dtype=self.autocast_dtype)

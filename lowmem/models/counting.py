@@ -18,6 +18,11 @@ def store_as(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module
 
 
+def move_to(model: LanguageModel, device: torch.device) -> LanguageModel:
+    """`model` on `device`; unlike Module.to it leaves fake tensors that are there already alone."""
+    return model if next(model.parameters()).device == device else model.to(device)
+
+
 def parameters_by_component(model: nn.Module) -> dict[str, int]:
     """Parameters under the module name that says what they are for; shared ones once."""
     counts: dict[str, int] = {}

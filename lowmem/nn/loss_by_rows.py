@@ -6,12 +6,19 @@ is a third more work in the head than `lowmem.nn.loss`, and saves V * C numbers 
 Shapes: N tokens, C width, V vocabulary, R rows of the vocabulary, M tokens of a chunk.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
+from lowmem.fake import representative
 from lowmem.nn.loss import GRAD_BLOCK_ROWS, IGNORE_INDEX, CrossEntropyOptions, auto_chunk_tokens
 from lowmem.nn.precision import accumulate_dtype
+
+
+def _attempt(cell: Callable[[], None]) -> bool:
+    cell()
+    return True
 
 
 class CrossEntropyByRows:
@@ -24,10 +31,16 @@ class CrossEntropyByRows:
         targets: (...) int64; IGNORE_INDEX where nothing is predicted.
         options: label smoothing, z-loss; chunk_tokens bounds the tokens whose logits are alive at once.
         dtype: what products are computed in.
+        block_tokens: tokens whose gradient is added at once; 0 is GRAD_BLOCK_ROWS.
+        attempt: calls a function that adds the gradient of one block of rows over one block of tokens, all of it or nothing. False says
+            that its memory was not there: it is done again with half the tokens, and so are the others after it.
     Attributes:
         loss: sum over the predicted tokens, fp32 (fp64 for fp64).
         grad_hidden: (N, C) fp32, whole once `gradients` is exhausted; of the sum, not the mean.
-    Memory: one chunk of logits, four numbers a token, then `grad_hidden` and one block of rows.
+        grad_bias: (V,) fp32, likewise; None without bias.
+        block_tokens: as it is now.
+    Memory: one chunk of logits and four numbers a token; from `allocate` on `grad_hidden`, and a block of rows of the weight's
+        gradient and, if its dtype is another, of the weight.
     """
 
     def __init__(
@@ -38,6 +51,8 @@ class CrossEntropyByRows:
         targets: torch.Tensor,
         options: CrossEntropyOptions,
         dtype: torch.dtype,
+        block_tokens: int = 0,
+        attempt: Callable[[Callable[[], None]], bool] = _attempt,
     ):
         self.weight, self.bias, self.options, self.dtype = weight.detach(), bias, options, dtype
         self.wide = accumulate_dtype(dtype)
@@ -46,7 +61,9 @@ class CrossEntropyByRows:
         self.live_N1 = self.targets_N1 != IGNORE_INDEX
         self.chunk = options.chunk_tokens or auto_chunk_tokens(weight.shape[0], weight.shape[1], dtype.itemsize)
         self.loss, self.max_N1, self.sum_N1 = self._first_pass()
-        self.grad_hidden = torch.zeros(0)
+        self.block_tokens, self.attempt = block_tokens or GRAD_BLOCK_ROWS, attempt
+        self.grad_hidden = self.hidden_NC.new_empty(0)
+        self.grad_bias: torch.Tensor | None = None
 
     def _first_pass(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         maxima, sums, total = [], [], torch.zeros((), dtype=self.wide, device=self.hidden_NC.device)
@@ -65,24 +82,61 @@ class CrossEntropyByRows:
             sums.append(total_exp)
         return total, torch.cat(maxima), torch.cat(sums)
 
-    def gradients(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
-        """First row, (R, C) gradient of those rows of the weight and (R,) of the bias, in fp32; the sum's, not the mean's."""
+    def allocate(self) -> None:
+        """Allocate all that `gradients` fills, if that was not done yet."""
+        if self.grad_hidden.numel():
+            return
+        rows, width = min(GRAD_BLOCK_ROWS, len(self.weight)), self.weight.shape[1]
+        self.grad_weight_RC = self.weight.new_empty(rows, width, dtype=self.wide)
+        self.weight_RC = None if self.weight.dtype == self.dtype else self.weight.new_empty(rows, width, dtype=self.dtype)
+        if self.bias is not None:
+            self.grad_bias = torch.zeros_like(self.bias, dtype=self.wide)
         self.grad_hidden = torch.zeros_like(self.hidden_NC, dtype=self.wide)
-        for first in range(0, len(self.weight), GRAD_BLOCK_ROWS):
+
+    def gradients(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
+        """First row, (R, C) gradient of those rows of the weight and (R,) of the bias, in fp32; the sum's, not the mean's.
+
+        The gradient of the weight is overwritten by the next one.
+
+        Raises:
+            MemoryError: a single token is too much.
+        """
+        self.allocate()
+        for first in representative(range(0, len(self.weight), GRAD_BLOCK_ROWS), self.weight):
             rows = slice(first, min(first + GRAD_BLOCK_ROWS, len(self.weight)))
-            weight = self.weight[rows].to(self.dtype)
-            bias = None if self.bias is None else self.bias[rows]
-            grad_weight = torch.zeros_like(weight, dtype=self.wide)
-            grad_bias = None if bias is None else torch.zeros_like(bias, dtype=self.wide)
-            for start in range(0, len(self.hidden_NC), GRAD_BLOCK_ROWS):
-                tokens = slice(start, start + GRAD_BLOCK_ROWS)
-                grad_logits = self._logit_gradient(tokens, rows, weight, bias)
-                if grad_bias is not None:
-                    grad_bias += grad_logits.sum(0)
-                grad_logits = grad_logits.to(self.dtype)
-                grad_weight += grad_logits.t() @ self.hidden_NC[tokens]
-                self.grad_hidden[tokens] += grad_logits @ weight
-            yield first, grad_weight, grad_bias
+            weight = self.weight[rows]
+            if self.weight_RC is not None:
+                weight = self.weight_RC[: len(weight)].copy_(weight)
+            grad_weight = self.grad_weight_RC[: len(weight)].zero_()
+            start = 0
+            while start < len(self.hidden_NC):
+                tokens = slice(start, start + self.block_tokens)
+                if self.attempt(partial(self._add_cell, tokens, rows, weight, grad_weight)):
+                    start = tokens.stop
+                else:
+                    self._halve_tokens()
+            yield first, grad_weight, None if self.grad_bias is None else self.grad_bias[rows]
+
+    def _halve_tokens(self) -> None:
+        tokens = min(self.block_tokens, len(self.hidden_NC))
+        if tokens == 1:
+            raise MemoryError(f"the head's gradient of one token and {min(GRAD_BLOCK_ROWS, len(self.weight))} rows does not fit")
+        self.block_tokens = tokens // 2
+
+    def _add_cell(self, tokens: slice, rows: slice, weight: torch.Tensor, grad_weight: torch.Tensor) -> None:
+        """Add to the gradients of `rows` and of `tokens` what each has from the other; nothing is allocated between the additions.
+
+        Memory: the logits of the cell, and one more gradient of `rows` and of `tokens`.
+        """
+        grad_logits = self._logit_gradient(tokens, rows, weight, None if self.bias is None else self.bias[rows])
+        of_bias = None if self.grad_bias is None else grad_logits.sum(0)
+        grad_logits = grad_logits.to(self.dtype)
+        of_hidden = (grad_logits @ weight).to(self.wide)
+        of_weight = (grad_logits.t() @ self.hidden_NC[tokens]).to(self.wide)
+        if self.grad_bias is not None and of_bias is not None:
+            self.grad_bias[rows].add_(of_bias)
+        grad_weight.add_(of_weight)
+        self.grad_hidden[tokens].add_(of_hidden)
 
     def _logits(self, tokens: slice, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         logits = (self.hidden_NC[tokens] @ weight.t()).to(self.wide)

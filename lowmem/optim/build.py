@@ -1,6 +1,7 @@
 """The optimizer of a run from its configuration: which library, which parameters decay."""
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from lowmem.errors import ConfigError
 from lowmem.nn.positions import LearnedPositions
 from lowmem.optim.adamw import AdamW
 from lowmem.optim.lion import Lion
+from lowmem.optim.low_bit import LowBitOptimizer
 
 _EXTRAS = {"bitsandbytes": "bnb", "lion_pytorch": "lion", "deepspeed": "deepspeed"}
 
@@ -42,6 +44,49 @@ def build_optimizer(
     if optim.name == "adamw":
         return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
     return _import("lion_pytorch").Lion(groups, lr=optim.lr, betas=optim.betas)
+
+
+@torch.no_grad()
+def allocate_states(optimizer: torch.optim.Optimizer) -> None:
+    """Allocate the states of every parameter as the optimizer's own first step would, so that no later step does; existing ones stay.
+
+    Args:
+        optimizer: lowmem's, torch's AdamW, lion-pytorch's Lion, or one of bitsandbytes.
+    Raises:
+        TypeError: another one.
+    Memory: the states.
+    """
+    if isinstance(optimizer, LowBitOptimizer):
+        optimizer.allocate_states()
+        return
+    allocate = _state_allocator(optimizer)
+    for group_index, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            if not optimizer.state[parameter]:
+                allocate(group, parameter, group_index, index)
+
+
+def _state_allocator(optimizer: torch.optim.Optimizer) -> Callable[[dict[str, Any], torch.Tensor, int, int], None]:
+    """What allocates one parameter's states. Wrapped methods of torch's optimizers are left alone: see `lowmem.optim.low_bit`."""
+    if hasattr(optimizer, "init_state"):
+        return optimizer.init_state  # bitsandbytes'
+    if isinstance(optimizer, torch.optim.AdamW):
+
+        def adamw(group: dict[str, Any], parameter: torch.Tensor, group_index: int, index: int) -> None:
+            optimizer.state[parameter].update(
+                step=torch.zeros((), dtype=torch.float32, device=parameter.device),  # the fused form keeps it there
+                exp_avg=torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                exp_avg_sq=torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            )
+
+        return adamw
+    if type(optimizer).__module__.partition(".")[0] == "lion_pytorch":
+
+        def lion(group: dict[str, Any], parameter: torch.Tensor, group_index: int, index: int) -> None:
+            optimizer.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
+
+        return lion
+    raise TypeError(f"the states of {type(optimizer).__name__} cannot be allocated ahead of its first step")
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from torch import nn
 
 from lowmem.config import EngineConfig, OptimConfig, RunConfig, TrainConfig
 from lowmem.data.batch import IGNORE_INDEX, Batch
+from lowmem.errors import MemoryBudgetError
 
 VOCAB, DIM, SEQ_LEN, GLOBAL_BATCH = 67, 24, 6, 8
 
@@ -96,10 +97,18 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     for step in case["steps"]:
         model.poison = case.get("poison", {}).get(str(step), "") if engine.rank == engine.world_size - 1 else ""
         found_random = torch.rand(2).tolist()
-        result = engine.step(make_batch(step), lr=config.optim.lr * (1 + step) / 20)
+        if str(step) in case.get("micro", {}):
+            engine.set_micro_batch_size(case["micro"][str(step)])
+        if case.get("runs_out", {}).get("step") == step and engine.rank == engine.world_size - 1:
+            run_out_of_memory(model, **case["runs_out"])
+        try:
+            result = engine.step(make_batch(step), lr=config.optim.lr * (1 + step) / 20)
+        except MemoryBudgetError as error:
+            return {"error": str(error)}  # of no use any more
         steps.append([result.loss, result.grad_norm, result.skipped])
     model.poison = ""
     found = {"steps": steps, "memory": engine.memory_components(), "random": found_random, "weights_sha256": weights_sha256(model)}
+    found |= {"messages": engine.messages, "micro_batch": engine.micro_batch_state()}
     found["val_loss"] = engine.evaluate([make_batch(1000), make_batch(1001).rows(0, 3)])
     if case.get("save"):
         directory = Path(case["save"])
@@ -114,6 +123,30 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     engine.barrier()
     engine._release()  # the process group stays for the next case
     return found
+
+
+def run_out_of_memory(model: nn.Module, *, call: int, backward: bool = False, step: int = 0) -> None:
+    """Have the model's `call`-th forward pass from now on, or the backward pass of that, run out of memory."""
+    forward, calls = model.forward, []
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    def limited(*arguments: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == call and not backward:
+            fail()
+        loss = forward(*arguments)
+        if len(calls) == call:
+            model.embed.weight.register_post_accumulate_grad_hook(fail_once)  # the last gradient of a backward pass
+        return loss
+
+    def fail_once(parameter: torch.Tensor) -> None:
+        if len(calls) == call:
+            calls.append(1)
+            fail()
+
+    model.forward = limited
 
 
 def weights_sha256(model: nn.Module) -> str:

@@ -1,0 +1,55 @@
+"""From a resolved configuration to a model and the engine of one process."""
+
+import torch
+
+from lowmem.config import RunConfig
+from lowmem.devices import Precision, resolve_device
+from lowmem.engine.layerwise import LayerwiseEngine
+from lowmem.engine.local import LocalEngine
+from lowmem.models.base import LanguageModel, LossOptions
+from lowmem.models.registry import build_model
+from lowmem.units import parse_bytes
+
+_STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def chosen_device(config: RunConfig, *, check: bool = True) -> torch.device:
+    """Where the run computes; budget.vram=0 says that there is no GPU.
+
+    Args:
+        check: that the device is here; false for a plan for another machine.
+    """
+    if config.device == "cuda" and not check:
+        return torch.device("cuda")
+    return resolve_device("cpu" if _is_zero(config.budget.vram) and config.device == "auto" else config.device)
+
+
+def build_configured_model(config: RunConfig) -> LanguageModel:
+    """The model of a resolved configuration, in its stored dtype, with its loss and recomputation set.
+
+    Memory: the weights.
+    """
+    train, model_config = config.train, config.model
+    model = build_model(
+        model_config,
+        vocab_size=model_config.vocab_size,
+        max_seq_len=model_config.max_seq_len,
+        seed=train.seed,
+        dtype=_STORED[train.weight_dtype],
+    )
+    model.loss_options = LossOptions(train.loss_chunk_tokens, train.label_smoothing, train.z_loss)
+    model.activation_checkpointing = train.activation_checkpointing
+    return model
+
+
+def build_local_engine(
+    config: RunConfig, model: LanguageModel, device: torch.device, precision: Precision, micro_batch_size: int
+) -> LocalEngine:
+    """The engine of one process that `train.update` asks for."""
+    if config.train.update == "layerwise":
+        return LayerwiseEngine(model, config.optim, config.train, device=device, precision=precision, micro_batch_size=micro_batch_size)
+    return LocalEngine(model, config.optim, device=device, precision=precision, micro_batch_size=micro_batch_size, seed=config.train.seed)
+
+
+def _is_zero(size: str) -> bool:
+    return bool(size) and parse_bytes(size) == 0

@@ -1,0 +1,167 @@
+"""Memory that runs out anywhere in a step costs a smaller micro-batch and nothing else: not a batch, not a bit."""
+
+import random
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lowmem.config import LorptConfig, ModelConfig, OptimConfig, TrainConfig
+from lowmem.data.batch import IGNORE_INDEX, Batch
+from lowmem.engine import layerwise_head
+from lowmem.engine.layerwise import LayerwiseEngine
+from lowmem.engine.local import LocalEngine
+from lowmem.models.base import LossOptions
+from lowmem.models.registry import build_model
+from lowmem.nn import loss_by_rows
+from tests.engine.out_of_memory import MemoryRunsOut, bits
+
+VOCAB, SEQ_LEN, GLOBAL_BATCH, MICRO, LR, STEPS = 67, 16, 12, 6, 1e-2, 3
+CPU = torch.device("cpu")
+DENSE = ModelConfig(dim=32, num_layers=2, num_heads=2)
+TIED = ModelConfig(dim=32, num_layers=2, num_heads=2, tie_embeddings=True, positions="alibi")
+LORPT = ModelConfig(
+    dim=32, num_layers=2, num_heads=2, positions="learned", lorpt=LorptConfig(rank=4, targets=["attention", "mlp", "head"])
+)  # fmt: skip
+I3 = ModelConfig(name="i3", dim=32, num_layers=2, num_heads=1, attention_rank=4, lorpt=LorptConfig(rank=4))
+# model, update, activation checkpointing, optimizer, tokens of a chunk of the loss (32 makes a layerwise engine update its head in rows)
+CASES: dict[str, tuple[ModelConfig, str, str, dict[str, Any], int]] = {
+    "dense": (DENSE, "accumulate", "none", {}, 0),
+    "lorpt": (LORPT, "accumulate", "block", {"state_bits": 8}, 32),
+    "tied": (TIED, "accumulate", "selective", {"name": "lion", "lr": 1e-3, "state_bits": 4}, 0),
+    "i3": (I3, "accumulate", "block", {}, 0),
+    "dense, layerwise": (DENSE, "layerwise", "none", {}, 0),
+    "dense in rows, layerwise": (DENSE, "layerwise", "block", {"state_bits": 8}, 32),
+    "i3 in rows, layerwise": (I3, "layerwise", "selective", {}, 32),
+    "lorpt, layerwise": (LORPT, "layerwise", "block", {"state_bits": 4}, 0),
+    "tied, layerwise": (TIED, "layerwise", "selective", {"name": "lion", "lr": 1e-3}, 0),
+    "i3, layerwise": (I3, "layerwise", "block", {"clip_by": "block"}, 0),
+}
+POINTS_PER_CASE = 5
+FITS = layerwise_head.fits
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks_of_rows(monkeypatch):
+    monkeypatch.setattr(loss_by_rows, "GRAD_BLOCK_ROWS", 32)  # three blocks of rows
+
+
+def make_engine(case: str, micro: int = MICRO, **optim: Any) -> LocalEngine:
+    """Always the same initial weights."""
+    shape, update, checkpointing, settings, chunk_tokens = CASES[case]
+    model = build_model(shape, vocab_size=VOCAB, max_seq_len=SEQ_LEN, seed=0)
+    model.activation_checkpointing, model.loss_options = checkpointing, LossOptions(chunk_tokens=chunk_tokens)
+    config = OptimConfig(**{"lr": LR, "clip": 0.5, **settings, **optim})
+    common = {"device": CPU, "precision": "fp32", "micro_batch_size": micro}
+    if update == "layerwise":
+        return LayerwiseEngine(model, config, TrainConfig(update="layerwise"), **common)
+    return LocalEngine(model, config, **common)
+
+
+def make_batch(seed: int) -> Batch:
+    """Rows with different numbers of predicted tokens, so that a lost or doubled micro-batch shows."""
+    batch = Batch.from_windows(np.random.default_rng(seed).integers(0, VOCAB, (GLOBAL_BATCH, SEQ_LEN + 1)))
+    targets = batch.targets.copy()
+    for row in range(GLOBAL_BATCH):
+        targets[row, : 2 * row % SEQ_LEN] = IGNORE_INDEX
+    return Batch(batch.inputs, targets)
+
+
+def run_with_failure(case: str, step: int, at: int, monkeypatch) -> tuple[LocalEngine, list[Any], MemoryRunsOut, list[bool]]:
+    """An engine after its steps, during one of which memory ran out; the results, and whether each cell of the head's gradient fit."""
+    engine, results, cells, found = make_engine(case), [], [], MemoryRunsOut()
+
+    def recording(work, device):
+        cells.append(FITS(work, device))
+        return cells[-1]
+
+    monkeypatch.setattr(layerwise_head, "fits", recording)
+    for number in range(STEPS):
+        failure = MemoryRunsOut(at)
+        with failure if number == step else nullcontext():
+            results.append(engine.step(make_batch(number), LR))
+        found = failure if number == step else found
+    return engine, results, found, cells
+
+
+def run_as_if(like: LocalEngine, case: str, step: int, cells: list[bool], monkeypatch) -> tuple[LocalEngine, list[Any]]:
+    """An engine in which no memory runs out; in `step` it takes over the sizes of `like`, each where a failure changes it."""
+    engine, results, script = make_engine(case), [], iter(cells)
+
+    def scripted(work, device):
+        fit = next(script)
+        if fit:
+            work()
+        return fit
+
+    monkeypatch.setattr(layerwise_head, "fits", scripted)
+    for number in range(STEPS):
+        if number == step:
+            take_over(engine, like)
+        results.append(engine.step(make_batch(number), LR))
+    return engine, results
+
+
+def take_over(engine: LocalEngine, like: LocalEngine) -> None:
+    if engine.micro_batch_size != like.micro_batch_size:
+        engine.set_micro_batch_size(like.micro_batch_size)
+    if not isinstance(engine, LayerwiseEngine) or engine.block_micro_batches == like.block_micro_batches:
+        return
+    forward = engine._forward
+
+    def then_smaller(*arguments):
+        """A block whose differentiation fails has gone forward already, and is computed again."""
+        graphs = forward(*arguments)
+        for index, size in enumerate(like.block_micro_batches):
+            if size != engine.block_micro_batches[index]:
+                graphs.pop(index, None)
+                engine.block_micro_batches[index] = size
+        return graphs
+
+    engine._forward = then_smaller
+
+
+def operations(case: str) -> list[int]:
+    """How many operations of each step return new memory."""
+    engine, counts = make_engine(case), []
+    for number in range(STEPS):
+        with MemoryRunsOut() as mode:
+            engine.step(make_batch(number), LR)
+        counts.append(mode.count)
+    return counts
+
+
+def check_point(case: str, step: int, at: int, monkeypatch) -> str:
+    """Everything is equal to the run that meant to; what the recovery was."""
+    engine, results, failure, cells = run_with_failure(case, step, at, monkeypatch)
+    assert failure.failed
+    other, expected = run_as_if(engine, case, step, cells, monkeypatch)
+    where = f"step {step}, operation {at}: {failure.failed}; {engine.messages}"
+    assert results == expected, where
+    assert bits(engine) == bits(other), where
+    assert engine.evaluate([make_batch(99)]) == other.evaluate([make_batch(99)])
+    assert all(parameter.grad is None for parameter in engine.model.parameters())
+    assert not any(result.skipped for result in results)
+    if engine.micro_batch_size != MICRO:
+        assert engine.messages == [f"memory ran out with micro-batches of {MICRO}; going on with {MICRO // 2}"]
+        assert engine.failed_micro_batch_size == MICRO
+        return "micro-batch"
+    assert engine.failed_micro_batch_size == 0
+    return engine.messages[0].split(" with")[0].split(";")[0].rstrip("0123456789 ") if engine.messages else "once more"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_memory_running_out_anywhere_changes_the_micro_batch_and_nothing_else(case, monkeypatch):
+    counts, rng = operations(case), random.Random(case)
+    for _ in range(POINTS_PER_CASE):
+        step = rng.randrange(STEPS)
+        check_point(case, step, rng.randint(1, counts[step]), monkeypatch)
+
+
+def test_every_kind_of_recovery_is_among_them(monkeypatch):
+    case = "dense in rows, layerwise"
+    count = operations(case)[1]
+    kinds = [check_point(case, 1, count * (2 * part + 1) // 24, monkeypatch) for part in range(12)]
+    assert set(kinds) == {"micro-batch", "memory ran out in block", "memory ran out in the head", "once more"}
