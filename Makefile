@@ -1,4 +1,5 @@
-# One target for each thing a person does. Everything is installed into .venv; nothing else on the machine is touched.
+# One target for each thing a person does. Everything is installed into .venv; nothing else on the machine is touched, with one
+# exception: make test, run as root where there is no browser, installs Chromium with apt-get.
 PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
@@ -21,7 +22,7 @@ demo: $(VENV)/.core
 	lowmem pretrain --config configs/cpu/demo.yaml
 	lowmem generate --run runs/demo --prompt "def read_file(path):" --max_new_tokens 120 --temperature 0.7 --seed 1
 
-test: $(VENV)/.test deepspeed-ops
+test: $(VENV)/.test $(VENV)/.browser deepspeed-ops
 	ruff check .
 	python -m pytest -q
 
@@ -52,8 +53,19 @@ $(VENV)/.core: $(BIN)/python pyproject.toml constraints.txt $(KERNELS)
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.core
-	@echo "set-up: installing DeepSpeed, bitsandbytes, datasets and the test tools into $(VENV)"
+	@echo "set-up: installing DeepSpeed, bitsandbytes, datasets, matplotlib and the test tools into $(VENV)"
 	@$(PIP) -e '.[test]'
+	@touch $@
+
+# A browser for the test that opens a report in one. Without the right to install it that test is skipped, and says so.
+$(VENV)/.browser: $(BIN)/python
+	@if { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "set-up: installing Chromium with apt-get, for the test that opens a report in a browser"; \
+		export DEBIAN_FRONTEND=noninteractive; \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } >$(VENV)/browser.log 2>&1 || \
+			echo "set-up: that failed (see $(VENV)/browser.log); the test will be skipped"; \
+	else echo "set-up: no browser here and no right to install one; the test that opens a report in it will be skipped"; fi
 	@touch $@
 
 clean:

@@ -1,40 +1,71 @@
-"""The memory limit of the container or service this process runs in, which `free` does not show."""
+"""The memory limit of the container or service this process runs in, which `free` does not show, and what its group uses.
 
-from pathlib import Path
+Imports next to nothing: `watch.py` runs it in a process that must stay thin.
+"""
 
+import os
+
+_ROOT = "/sys/fs/cgroup"
 _UNLIMITED_BYTES = 1 << 60  # version 1 writes "no limit" as a number near 2**63
 
 
-def cgroup_limit_bytes(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int | None:
+def cgroup_limit_bytes(root: str | os.PathLike[str] = _ROOT, membership: str | os.PathLike[str] = "/proc/self/cgroup") -> int | None:
     """The lowest memory limit of this process's control group and those above it; None if there is none.
 
     Args:
         root, membership: where the kernel tells it; tests replace them.
     """
-    try:
-        lines = membership.read_text(encoding="utf-8").splitlines()
-    except OSError:  # no Linux
-        return None
     limits = []
-    for line in lines:
-        number, controllers, path = line.split(":", 2)
+    for number, controllers, path in _groups(membership):
         if number == "0":
-            limits += _limits_upwards(root, path, "memory.max")
+            folders, name = _upwards(os.fspath(root), path), "memory.max"
         elif "memory" in controllers.split(","):
-            limits += _limits_upwards(root / "memory", path, "memory.limit_in_bytes")
+            folders, name = _upwards(os.path.join(root, "memory"), path), "memory.limit_in_bytes"
+        else:
+            continue
+        sizes = (_size(os.path.join(folder, name)) for folder in folders)
+        limits += [size for size in sizes if size is not None and size < _UNLIMITED_BYTES]
     return min(limits, default=None)
 
 
-def _limits_upwards(root: Path, path: str, file_name: str) -> list[int]:
-    """Limits of a group and its parents. Inside a container the path is the host's, of which only the root may be visible."""
-    folder, limits = root / path.lstrip("/"), []
-    for level in (folder, *folder.parents):
-        try:
-            text = (level / file_name).read_text(encoding="ascii").strip()
-        except OSError:
-            text = ""
-        if text.isdecimal() and int(text) < _UNLIMITED_BYTES:
-            limits.append(int(text))
-        if level == root:
-            break
-    return limits
+def cgroup_bytes(
+    name: str, pid: int | str = "self", root: str | os.PathLike[str] = _ROOT, membership: str | os.PathLike[str] = ""
+) -> int | None:
+    """A size that version 2 tells of the control group of a process, page cache of files included.
+
+    Args:
+        name: memory.current, or memory.peak: the most since the group began, by whatever process of it.
+        root, membership: where the kernel tells it; tests replace them.
+    Returns:
+        None where there is no such group or it does not count memory. A group above it, with other processes, is never taken instead.
+    """
+    for number, _, path in _groups(membership or f"/proc/{pid}/cgroup"):
+        if number == "0":
+            # inside a container the path is the host's, of which only the root may be visible: then the root is the container's group
+            folder = next(folder for folder in _upwards(os.fspath(root), path) if os.path.isdir(folder) or folder == os.fspath(root))
+            return _size(os.path.join(folder, name))
+    return None
+
+
+def _groups(membership: str | os.PathLike[str]) -> list[list[str]]:
+    """[hierarchy number, controllers, path] of every group of a process; [] without Linux."""
+    try:
+        with open(membership, encoding="utf-8") as file:
+            return [line.rstrip("\n").split(":", 2) for line in file]
+    except OSError:
+        return []
+
+
+def _upwards(root: str, path: str) -> list[str]:
+    """A group's folder and those above it, up to and including the root."""
+    names = [name for name in path.split("/") if name]
+    return [os.path.join(root, *names[:depth]) for depth in range(len(names), -1, -1)]
+
+
+def _size(path: str) -> int | None:
+    try:
+        with open(path, encoding="ascii") as file:
+            text = file.read().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdecimal() else None

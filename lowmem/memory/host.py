@@ -127,25 +127,31 @@ class HostMeter:
             self._lifetime_bytes = max(self._lifetime_bytes, *own_memory())
             return self._lifetime_bytes
 
-    def start(self) -> HostPeak:
-        """Open a measurement that begins at what is resident now."""
+    def start(self, *, ask_children: bool = True) -> HostPeak:
+        """Open a measurement that begins at what is resident now.
+
+        Args:
+            ask_children: look at the children too; without it, inside another measurement, they count as that saw them last.
+        """
         with self._lock:
-            self.sample()  # what came before belongs to the measurements already open
-            self._children.accept_existing()
+            ask_children = ask_children or not self._open
+            self.sample(ask_children)  # what came before belongs to the measurements already open
+            if ask_children:
+                self._children.accept_existing()
             peak = HostPeak(exact=self._can_reset)
             self._open.append(peak)
-            self.sample()
+            self.sample(ask_children)
             if len(self._open) == 1:
                 self._wake = threading.Event()
                 threading.Thread(target=self._run, args=(self._wake,), name="lowmem-memory", daemon=True).start()
             return peak
 
-    def stop(self, peak: HostPeak) -> None:
+    def stop(self, peak: HostPeak, *, ask_children: bool = True) -> None:
         """Close a measurement after a last sample."""
         if os.getpid() != self.pid:  # a forked process leaves its parent's block
             return
         with self._lock:
-            self.sample()
+            self.sample(ask_children or len(self._open) == 1)
             self._open.remove(peak)
             if not self._open:
                 self._wake.set()

@@ -15,7 +15,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from lowmem.memory.cgroup import cgroup_bytes
 from lowmem.memory.host import ChildMemory, HostMeter, HostPeak, own_memory
+from lowmem.memory.nvml import process_bytes
+from lowmem.memory.procfs import rollup_bytes
 
 _lock = threading.RLock()
 _meter: HostMeter | None = None
@@ -30,11 +33,13 @@ class PeakMemory:
             so that a peak shorter than 100 ms may be missing.
     """
 
-    def __init__(self, meter: HostMeter):
+    def __init__(self, meter: HostMeter, ask_children: bool):
         self._meter = meter
-        self._host: HostPeak = meter.start()
+        self._host: HostPeak = meter.start(ask_children=ask_children)
         self._cuda_allocated_bytes = 0
         self._cuda_reserved_bytes = 0
+        self._cuda_retries_before = 0
+        self._cuda_retries = 0
         self._running = True
 
     @property
@@ -60,7 +65,7 @@ class PeakMemory:
         self._refresh_cuda()
         return self._cuda_reserved_bytes
 
-    def as_dict(self) -> dict[str, int]:
+    def peaks(self) -> dict[str, int]:
         """The three peaks under the names used in metrics.jsonl and memory.json."""
         return {
             "host_peak_bytes": self.host_peak_bytes,
@@ -68,23 +73,50 @@ class PeakMemory:
             "cuda_reserved_peak_bytes": self.cuda_reserved_peak_bytes,
         }
 
+    def as_dict(self) -> dict[str, int]:
+        """The three peaks, and beside them whatever of the following has a value here. They overlap: never add them up.
+
+        host_peak_exact: see above.
+        cgroup_peak_bytes: the most that this process's control group (version 2) ever held, page cache and other processes included.
+        cuda_alloc_retries: how often in the block the allocator found no room, emptied its cache and tried again.
+        nvml_process_bytes: what the driver counts for this process now, the allocator's reserve and the context together.
+        cuda_context_bytes: the part of that which is not the allocator's: context, kernels, communication buffers.
+        pinned_host_peak_bytes: page-locked host memory of PyTorch since the process began; it rounds each block up to a power of
+            two, and these are the rounded sizes.
+        """
+        self._refresh_cuda()
+        driver = process_bytes() if _initialized_cuda() else None
+        extra = {
+            "host_peak_exact": self.host_peak_exact,
+            "cgroup_peak_bytes": cgroup_bytes("memory.peak"),
+            "cuda_alloc_retries": self._cuda_retries if _initialized_cuda() else None,
+            "nvml_process_bytes": driver,
+            "cuda_context_bytes": None if driver is None else max(0, driver - cuda_reserved_bytes()),
+            "pinned_host_peak_bytes": _pinned_peak_bytes(),
+        }
+        return self.peaks() | {name: value for name, value in extra.items() if value is not None}
+
     def _refresh_cuda(self) -> None:
         if self._running:
             _fold_cuda_peaks()
 
 
 @contextmanager
-def measure_peak() -> Iterator[PeakMemory]:
+def measure_peak(*, ask_children: bool = True) -> Iterator[PeakMemory]:
     """Measure the peak memory of a block; blocks may be nested and may overlap in threads.
 
     What was freed before the block does not count, what is still resident does. Costs 0.2 ms at both ends and about half a
     percent of a core in between; with children a sample takes about 15 ms per GiB resident, and the pauses between samples
     grow so that it stays near one percent.
     Nothing else may reset VmHWM or PyTorch's peak statistics inside the block.
+
+    Args:
+        ask_children: look at child processes at both ends. Without it, inside another block, they count as its last sample saw them,
+            and the ends take 0.1 ms whatever the children hold.
     """
     with _lock:
-        peak = PeakMemory(_host_meter())
-        _fold_cuda_peaks()
+        peak = PeakMemory(_host_meter(), ask_children)
+        peak._cuda_retries_before = _fold_cuda_peaks()
         _reset_cuda_peaks()
         _open_cuda.append(peak)
     try:
@@ -93,7 +125,7 @@ def measure_peak() -> Iterator[PeakMemory]:
         with _lock:
             _fold_cuda_peaks()
             _open_cuda.remove(peak)
-            peak._meter.stop(peak._host)
+            peak._meter.stop(peak._host, ask_children=ask_children)
             peak._running = False
 
 
@@ -102,6 +134,12 @@ def host_rss_bytes() -> int:
     children = ChildMemory()
     children.accept_existing()
     return own_memory()[0] + children.sample()[0]
+
+
+def shared_bytes() -> int:
+    """Resident bytes that other processes have a share in, minus this one's share: what a sum over processes counts too often."""
+    own = rollup_bytes()
+    return own["Rss"] - own["Pss"] if own and "Pss" in own and "Rss" in own else 0
 
 
 def host_peak_bytes() -> int:
@@ -135,18 +173,42 @@ def _sum_over_devices(function: str) -> int:
     return 0 if cuda is None else sum(getattr(cuda, function)(index) for index in range(cuda.device_count()))
 
 
-def _fold_cuda_peaks() -> None:
-    """Carry the allocator's peaks since their last reset into every open measurement."""
-    allocated, reserved = _sum_over_devices("max_memory_allocated"), _sum_over_devices("max_memory_reserved")
+def _fold_cuda_peaks() -> int:
+    """Carry the allocator's peaks since their last reset into every open measurement; returns its retries since the process began."""
+    cuda = _initialized_cuda()
+    stats = [cuda.memory_stats(index) for index in range(cuda.device_count())] if cuda else []
+    allocated, reserved, retries = (
+        sum(device.get(key, 0) for device in stats) for key in ("allocated_bytes.all.peak", "reserved_bytes.all.peak", "num_alloc_retries")
+    )
     for peak in _open_cuda:
         peak._cuda_allocated_bytes = max(peak._cuda_allocated_bytes, allocated)
         peak._cuda_reserved_bytes = max(peak._cuda_reserved_bytes, reserved)
+        peak._cuda_retries = retries - peak._cuda_retries_before
+    return retries
 
 
 def _reset_cuda_peaks() -> None:
     cuda = _initialized_cuda()
     for index in range(cuda.device_count() if cuda else 0):
         cuda.reset_peak_memory_stats(index)
+
+
+def _pinned_peak_bytes() -> int | None:
+    """Most that PyTorch's pool of page-locked memory held; None without CUDA, and in versions of PyTorch that do not count it."""
+    cuda = _initialized_cuda()
+    if cuda is None or not hasattr(cuda, "host_memory_stats"):
+        return None
+    return cuda.host_memory_stats().get("allocated_bytes.peak") or None
+
+
+def combine_peaks(now: dict[str, int], before: dict[str, int]) -> dict[str, int]:
+    """`as_dict` of a run's last leg and of the legs before it, as one: the largest of each, retries added, exact only if all were."""
+    combined = {name: max(value, before.get(name, value)) for name, value in {**before, **now}.items()}
+    if "host_peak_exact" in now and "host_peak_exact" in before:
+        combined["host_peak_exact"] = now["host_peak_exact"] and before["host_peak_exact"]
+    if "cuda_alloc_retries" in now:
+        combined["cuda_alloc_retries"] = now["cuda_alloc_retries"] + before.get("cuda_alloc_retries", 0)
+    return combined
 
 
 def _initialized_cuda():

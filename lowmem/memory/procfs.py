@@ -1,7 +1,9 @@
-"""Memory of processes as Linux tells it in /proc. Functions return None where the kernel does not say."""
+"""Memory of processes as Linux tells it in /proc. Functions return None where the kernel does not say.
+
+Imports next to nothing: `watch.py` runs it in a process that must stay thin.
+"""
 
 import os
-from pathlib import Path
 
 _RESET_HIGH_WATER_MARK = "5"
 
@@ -21,9 +23,8 @@ def rollup_bytes(pid: int | str = "self") -> dict[str, int] | None:
 
 def _kib_fields(path: str) -> dict[str, int] | None:
     """The "Name:   123 kB" lines of a file, in bytes."""
-    try:
-        text = Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:  # no /proc, the process ended, or it belongs to someone else
+    text = _read(path)
+    if text is None:
         return None
     fields = {}
     for line in text.splitlines():
@@ -32,6 +33,15 @@ def _kib_fields(path: str) -> dict[str, int] | None:
         if len(parts) == 2 and parts[1] == "kB" and parts[0].isdecimal():
             fields[name] = int(parts[0]) * 1024
     return fields
+
+
+def _read(path: str) -> str | None:
+    """A file's text; None without /proc, when the process ended, or when it belongs to someone else."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return None
 
 
 def reset_high_water_mark() -> bool:
@@ -47,12 +57,28 @@ def reset_high_water_mark() -> bool:
     return True
 
 
-def child_pids() -> list[int] | None:
-    """Processes below this one, at any depth; tens of microseconds, where listing every process of the machine takes milliseconds."""
+def start_time(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot: with the number it names a process for good. None once it has ended.
+
+    Source: proc(5), /proc/PID/stat, fields 3 (state) and 22 (starttime).
+    """
+    text = _read(f"/proc/{pid}/stat")
+    if text is None:
+        return None
+    fields = text[text.rindex(")") + 1 :].split()  # the name before it may hold anything
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def child_pids(parent: int | None = None) -> list[int] | None:
+    """Processes below `parent`, at any depth; tens of microseconds, where listing every process of the machine takes milliseconds.
+
+    Args:
+        parent: default: this process.
+    """
     if not os.path.exists(f"/proc/self/task/{os.getpid()}/children"):
         return None  # no /proc, or a kernel without CONFIG_PROC_CHILDREN
     found: list[int] = []
-    parents = [os.getpid()]
+    parents = [os.getpid() if parent is None else parent]
     while parents:
         children = _children_of(parents.pop())
         found += children
@@ -65,11 +91,8 @@ def _children_of(pid: int) -> list[int]:
     children: list[int] = []
     try:
         for thread in os.listdir(f"/proc/{pid}/task"):
-            try:
-                text = Path(f"/proc/{pid}/task/{thread}/children").read_text(encoding="ascii")
-            except OSError:  # the thread ended
-                continue
-            children += map(int, text.split())
+            text = _read(f"/proc/{pid}/task/{thread}/children")
+            children += map(int, (text or "").split())  # the thread may have ended
     except OSError:  # the process ended
         pass
     return children

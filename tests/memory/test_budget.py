@@ -1,5 +1,6 @@
 """Memory limits in fresh processes: refused when already exceeded, and an error, not a kill, for what goes past them."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -71,31 +72,38 @@ print(status_bytes()["VmData"])
 """
 
 
+def limited_arguments(folder: Path, spare_mib: int, shape: dict[str, object]) -> list[str]:
+    """Of a run whose budget is what its set-up needs, measured without a limit, and `spare_mib`."""
+    shape = {"model.dim": 64, "train.activation_checkpointing": "none", "train.eval_every": 0, **shape}
+    write_text(folder / "text.txt", lines=6000)
+    measured = tiny_arguments(folder / "measured", folder / "text.txt", **shape)
+    set_up_bytes = int(python(SET_UP, *(argument.removeprefix("--") for argument in measured)))
+    return tiny_arguments(folder / "run", folder / "text.txt", **shape, **{"budget.ram": f"{set_up_bytes // MIB + spare_mib}MiB"})
+
+
 @pytest.mark.slow
-def test_a_step_that_is_too_big_ends_with_3_and_a_smaller_micro_batch_fits(tmp_path: Path):
-    write_text(tmp_path / "text.txt", lines=6000)
+def test_a_step_that_is_too_big_is_done_with_smaller_micro_batches(tmp_path: Path):
     # A step keeps more than qkv (3 * 64 numbers) and gate_up (2 * 192) of each of 2 layers and 256 * 256 tokens in fp32:
-    # 2 * 576 * 65536 * 4 bytes = 302 MB. The limit leaves 160 MiB = 168 MB above what set-up needs, measured without a limit;
-    # micro-batches of 4 sequences need a 64th of a step's activations.
-    shape: dict[str, object] = {
-        "model.dim": 64, "data.seq_len": 256, "train.global_batch_size": 256, "train.micro_batch_size": 256, "train.steps": 1,
-        "train.activation_checkpointing": "none", "train.eval_every": 0,
-    }  # fmt: skip
+    # 2 * 576 * 65536 * 4 bytes = 302 MB. 160 MiB = 168 MB are there; micro-batches of 4 sequences need a 64th of a step's activations.
+    shape: dict[str, object] = {"data.seq_len": 256, "train.global_batch_size": 256, "train.micro_batch_size": 256, "train.steps": 2}
+    result = lowmem("pretrain", "--quiet", "--force", *limited_arguments(tmp_path, 160, shape))
+    assert result.returncode == 0, result.stderr
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "loss" in record]
+    assert [record["tokens"] for record in steps] == [256 * 256, 2 * 256 * 256]
+    assert all(record["micro_batch_size"] in (128, 64, 32, 16, 8, 4) for record in steps)
 
-    def arguments(name: str, **more: object) -> list[str]:
-        return tiny_arguments(tmp_path / name, tmp_path / "text.txt", **{**shape, **more})
 
-    set_up_bytes = int(python(SET_UP, *(argument.removeprefix("--") for argument in arguments("measured"))))
-    limit = {"budget.ram": f"{set_up_bytes // MIB + 160}MiB"}
-    refused = lowmem("pretrain", "--quiet", *arguments("big", **limit))
-    assert refused.returncode == 3, refused.stderr
-    assert refused.stderr.startswith(f"lowmem: error: memory ran out (budget.ram={limit['budget.ram']}, ")
-    assert "smaller train.micro_batch_size" in refused.stderr
-    assert len(refused.stderr.splitlines()) == 1
-    assert not list((tmp_path / "big" / "checkpoints").glob("step-*"))
-    assert (tmp_path / "big" / "config.yaml").exists()  # set-up had passed
-    fitting = lowmem("pretrain", "--quiet", *arguments("fitting", **limit, **{"train.micro_batch_size": 4}))
-    assert fitting.returncode == 0, fitting.stderr
+@pytest.mark.slow
+def test_a_sequence_that_is_too_big_ends_with_3(tmp_path: Path):
+    # one sequence keeps more than 2 * 576 * 8192 * 4 bytes = 38 MB; 24 MiB are there
+    shape: dict[str, object] = {"data.seq_len": 8192, "train.global_batch_size": 2, "train.micro_batch_size": 2, "train.steps": 1}
+    result = lowmem("pretrain", "--quiet", "--force", *limited_arguments(tmp_path, 24, shape))
+    assert result.returncode == 3, result.stderr
+    assert result.stderr.startswith("lowmem: error: memory ran out with micro-batches of 1 sequence (")
+    assert "use train.activation_checkpointing=block, train.update=layerwise, optim.state_bits=4, a shorter data.seq_len" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 import pytest
 
-from lowmem.memory.cgroup import cgroup_limit_bytes
+from lowmem.memory.cgroup import cgroup_bytes, cgroup_limit_bytes
 
 
 def write(path, text):
@@ -25,6 +25,23 @@ def test_the_lowest_limit_on_the_way_up_counts(membership, files, expected, tmp_
         write(tmp_path / "fs" / name, text)
     write(tmp_path / "membership", membership)
     assert cgroup_limit_bytes(tmp_path / "fs", tmp_path / "membership") == expected
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "expected"),
+    [
+        ("0::/a/b\n", {"a/b/memory.peak": "2000\n", "a/memory.peak": "3000\n"}, 2000),
+        ("4:memory:/x\n0::/a\n", {"a/memory.peak": "2000\n"}, 2000),
+        ("0::/not/visible/here\n", {"memory.peak": "1000\n"}, 1000),  # a container that sees its own group as the root
+        ("0::/a/b\n", {"a/b/cgroup.procs": "1\n", "a/memory.peak": "3000\n"}, None),  # the group above holds other processes
+        ("4:memory:/x\n", {"memory/x/memory.peak": "2000\n"}, None),
+    ],
+)
+def test_a_groups_own_peak_and_never_that_of_a_group_above(membership, files, expected, tmp_path):
+    for name, text in files.items():
+        write(tmp_path / "fs" / name, text)
+    write(tmp_path / "membership", membership)
+    assert cgroup_bytes("memory.peak", root=tmp_path / "fs", membership=tmp_path / "membership") == expected
 
 
 def test_no_linux_no_limit(tmp_path):

@@ -176,7 +176,8 @@ def test_without_proc_psutil_answers(monkeypatch):
 def test_without_cuda_its_numbers_are_zero():
     with measure.measure_peak() as peak:
         pass
-    assert peak.as_dict() == {"host_peak_bytes": peak.host_peak_bytes, "cuda_allocated_peak_bytes": 0, "cuda_reserved_peak_bytes": 0}
+    assert peak.peaks() == {"host_peak_bytes": peak.host_peak_bytes, "cuda_allocated_peak_bytes": 0, "cuda_reserved_peak_bytes": 0}
+    assert set(peak.as_dict()) - {"cgroup_peak_bytes"} == {*peak.peaks(), "host_peak_exact"}
     assert measure.cuda_allocated_bytes() == measure.cuda_reserved_bytes() == 0
     assert peak.host_peak_bytes > 2**20
 
@@ -186,6 +187,7 @@ class FakeCuda:
 
     def __init__(self):
         self.now, self.peak = [0, 0], [0, 0]
+        self.retries = 0
 
     def allocate(self, device: int, size: int) -> None:
         self.now[device] += size
@@ -200,11 +202,15 @@ class FakeCuda:
     def memory_allocated(self, index):
         return self.now[index]
 
-    def max_memory_allocated(self, index):
-        return self.peak[index]
+    def memory_reserved(self, index):
+        return 2 * self.now[index]
 
-    def max_memory_reserved(self, index):
-        return 2 * self.peak[index]
+    def memory_stats(self, index):
+        peak = self.peak[index]
+        return {"allocated_bytes.all.peak": peak, "reserved_bytes.all.peak": 2 * peak, "num_alloc_retries": self.retries * (index == 0)}
+
+    def host_memory_stats(self):
+        return {"allocated_bytes.peak": 4096}
 
     def reset_peak_memory_stats(self, index):
         self.peak[index] = self.now[index]
@@ -221,6 +227,41 @@ def test_cuda_peaks_of_nested_blocks(monkeypatch):
         assert measure.cuda_allocated_bytes() == 100 + 7
     assert (inner.cuda_allocated_peak_bytes, inner.cuda_reserved_peak_bytes) == (157, 314)
     assert (outer.cuda_allocated_peak_bytes, outer.cuda_reserved_peak_bytes) == (500, 1000)
+
+
+def test_other_cuda_numbers_are_their_own_keys_and_retries_those_of_the_block(monkeypatch):
+    cuda = FakeCuda()
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(measure, "process_bytes", lambda: 1500)
+    monkeypatch.setattr(measure, "cgroup_bytes", lambda name: {"memory.peak": 77}[name])
+    cuda.retries = 5
+    cuda.allocate(1, 500)
+    with measure.measure_peak() as peak:
+        cuda.retries = 7
+        assert peak.as_dict()["cuda_alloc_retries"] == 2
+    cuda.retries = 9
+    found = peak.as_dict()
+    expected = {
+        "cuda_alloc_retries": 2, "nvml_process_bytes": 1500, "cuda_context_bytes": 500, "pinned_host_peak_bytes": 4096,
+        "cgroup_peak_bytes": 77, "cuda_allocated_peak_bytes": 500, "cuda_reserved_peak_bytes": 1000,
+    }  # fmt: skip
+    assert {key: found[key] for key in expected} == expected
+    monkeypatch.setattr(measure, "process_bytes", lambda: None)  # a driver that does not tell
+    assert not {"nvml_process_bytes", "cuda_context_bytes"} & set(peak.as_dict())
+
+
+def test_legs_of_a_run_are_combined():
+    before = {"host_peak_bytes": 9, "cuda_reserved_peak_bytes": 1, "host_peak_exact": True, "cuda_alloc_retries": 2, "cgroup_peak_bytes": 4}
+    now = {"host_peak_bytes": 7, "cuda_reserved_peak_bytes": 3, "host_peak_exact": False, "cuda_alloc_retries": 1}
+    expected = {
+        "host_peak_bytes": 9,
+        "cuda_reserved_peak_bytes": 3,
+        "host_peak_exact": False,
+        "cuda_alloc_retries": 3,
+        "cgroup_peak_bytes": 4,
+    }
+    assert measure.combine_peaks(now, before) == expected
+    assert measure.combine_peaks(now, {}) == now
 
 
 def test_measuring_imports_no_torch():
