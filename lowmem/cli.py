@@ -9,6 +9,8 @@ from lowmem.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, LowmemError
 USAGE = """usage: lowmem COMMAND [options]
 
   pretrain   train a model from scratch, or go on with a run     lowmem pretrain --config configs/cpu/demo.yaml
+  plan       the fastest settings that fit a memory budget       lowmem plan --budget.ram=4GiB --budget.vram=6GiB
+  profile    measured against predicted memory, as a report      lowmem profile configs/cpu/demo.yaml --steps 10 --out report
   generate   write text with a trained model                     lowmem generate --run runs/demo --prompt "def "
   doctor     what this machine can do, and what will be slow     lowmem doctor
 
@@ -68,12 +70,22 @@ def _commands() -> dict[str, Callable[[Sequence[str]], int]]:
 
         return generate_main(argv)
 
+    def plan(argv: Sequence[str]) -> int:
+        from lowmem.plan import plan_main
+
+        return plan_main(argv)
+
+    def profile(argv: Sequence[str]) -> int:
+        from lowmem.profile import profile_main
+
+        return profile_main(argv)
+
     def doctor(argv: Sequence[str]) -> int:
         from lowmem.doctor import doctor_main
 
         return doctor_main(argv)
 
-    return {"pretrain": pretrain, "generate": generate, "doctor": doctor}
+    return {"pretrain": pretrain, "plan": plan, "profile": profile, "generate": generate, "doctor": doctor}
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from lowmem.fake import autocast_kind, device_kind, representative
 from lowmem.nn.positions import alibi_bias
 
 BLOCKS = 4  # 4 blocks of queries compute 62.5 % of the square, 8 would 56 % in twice as many calls
@@ -29,7 +30,7 @@ def causal_attention(q_BHTD: torch.Tensor, k_BHTD: torch.Tensor, v_BHTD: torch.T
     Memory: saves q, k and v; the scores of one block are alive at once, in forward and in backward.
     """
     batch, heads, time, width = q_BHTD.shape
-    with torch.autocast(q_BHTD.device.type, enabled=False):
+    with torch.autocast(autocast_kind(q_BHTD), enabled=False):
         if _prefers_fused(q_BHTD, slopes):
             out_BHTD = _fused(q_BHTD, k_BHTD, v_BHTD, slopes)
             return out_BHTD.transpose(1, 2).reshape(batch, time, heads * width)
@@ -59,7 +60,7 @@ def cached_attention(q_BHTD: torch.Tensor, k_BHKD: torch.Tensor, v_BHKD: torch.T
         bias = bias.masked_fill(future, float("-inf"))
     if bias is not None:
         bias = bias.unsqueeze(0)
-    with torch.autocast(q_BHTD.device.type, enabled=False):
+    with torch.autocast(autocast_kind(q_BHTD), enabled=False):
         out = F.scaled_dot_product_attention(q_BHTD, k_BHKD, v_BHKD, attn_mask=bias)
     return out.transpose(1, 2).reshape(batch, time, heads * width)
 
@@ -67,7 +68,7 @@ def cached_attention(q_BHTD: torch.Tensor, k_BHKD: torch.Tensor, v_BHKD: torch.T
 def _prefers_fused(q_BHTD: torch.Tensor, slopes: tuple[float, ...]) -> bool:
     """Where the fused kernel wins: on a GPU; on a CPU in fp32 for narrow heads or long sequences, unless ALiBi would make it
     read a whole matrix of biases."""
-    if q_BHTD.device.type != "cpu":
+    if device_kind(q_BHTD) != "cpu":
         return True
     time, width = q_BHTD.shape[2:]
     return q_BHTD.dtype in (torch.float32, torch.float64) and not slopes and (width < 64 or time > 1024)
@@ -132,7 +133,7 @@ class _BlockedAttention(torch.autograd.Function):
         out = q.new_empty(batch, time, heads, width)
         result = q.new_empty(batch * heads, time, width)
         q, k, v = (x.view(-1, time, width) for x in (q, k, v))
-        for group in blocks.groups(batch * heads):
+        for group in representative(blocks.groups(batch * heads), q):
             for start, stop in blocks.queries():
                 weights = blocks.probabilities(q, k, group, start, stop)
                 result[group, start:stop] = torch.bmm(weights, v[group, :stop])
@@ -151,7 +152,7 @@ class _BlockedAttention(torch.autograd.Function):
         wide = q.dtype if blocks.count <= BLOCKS else torch.promote_types(q.dtype, torch.float32)
         grad_q = torch.empty_like(q)
         grad_k, grad_v = torch.empty_like(k, dtype=wide), torch.empty_like(v, dtype=wide)
-        for group in blocks.groups(batch * heads):
+        for group in representative(blocks.groups(batch * heads), q):
             for start, stop in blocks.queries():
                 weights = blocks.probabilities(q, k, group, start, stop)
                 grad_out = grad[group, start:stop]

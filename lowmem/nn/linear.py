@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from lowmem.fake import autocast_kind
 from lowmem.nn.precision import compute_dtype
 
 
@@ -74,7 +75,7 @@ def split_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     """
     dtype = compute_dtype(x)
     splits = tuple(splits)
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(autocast_kind(x), enabled=False):
         if torch.is_grad_enabled():
             return _Linear.apply(x, weight, bias, splits, dtype)
         return _outputs(x.to(dtype), weight, bias, splits, dtype)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch.autograd.function import once_differentiable
 
-from lowmem.nn.precision import accumulate_dtype, compute_dtype, is_fake
+from lowmem.fake import autocast_kind, device_kind, is_fake, representative
+from lowmem.nn.precision import accumulate_dtype, compute_dtype
 
 IGNORE_INDEX = -100
 AUTO_LOGIT_BYTES = 16 << 20
@@ -67,7 +68,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets_N, denominator, options, dtype):  # type: ignore[no-untyped-def]
-        with torch.autocast(hidden.device.type, enabled=False):
+        with torch.autocast(autocast_kind(hidden), enabled=False):
             work = _Chunks(hidden, weight, bias, targets_N, options, dtype, ctx.needs_input_grad[:3])
             total = work.run()
         ctx.grads = work.gradients(hidden, weight, bias)
@@ -97,7 +98,7 @@ class _Chunks:
         self.tokens = hidden_NC.shape[0]
         self.rows = None
         # looking at the targets would wait for a GPU, and a dry run has no data to look at
-        self.may_be_ignored = targets_N.device.type != "cpu" or is_fake(targets_N)
+        self.may_be_ignored = device_kind(targets_N) != "cpu" or is_fake(targets_N)
         if not self.may_be_ignored:
             self.rows = _live_rows(targets_N)
         if self.rows is not None:
@@ -123,11 +124,11 @@ class _Chunks:
                     grad.zero_()
             return total
         buffer = self.hidden_NC.new_empty(self.chunk, self.vocab_size)
-        block_bytes = CPU_BLOCK_BYTES if buffer.device.type == "cpu" else GPU_BLOCK_BYTES
+        block_bytes = CPU_BLOCK_BYTES if device_kind(buffer) == "cpu" else GPU_BLOCK_BYTES
         self.wide_rows = min(self.chunk, max(1, block_bytes // (self.vocab_size * self.wide.itemsize)))
         # made once: fresh memory for every block would cost more than the arithmetic on it
         self.wide_buffer = None if self.dtype == self.wide else buffer.new_empty(self.wide_rows, self.vocab_size, dtype=self.wide)
-        for start in range(0, live, self.chunk):
+        for start in representative(range(0, live, self.chunk), buffer, distinct=2):
             stop = min(start + self.chunk, live)
             logits = buffer[: stop - start]
             hidden = self.hidden_NC[start:stop]
@@ -146,7 +147,7 @@ class _Chunks:
         """The summed loss; the logits are overwritten with its gradient, if one is needed."""
         total = logits_MV.new_zeros((), dtype=self.wide)
         step = self.wide_rows
-        for start in range(0, logits_MV.shape[0], step):
+        for start in representative(range(0, logits_MV.shape[0], step), logits_MV):
             block = logits_MV[start : start + step]
             targets = targets_M[start : start + step].unsqueeze(1)
             live = targets != IGNORE_INDEX
@@ -200,7 +201,7 @@ def _add_weight_gradient(total_VC: torch.Tensor, grad_logits_MV: torch.Tensor, h
     if total_VC.dtype == hidden_MC.dtype:
         torch.addmm(total_VC, grad_logits_MV.t(), hidden_MC, beta=0 if first else 1, out=total_VC)
         return
-    for start in range(0, total_VC.shape[0], GRAD_BLOCK_ROWS):
+    for start in representative(range(0, total_VC.shape[0], GRAD_BLOCK_ROWS), total_VC):
         rows = slice(start, start + GRAD_BLOCK_ROWS)
         product = grad_logits_MV[:, rows].t() @ hidden_MC
         if first:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from lowmem.fake import autocast_kind, device_kind, representative
 from lowmem.nn.precision import accumulate_dtype, compute_dtype
 
 BLOCK_ELEMENTS = 1 << 18  # a block of rows in fp32 stays in a core's cache
@@ -23,7 +24,7 @@ class _RMSNorm(torch.autograd.Function):
         out_ND = torch.empty_like(x_ND, dtype=dtype)
         rstd_N1 = x_ND.new_empty(rows, 1, dtype=wide)
         step = max(1, BLOCK_ELEMENTS // width)
-        for start in range(0, rows, step):
+        for start in representative(range(0, rows, step), x_ND):
             block = x_ND[start : start + step].to(wide, copy=True)
             rstd = rstd_N1[start : start + step]
             torch.linalg.vector_norm(block, dim=-1, keepdim=True, out=rstd)
@@ -42,7 +43,7 @@ class _RMSNorm(torch.autograd.Function):
         grad_x = torch.empty_like(x_ND)
         grad_weight = torch.zeros_like(weight_wide)
         step = max(1, BLOCK_ELEMENTS // width)
-        for start in range(0, rows, step):
+        for start in representative(range(0, rows, step), x_ND):
             rstd = rstd_N1[start : start + step]
             normed = x_ND[start : start + step].to(wide, copy=True).mul_(rstd)
             grad = grad_ND[start : start + step].to(wide, copy=True)
@@ -69,7 +70,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., dim) -> (..., dim), in the autocast dtype where autocast is on."""
         dtype = compute_dtype(x)
-        if x.device.type != "cpu":
+        if device_kind(x) != "cpu":
             return F.rms_norm(x, (self.dim,), self.weight.to(x.dtype), self.eps).to(dtype)
         return _RMSNorm.apply(x.reshape(-1, self.dim), self.weight, self.eps, dtype).view(x.shape)
 
@@ -90,7 +91,7 @@ class LayerNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., dim) -> (..., dim), in the autocast dtype where autocast is on."""
         dtype = compute_dtype(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(autocast_kind(x), enabled=False):
             return F.layer_norm(x, (self.dim,), self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps).to(dtype)
 
 

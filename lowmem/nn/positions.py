@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from lowmem.errors import ConfigError
-from lowmem.nn.precision import is_fake
+from lowmem.fake import is_fake
 
 
 class RotaryTable:

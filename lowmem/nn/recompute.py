@@ -22,6 +22,8 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from lowmem.fake import autocast_kind
+
 
 class _Recipe:
     """How to make a tensor again."""
@@ -30,7 +32,7 @@ class _Recipe:
         self.function = function
         self.inputs = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in inputs)
         self.output: torch.Tensor | None = output.detach()
-        device_type = output.device.type
+        device_type = autocast_kind(output)
         self.device_type = device_type
         self.autocast = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
 

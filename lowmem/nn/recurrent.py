@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from lowmem.fake import autocast_kind
 from lowmem.nn.precision import accumulate_dtype, compute_dtype
 
 CHUNK = 16  # steps per chunk: near the square root of the usual sequence lengths
@@ -117,7 +118,7 @@ class _HybridScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w_mix, transition, w_in, w_out, skip):  # type: ignore[no-untyped-def]
         dtype, wide = compute_dtype(x), accumulate_dtype(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(autocast_kind(x), enabled=False):
             x_in, length = _padded(x.to(dtype)), x.shape[1]
             w = w_mix.to(wide)
             h = decay_scan(x_in * (1 - w), w)
@@ -196,7 +197,7 @@ class HybridCell(nn.Module):
     def step(self, x_BTC: torch.Tensor, state: HybridState) -> torch.Tensor:
         """(B, T, C) -> (B, T, C), continuing from `state`, which is advanced in place; computed in fp32."""
         wide = accumulate_dtype(x_BTC.dtype)
-        with torch.autocast(x_BTC.device.type, enabled=False):
+        with torch.autocast(autocast_kind(x_BTC), enabled=False):
             weights = [weight.to(wide) for weight in self._weights()]
             y, after = hybrid_loop(x_BTC.to(wide), *weights, state=state)
         state.h_BC, state.s_BS = after.h_BC, after.s_BS

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 
 import torch
 
+from lowmem.fake import device_kind, representative
+
 _SLICE = 1 << 16  # elements reduced at once on a CPU: their fp64 copy (512 KiB) stays in the cache
 
 
@@ -20,8 +22,8 @@ def global_norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     """
     squares = []
     for tensor in tensors:
-        pieces = tensor.reshape(-1).split(_SLICE) if tensor.device.type == "cpu" else [tensor]
-        squares += [torch.linalg.vector_norm(piece, dtype=torch.float64).square() for piece in pieces]
+        pieces = tensor.reshape(-1).split(_SLICE) if device_kind(tensor) == "cpu" else [tensor]
+        squares += [torch.linalg.vector_norm(piece, dtype=torch.float64).square() for piece in representative(pieces, tensor)]
     if not squares:
         return torch.zeros((), dtype=torch.float64)
     return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()

@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lowmem.config import RunConfig
@@ -11,6 +11,7 @@ from lowmem.data.prepare import PreparedData
 from lowmem.engine.base import Engine, StepResult
 from lowmem.errors import EXIT_INTERRUPTED, DivergedError, StoppedBySignal
 from lowmem.memory.measure import cuda_allocated_bytes, host_peak_bytes
+from lowmem.memory.phases import PhasePeaks
 from lowmem.optim.schedule import learning_rate
 from lowmem.train.checkpoint import CheckpointStore
 from lowmem.train.loggers import MetricsLogger
@@ -29,6 +30,7 @@ class Run:
         run_dir: rank 0 only, None elsewhere.
         loggers: rank 0 only, empty elsewhere.
         resumed: whether it goes on from a checkpoint.
+        phases: the peak memory of each phase.
     """
 
     config: RunConfig
@@ -40,6 +42,7 @@ class Run:
     run_dir: RunDir | None
     loggers: list[MetricsLogger]
     resumed: bool = False
+    phases: PhasePeaks = field(default_factory=PhasePeaks)
 
 
 def train(run: Run) -> None:
@@ -55,13 +58,18 @@ def train(run: Run) -> None:
     if state.step >= total:
         run.display.message(f"the run is complete at step {state.step}; raise train.steps to go on, or start over with --fresh")
         return
+    _show_messages(run)
     run.display.start(total, state.step)
+    phase = "first_step"  # of this process: it is the one that makes room for gradients and optimizer states
     with StopRequest() as stop:
         while state.step < total:
             started = time.perf_counter()
             lr = learning_rate(config.optim, state.step + 1, total)
-            batch = Batch.from_windows(run.data.train.next(config.train.global_batch_size))
-            result = engine.step(batch, lr)
+            with run.phases(phase):
+                batch = Batch.from_windows(run.data.train.next(config.train.global_batch_size))
+                result = engine.step(batch, lr)
+            phase = "steady_steps"
+            _show_messages(run)
             _count(run, batch, result)
             _report_step(run, batch, result, lr, time.perf_counter() - started)
             _check_divergence(run, result)
@@ -79,10 +87,17 @@ def train(run: Run) -> None:
     run.display.message(f"done; to let it write: lowmem generate --run {config.run_dir} --interactive")
 
 
+def _show_messages(run: Run) -> None:
+    """What the engine has to say: memory that ran out, and what it does instead."""
+    while run.engine.messages:
+        run.display.message(run.engine.messages.pop(0))
+
+
 def save(run: Run) -> None:
     """Write a checkpoint of the current state; every rank calls it."""
     run.state.data = run.data.train.state_dict()
-    run.checkpoints.save(run.state.step, run.engine, run.state.to_json(), best_step=run.state.best_step)
+    with run.phases("save"):
+        run.checkpoints.save(run.state.step, run.engine, run.state.to_json(), best_step=run.state.best_step)
 
 
 def _due(every: int, step: int, total: int) -> bool:
@@ -143,7 +158,8 @@ def _evaluate(run: Run) -> bool:
     if validation is None:
         return False
     windows = validation.windows(run.config.train.eval_sequences)
-    loss = run.engine.evaluate(Batch.from_windows(part) for part in windows)
+    with run.phases("evaluation"):
+        loss = run.engine.evaluate(Batch.from_windows(part) for part in windows)
     state = run.state
     if run.run_dir is not None:
         record = {"step": state.step, "val_loss": _json_number(loss)}

@@ -39,12 +39,30 @@ def pretrain_main(argv: Sequence[str]) -> int:
         return 0
     if flags.dry_run:
         return _dry_run(config, as_json=flags.json)
-    return _train(config, flags)
+    return _train(config, flags, _predicted(config, flags))
 
 
-def _train(config: RunConfig, flags: argparse.Namespace) -> int:
+def _predicted(config: RunConfig, flags: argparse.Namespace) -> dict[str, Any] | None:
+    """Predicted peaks of a run with a budget, on rank 0.
+
+    Raises:
+        MemoryBudgetError: they exceed the budget.
+    """
+    if distributed.rank() or flags.force or not (config.budget.ram or config.budget.vram):
+        return None
+    from lowmem.planning.check import check_run
+
+    answer = check_run(config, distributed.local_world_size())
+    if answer["refusal"]:
+        command = f"lowmem plan{f' --config {flags.config}' if flags.config else ''}"
+        raise MemoryBudgetError(f"{answer['refusal']}{command.removeprefix('lowmem plan')}; --force starts it all the same")
+    return answer["predicted"]
+
+
+def _train(config: RunConfig, flags: argparse.Namespace, predicted: dict[str, Any] | None) -> int:
     from lowmem.memory.budget import is_out_of_memory
     from lowmem.memory.measure import measure_peak
+    from lowmem.memory.phases import PhasePeaks
     from lowmem.train.loop import train
     from lowmem.train.progress import make_display
     from lowmem.train.setup import set_up
@@ -54,7 +72,10 @@ def _train(config: RunConfig, flags: argparse.Namespace) -> int:
     together = True  # whether all ranks end here, for the same reason
     try:
         with measure_peak() as peak:
-            run = set_up(config, display, fresh=flags.fresh, resume=flags.resume)
+            phases = PhasePeaks()
+            with phases("load"):
+                run = set_up(config, display, fresh=flags.fresh, resume=flags.resume)
+            run.phases = phases
             train(run)
     except (MemoryError, RuntimeError) as error:
         together = False
@@ -74,50 +95,70 @@ def _train(config: RunConfig, flags: argparse.Namespace) -> int:
     finally:
         display.close()
         if run is not None:
-            _finish(run, peak, disconnect=together or run.engine.world_size == 1)
+            _finish(run, peak, predicted, together=together or run.engine.world_size == 1)
     return 0
 
 
-def _finish(run: "Run", peak: "PeakMemory", disconnect: bool) -> None:
+def _finish(run: "Run", peak: "PeakMemory", predicted: dict[str, Any] | None, together: bool) -> None:
     """Write memory.json, close loggers and ranks; also after a stop or a failure.
 
     Args:
-        disconnect: part from the other ranks; false after a failure, which the others may not share.
+        together: all ranks are here; false after a failure, which the others may not share.
     """
     for logger in run.loggers:
         logger.close()
+    total = _host_peak_of_all_ranks(run, peak) if together else peak.host_peak_bytes
     if run.run_dir is not None:
         try:
-            run.run_dir.write_json("memory.json", memory_report(run, peak))
+            run.run_dir.write_json("memory.json", memory_report(run, peak, total, predicted))
         except StorageError as error:  # the run's own outcome matters more
             run.display.message(str(error))
         run.run_dir.close()
-    if disconnect:
+    if together:
         run.engine.close()
 
 
-def memory_report(run: "Run", peak: "PeakMemory") -> dict[str, Any]:
-    """The content of memory.json: budget, what is known beforehand, what was measured; peaks over all legs of a resumed run."""
-    measured: dict[str, Any] = peak.as_dict()
+def _host_peak_of_all_ranks(run: "Run", peak: "PeakMemory") -> int:
+    """The sum of the peaks of all ranks of this run, pages that they share counted once; an upper bound, as if all came at once."""
+    if run.engine.world_size == 1:
+        return peak.host_peak_bytes
+    from lowmem.memory.measure import shared_bytes
+
+    return round(run.engine.sum_over_ranks(float(peak.host_peak_bytes - shared_bytes())))
+
+
+def memory_report(run: "Run", peak: "PeakMemory", host_peak_bytes: int, predicted: dict[str, Any] | None) -> dict[str, Any]:
+    """The content of memory.json: budget, predicted and measured peaks; the latter over all legs of a resumed run.
+
+    Args:
+        host_peak_bytes: of all ranks.
+        predicted: None if there is no budget to check it against, or --force was given.
+    """
+    from lowmem.memory.measure import combine_peaks
+
+    measured: dict[str, Any] = peak.as_dict() | {"host_peak_bytes": host_peak_bytes}
     path = Path(run.config.run_dir) / "memory.json"
     if path.exists() and run.resumed:
-        before = json.loads(path.read_text())["measured"]
-        measured = {name: max(value, before.get(name, 0)) for name, value in measured.items()}
+        before = {name: value for name, value in json.loads(path.read_text())["measured"].items() if isinstance(value, int)}
+        measured = combine_peaks(measured, before)
     measured["components"] = run.engine.memory_components()
-    return {"budget": asdict(run.config.budget), "predicted": None, "measured": measured}
+    measured["phases"] = run.phases.as_dict()
+    return {"budget": asdict(run.config.budget), "predicted": predicted, "measured": measured}
 
 
 def _dry_run(config: RunConfig, *, as_json: bool) -> int:
-    from lowmem.train.dry_run import dry_run
+    from lowmem.planning.predict import predict_peak
+    from lowmem.planning.refusal import refusal
 
-    report = dry_run(config)
+    prediction = predict_peak(config, distributed.local_world_size())
     if as_json:
-        print(json.dumps(report, indent=1))
+        print(json.dumps(prediction.report(), indent=1))
     else:
-        sys.stdout.write(dump_run_config(config, comments=True))
-        print(f"# parameters: {report['parameters']:,}")
-        for name, count in report["predicted"]["components"].items():
-            print(f"#   {name}: {count:,} bytes")
+        sys.stdout.write(dump_run_config(prediction.config, comments=True))
+        print("\n".join(f"# {line}" for line in prediction.lines()))
+    problem = refusal(prediction, distributed.local_world_size())
+    if problem:
+        raise MemoryBudgetError(problem)
     return 0
 
 
@@ -132,7 +173,8 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--config", default="", metavar="FILE", help="YAML file; overrides come after it")
     parser.add_argument("--print_config", action="store_true", help="print the configuration, commented, and stop")
-    parser.add_argument("--dry_run", action="store_true", help="print the configuration and what it needs, train nothing")
+    parser.add_argument("--dry_run", action="store_true", help="print the configuration and its predicted peaks, train nothing")
+    parser.add_argument("--force", action="store_true", help="start even if the prediction exceeds the budget")
     parser.add_argument("--json", action="store_true", help="with --dry_run: one JSON object on standard output")
     parser.add_argument("--fresh", action="store_true", help="start over; the run that is there is kept beside the new one")
     parser.add_argument("--resume", choices=["auto", "last_valid"], default="auto", help="last_valid passes over damaged checkpoints")

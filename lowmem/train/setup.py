@@ -5,21 +5,24 @@ import os
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import psutil
 import torch
 
 from lowmem.config import RunConfig, resolve_micro_batch_size
+from lowmem.data.batch import Batch
 from lowmem.data.prepare import PreparedData, prepare_data
 from lowmem.data.tokenizers import check_vocab
-from lowmem.devices import Precision, resolve_device, resolve_precision
+from lowmem.devices import resolve_precision
 from lowmem.engine import distributed
 from lowmem.engine.base import Engine
+from lowmem.engine.build import build_configured_model, build_local_engine, chosen_device
 from lowmem.engine.layerwise import LayerwiseEngine
 from lowmem.engine.local import LocalEngine
 from lowmem.errors import ConfigError
 from lowmem.memory.budget import limit_cuda_memory, limit_host_memory
-from lowmem.models.base import LanguageModel, LossOptions
-from lowmem.models.registry import build_model
+from lowmem.memory.malloc import fix_malloc_thresholds
+from lowmem.models.base import LanguageModel
 from lowmem.optim.low_bit import LowBitOptimizer
 from lowmem.train.checkpoint import CheckpointStore
 from lowmem.train.loggers import open_loggers
@@ -28,8 +31,6 @@ from lowmem.train.progress import ProgressDisplay
 from lowmem.train.run_dir import RunDir
 from lowmem.train.state import TrainState
 from lowmem.units import format_bytes, format_count, parse_bytes
-
-_STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def set_up(config: RunConfig, display: ProgressDisplay, *, fresh: bool = False, resume: Literal["auto", "last_valid"] = "auto") -> Run:
@@ -44,6 +45,7 @@ def set_up(config: RunConfig, display: ProgressDisplay, *, fresh: bool = False, 
     """
     device = _rank_device(config)
     _set_threads(config.train.threads)
+    fix_malloc_thresholds()
     _enforce_budget(config, device)
     if config.engine.name == "deepspeed":
         distributed.init_process_group(device)
@@ -69,6 +71,8 @@ def _assemble(
     checkpoints = CheckpointStore(Path(config.run_dir), config.train.keep_last)
     run = Run(config, engine, data, TrainState(data_fingerprint=data.fingerprint), checkpoints, display, run_dir, loggers=[])
     _resume(run, skip_damaged)
+    if config.budget.ram or config.budget.vram or device.type == "cuda":
+        _try_worst_case(run)
     if run_dir is not None:
         run_dir.write_config(config)
         data.tokenizer.save(run_dir.path / "tokenizer.json")
@@ -101,24 +105,6 @@ def resolve(config: RunConfig, data: PreparedData, device: torch.device) -> RunC
     return config
 
 
-def build_configured_model(config: RunConfig) -> LanguageModel:
-    """The model of a resolved configuration, in its stored dtype, with its loss and recomputation set.
-
-    Memory: the weights.
-    """
-    train, model_config = config.train, config.model
-    model = build_model(
-        model_config,
-        vocab_size=model_config.vocab_size,
-        max_seq_len=model_config.max_seq_len,
-        seed=train.seed,
-        dtype=_STORED[train.weight_dtype],
-    )
-    model.loss_options = LossOptions(train.loss_chunk_tokens, train.label_smoothing, train.z_loss)
-    model.activation_checkpointing = train.activation_checkpointing
-    return model
-
-
 def _build_engine(config: RunConfig, model: LanguageModel, device: torch.device) -> Engine:
     try:
         micro_batch_size = resolve_micro_batch_size(config, distributed.world_size() if config.engine.name == "deepspeed" else 1)
@@ -131,13 +117,11 @@ def _build_engine(config: RunConfig, model: LanguageModel, device: torch.device)
     return build_local_engine(config, model, device, resolve_precision(config.train.precision, device), micro_batch_size)
 
 
-def build_local_engine(
-    config: RunConfig, model: LanguageModel, device: torch.device, precision: Precision, micro_batch_size: int
-) -> LocalEngine:
-    """The engine of one process that `train.update` asks for."""
-    if config.train.update == "layerwise":
-        return LayerwiseEngine(model, config.optim, config.train, device=device, precision=precision, micro_batch_size=micro_batch_size)
-    return LocalEngine(model, config.optim, device=device, precision=precision, micro_batch_size=micro_batch_size, seed=config.train.seed)
+def _try_worst_case(run: Run) -> None:
+    """Meet a lack of memory before the first step rather than after hours: the longest sequences, an evaluation."""
+    longest = np.zeros((run.config.train.global_batch_size, run.config.data.seq_len + 1), dtype=np.int64)
+    if run.state.step < run.config.total_steps():
+        run.engine.rehearse(Batch.from_windows(longest))
 
 
 def _resume(run: Run, skip_damaged: bool) -> None:
@@ -176,20 +160,11 @@ def _check_run_dir(run_dir: RunDir, config: RunConfig, fresh: bool, display: Pro
         run_dir.check_compatible(config, resolved=False)
 
 
-def chosen_device(config: RunConfig) -> torch.device:
-    """Where the run computes; budget.vram=0 says that there is no GPU."""
-    return resolve_device("cpu" if _is_zero(config.budget.vram) and config.device == "auto" else config.device)
-
-
 def _rank_device(config: RunConfig) -> torch.device:
     device = distributed.rank_device(chosen_device(config))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
-
-
-def _is_zero(size: str) -> bool:
-    return bool(size) and parse_bytes(size) == 0
 
 
 def _set_threads(threads: int) -> None:

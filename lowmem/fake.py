@@ -1,0 +1,68 @@
+"""What code does differently on fake tensors, which have a shape, a dtype and no numbers.
+
+A dry run drives the engine that trains on such tensors and records what would be allocated. Code asks here for the kind of device it
+computes on, and runs loops whose passes all allocate the same for one pass only.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+_pretended: ContextVar[str | None] = ContextVar("lowmem_pretended_device", default=None)
+_repeats: ContextVar[int] = ContextVar("lowmem_repeats", default=1)
+
+
+def is_fake(x: torch.Tensor) -> bool:
+    """True for tensors without data, whose values must not be asked for."""
+    return type(x) not in (torch.Tensor, torch.nn.Parameter) or x.is_meta
+
+
+def device_kind(x: torch.Tensor) -> str:
+    """ "cpu", "cuda", ...: where `x` is, or where a dry run pretends it to be.
+
+    Autograd cannot run on fake CUDA tensors where PyTorch was built without CUDA, so a dry run for a GPU uses fake CPU tensors.
+    """
+    return _pretended.get() or x.device.type
+
+
+def autocast_kind(x: torch.Tensor) -> str:
+    """The kind of device whose autocast `x` obeys: its own, or the CPU's, which has every dtype, in a dry run."""
+    return "cpu" if is_fake(x) else x.device.type
+
+
+@contextmanager
+def pretend_device(kind: str | None) -> Iterator[None]:
+    """Have `device_kind` answer `kind`; None pretends nothing."""
+    token = _pretended.set(kind)
+    try:
+        yield
+    finally:
+        _pretended.reset(token)
+
+
+def representative(items: Sequence[T], like: torch.Tensor, distinct: int = 1) -> Iterator[T]:
+    """The items; on fake tensors only the first `distinct`, the last of which stands for all that follow it.
+
+    Args:
+        items: of a loop whose passes from number `distinct` on allocate what that one allocates.
+        like: tells whether this is a dry run.
+    """
+    if not is_fake(like) or len(items) <= distinct:
+        yield from items
+        return
+    yield from items[: distinct - 1]
+    outer = _repeats.get()
+    _repeats.set(outer * (len(items) - distinct + 1))
+    try:
+        yield items[distinct - 1]
+    finally:
+        _repeats.set(outer)
+
+
+def repeats() -> int:
+    """How many passes the present one stands for; 1 outside of `representative`."""
+    return _repeats.get()

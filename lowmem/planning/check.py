@@ -1,0 +1,56 @@
+"""Predicts a run in a process of its own, before the run begins: the predictor's memory must not become the run's.
+
+`python -m lowmem.planning.check` reads a JSON request on standard input and writes a JSON answer on standard output.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from lowmem.config import RunConfig
+from lowmem.config_load import load_run_config
+from lowmem.errors import EXIT_INTERRUPTED, ConfigError
+
+
+def check_run(config: RunConfig, world_size: int = 1) -> dict[str, Any]:
+    """Predicted peaks of a run, and why it does not fit its budget.
+
+    Args:
+        config: checked.
+        world_size: ranks on this machine.
+    Returns:
+        `predicted`, as in memory.json, and `refusal`: one paragraph, empty if the run fits.
+    Raises:
+        ConfigError: the configuration cannot be predicted.
+    Memory: none in this process.
+    """
+    request = json.dumps({"config": asdict(config), "world_size": world_size})
+    result = subprocess.run([sys.executable, "-m", "lowmem.planning.check"], input=request, capture_output=True, text=True)
+    if result.returncode == EXIT_INTERRUPTED or result.returncode < 0:
+        raise KeyboardInterrupt
+    if result.returncode:
+        lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
+        raise ConfigError(f"the memory of this run could not be predicted: {lines[-1]}; --force trains without a prediction")
+    return json.loads(result.stdout)
+
+
+def main() -> None:
+    """Answer the request on standard input."""
+    from lowmem.planning.predict import predict_peak
+    from lowmem.planning.refusal import refusal
+
+    request = json.load(sys.stdin)
+    config = config_from(request["config"])
+    prediction = predict_peak(config, request["world_size"])
+    json.dump({"predicted": prediction.as_dict(), "refusal": refusal(prediction, request["world_size"])}, sys.stdout)
+
+
+def config_from(values: dict[str, Any]) -> RunConfig:
+    """A configuration from its dictionary."""
+    return load_run_config(overrides=[f"{key}={json.dumps(value)}" for key, value in values.items()], check=False)
+
+
+if __name__ == "__main__":
+    main()

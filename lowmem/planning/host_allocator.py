@@ -1,0 +1,93 @@
+"""malloc with fixed thresholds (`lowmem.memory.malloc`), as far as it decides how much memory is resident.
+
+Large blocks are mapped and unmapped one by one; smaller ones come from a heap by best fit, and the heap only shrinks at its end.
+
+Source: glibc 2.36, malloc/malloc.c; the manual's section "Malloc Tunable Parameters".
+"""
+
+from bisect import bisect_left, insort
+
+from lowmem.memory.malloc import MAP_FROM_BYTES, TOP_PAD_BYTES, TRIM_FROM_BYTES
+
+_PAGE = 4096
+_ALIGNMENT = 64  # PyTorch asks for it
+_OVERHEAD = 16
+
+
+class HostAllocator:
+    """Resident bytes of a sequence of allocations and releases, each of which is touched as a whole.
+
+    Attributes:
+        resident_bytes: now.
+    """
+
+    def __init__(self) -> None:
+        self._mapped = 0
+        self._top = 0  # first byte of the heap that no block holds
+        self._touched = 0  # first byte that was not written since the heap last shrank
+        self._blocks: dict[int, tuple[int, int]] = {}  # key -> address (-1 if mapped), size
+        self._free: list[tuple[int, int]] = []  # size, address; sorted
+        self._free_at: dict[int, int] = {}  # address -> size
+        self._free_end: dict[int, int] = {}  # end -> address
+
+    @property
+    def resident_bytes(self) -> int:
+        return self._mapped + self._touched
+
+    def allocate(self, key: int, size: int) -> None:
+        """Allocate `size` bytes under a name of the caller's."""
+        if not size:
+            self._blocks[key] = (0, 0)
+            return
+        size = -(-(size + _OVERHEAD + _ALIGNMENT) // 16) * 16
+        if size >= MAP_FROM_BYTES:
+            size = -(-size // _PAGE) * _PAGE
+            self._blocks[key] = (-1, size)
+            self._mapped += size
+        else:
+            self._blocks[key] = (self._place(size), size)
+
+    def release(self, key: int) -> None:
+        """Free what `allocate` made under that name."""
+        address, size = self._blocks.pop(key)
+        if not size:
+            return
+        if address < 0:
+            self._mapped -= size
+            return
+        start, end = address, address + size
+        if start in self._free_end:
+            start = self._take(self._free_end[start])[0]
+        if end in self._free_at:
+            following, length = self._take(end)
+            end = following + length
+        if end == self._top:
+            self._top = start
+            if self._touched - self._top >= TRIM_FROM_BYTES:
+                self._touched = self._top + TOP_PAD_BYTES
+        else:
+            self._give(start, end - start)
+
+    def _place(self, size: int) -> int:
+        index = bisect_left(self._free, (size, -1))
+        if index < len(self._free):
+            length, address = self._free[index]
+            self._take(address)
+            if length > size:
+                self._give(address + size, length - size)
+            return address
+        address = self._top
+        self._top += size
+        self._touched = max(self._touched, self._top)
+        return address
+
+    def _take(self, address: int) -> tuple[int, int]:
+        size = self._free_at.pop(address)
+        del self._free_end[address + size]
+        del self._free[bisect_left(self._free, (size, address))]
+        return address, size
+
+    def _give(self, address: int, size: int) -> None:
+        self._free_at[address] = size
+        self._free_end[address + size] = address
+        insort(self._free, (size, address))

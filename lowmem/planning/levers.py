@@ -1,0 +1,99 @@
+"""Settings that trade time for memory, in the order of what they cost the user (D10), and whether a run fits its budget."""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from lowmem.config import RunConfig
+from lowmem.config_check import config_problems
+from lowmem.planning.predict import Prediction
+from lowmem.units import parse_bytes
+
+MARGIN = 0.03  # of a budget, for what a prediction misses; see profiling/README.md
+
+
+@dataclass(frozen=True)
+class Lever:
+    """One change of a configuration.
+
+    Attributes:
+        text: as a user would type it.
+        apply: makes it, in place.
+    """
+
+    text: str
+    apply: Callable[[RunConfig], None]
+
+
+def set_key(config: RunConfig, key: str, value: object) -> None:
+    """Set a dotted key."""
+    *sections, name = key.split(".")
+    part = config
+    for section in sections:
+        part = getattr(part, section)
+    setattr(part, name, value)
+
+
+def get_key(config: RunConfig, key: str) -> object:
+    """The value of a dotted key."""
+    part: object = config
+    for name in key.split("."):
+        part = getattr(part, name)
+    return part
+
+
+def lever(**settings: object) -> Lever:
+    """Several keys at once, with __ for the dots."""
+    keys = {name.replace("__", "."): value for name, value in settings.items()}
+
+    def apply(config: RunConfig) -> None:
+        for key, value in keys.items():
+            set_key(config, key, value)
+
+    return Lever(" ".join(f"--{key}={value}" for key, value in keys.items()), apply)
+
+
+def levers(config: RunConfig) -> list[Lever]:
+    """What would take less memory than `config`, one change each; none that is in force or not possible."""
+    layerwise = {"train__update": "layerwise", "train__activation_checkpointing": "block"}
+    narrow = {"train__precision": config.train.precision, "train__weight_dtype": config.train.precision}
+    candidates = [
+        lever(train__micro_batch_size=1),
+        lever(train__activation_checkpointing="block"),
+        lever(**layerwise),
+        lever(optim__state_bits=8, optim__backend="lowmem"),
+        lever(optim__state_bits=4, optim__backend="lowmem"),
+        lever(**narrow) if config.train.precision in ("bf16", "fp16") else lever(),
+        lever(train__loss_chunk_tokens=256),
+        lever(engine__offload="cpu", engine__zero_stage=2) if config.engine.name == "deepspeed" else lever(),
+    ]
+    return [candidate for candidate in candidates if _changes(config, candidate)]
+
+
+def changed(config: RunConfig, *changes: Lever) -> RunConfig:
+    """A copy with the changes made."""
+    config = copy.deepcopy(config)
+    for change in changes:
+        change.apply(config)
+    return config
+
+
+def missing_bytes(prediction: Prediction, margin: float = MARGIN) -> dict[str, int]:
+    """Bytes beyond each budget that is exceeded, margin included; empty if the run fits."""
+    budget, missing = prediction.config.budget, {}
+    needs = {"ram": prediction.host.peak_bytes, "vram": prediction.cuda_reserved.peak_bytes}
+    for name, need in needs.items():
+        limit = parse_bytes(getattr(budget, name) or "0")
+        if limit and need > limit * (1 - margin):
+            missing[name] = round(need - limit * (1 - margin))
+    return missing
+
+
+def _changes(config: RunConfig, candidate: Lever) -> bool:
+    other = changed(config, candidate)
+    return other != config and not config_problems(other)
+
+
+def sizes(limit: int) -> Iterator[int]:
+    """Divisors of `limit`, largest first."""
+    return (size for size in range(limit, 0, -1) if limit % size == 0)

@@ -1,0 +1,101 @@
+"""What this machine does in a second: matrix products, memory traffic, operators, optimizer steps. Measured once, kept in the cache."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+
+from lowmem.config import RunConfig
+from lowmem.data.storage import cache_root, json_sha256
+from lowmem.optim.adamw import AdamW
+
+_TOKENS, _WIDTH, _HIDDEN = 1024, 1024, 2688
+_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Work a second.
+
+    Attributes:
+        matmul: floating point operations by dtype.
+        bytes_per_s: read plus written by operators that compute little.
+        call_s: seconds an operator costs whatever its size.
+        updates: parameters a second, by bits of the optimizer states.
+    """
+
+    matmul: dict[str, float]
+    bytes_per_s: float
+    call_s: float
+    updates: dict[str, float]
+
+    def flops_per_s(self, dtype: str) -> float:
+        """Of matrix products in `dtype`; those of fp32 where it was not measured."""
+        return self.matmul.get(dtype, self.matmul["float32"])
+
+    def updates_per_s(self, config: RunConfig) -> float:
+        """Parameters that the optimizer updates in a second."""
+        if config.optim.backend == "bitsandbytes" and config.device == "cpu":
+            return self.updates["bitsandbytes"]
+        return self.updates[str(config.optim.state_bits)]
+
+
+# Published dense peaks and bandwidths of the devices, times the share that training usually reaches (half, and three quarters).
+GPU_RATES = {
+    "t4": Rates({"float32": 4.0e12, "float16": 26e12, "bfloat16": 4.0e12}, 240e9, 6e-6, {"32": 5e9, "8": 8e9, "4": 8e9}),
+    "cuda": Rates({"float32": 8e12, "float16": 60e12, "bfloat16": 60e12}, 450e9, 6e-6, {"32": 1e10, "8": 2e10, "4": 2e10}),
+}
+
+
+def rates_for(config: RunConfig) -> Rates:
+    """Measured for a CPU; of a device in `config` from its data sheet, because there may be none here."""
+    if config.device == "cuda":
+        return GPU_RATES["t4" if config.train.precision == "fp16" else "cuda"]
+    key = json_sha256([torch.__version__, platform.processor(), torch.get_num_threads(), sorted(torch.cpu.get_capabilities().items())])
+    path = cache_root(config.data.cache_dir) / "rates" / f"{key[:24]}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(asdict(measure_rates())))
+        temporary.replace(path)
+    return Rates(**json.loads(path.read_text()))
+
+
+def measure_rates() -> Rates:
+    """Time each kind of work; about two seconds and 60 MB."""
+    matmul = {str(dtype).removeprefix("torch."): _matmul_rate(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    big = torch.zeros(1 << 18)  # of the size of a block of activations: part of the traffic stays in the caches
+    small = torch.zeros(16)
+    out = torch.empty_like(big)
+    copied = 2 * big.numel() * 4 / _seconds(lambda: torch.mul(big, 1.5, out=out), repeats=50)
+    updates = {str(bits): _update_rate(bits) for bits in (32, 8, 4)}
+    updates["bitsandbytes"] = updates["8"] / 20  # profiling/results/bench_optimizers.json: 15 to 28 times slower
+    return Rates(matmul, copied, _seconds(lambda: small.mul_(1.0), repeats=2000), updates)
+
+
+def _matmul_rate(dtype: torch.dtype) -> float:
+    a, b = torch.zeros(_TOKENS, _WIDTH, dtype=dtype), torch.zeros(_WIDTH, _HIDDEN, dtype=dtype)
+    return 2 * _TOKENS * _WIDTH * _HIDDEN / _seconds(lambda: a @ b)
+
+
+def _update_rate(bits: int) -> float:
+    parameter = torch.zeros(2_000_000, requires_grad=True)
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = AdamW([parameter], lr=1e-3, state_bits=bits)  # type: ignore[arg-type]
+    return parameter.numel() / _seconds(optimizer.step)
+
+
+def _seconds(work: Callable[[], object], repeats: int = 3) -> float:
+    """The quickest round's seconds a call, after a call that does not count: others are slowed by what else the machine does."""
+    work()
+    times = []
+    for _ in range(_ROUNDS):
+        began = time.perf_counter()
+        for _ in range(repeats):
+            work()
+        times.append((time.perf_counter() - began) / repeats)
+    return min(times)

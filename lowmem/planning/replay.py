@@ -1,0 +1,91 @@
+"""A trace through a model of an allocator: the peak of every phase, and what the memory held at the highest of them."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from lowmem.planning.trace import Trace
+
+
+class Allocator(Protocol):
+    """What a trace is replayed through."""
+
+    def allocate(self, key: int, size: int) -> None:
+        """Make a block."""
+
+    def release(self, key: int) -> None:
+        """Free it."""
+
+
+@dataclass
+class Peaks:
+    """Peaks of one measure of memory.
+
+    Attributes:
+        by_phase: bytes by phase, in order.
+        components: bytes by category at the highest peak; they sum to it.
+    """
+
+    by_phase: dict[str, int] = field(default_factory=dict)
+    components: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most of all phases."""
+        return max(self.by_phase.values(), default=0)
+
+    def times(self, count: int) -> "Peaks":
+        """The same `count` times over."""
+        return Peaks({phase: size * count for phase, size in self.by_phase.items()}, {n: s * count for n, s in self.components.items()})
+
+    def plus(self, name: str, size_bytes: int) -> "Peaks":
+        """The same with `size_bytes` more of component `name` in every phase."""
+        components = {**self.components, name: self.components.get(name, 0) + size_bytes}
+        return Peaks({phase: size + size_bytes for phase, size in self.by_phase.items()}, components)
+
+
+def replay(trace: Trace, allocator: Allocator, measures: dict[str, str]) -> dict[str, Peaks]:
+    """Peaks of several attributes of one allocator.
+
+    Args:
+        measures: name of the result -> attribute of `allocator` that holds bytes.
+    """
+    starts = {position: name for name, position in trace.phases}
+    results = {name: Peaks() for name in measures}
+    live: Counter[str] = Counter()
+    phase = "load"
+    for position, event in enumerate(trace.events):
+        phase = starts.get(position, phase)
+        storage = trace.storages[event if event >= 0 else ~event]
+        if event >= 0:
+            allocator.allocate(event, storage.size_bytes)
+            live[storage.category] += storage.size_bytes
+        else:
+            allocator.release(~event)
+            live[storage.category] -= storage.size_bytes
+        for name, attribute in measures.items():
+            now, result = getattr(allocator, attribute), results[name]
+            if now > result.peak_bytes:
+                result.components = dict(+live)
+                result.components["workspace"] = live["workspace"] + now - live.total()
+            if now > result.by_phase.get(phase, -1):
+                result.by_phase[phase] = now
+    for name, attribute in measures.items():
+        for last, start in trace.phases:
+            if start == len(trace.events):
+                results[name].by_phase[last] = getattr(allocator, attribute)
+    return results
+
+
+def live_peaks(trace: Trace, categories: set[str]) -> dict[str, int]:
+    """The most bytes that some categories took together, by phase, whatever an allocator makes of them."""
+    starts = {position: name for name, position in trace.phases}
+    peaks: dict[str, int] = {}
+    phase, live = "load", 0
+    for position, event in enumerate(trace.events):
+        phase = starts.get(position, phase)
+        storage = trace.storages[event if event >= 0 else ~event]
+        if storage.category in categories:
+            live += storage.size_bytes if event >= 0 else -storage.size_bytes
+        peaks[phase] = max(peaks.get(phase, 0), live)
+    return peaks

@@ -1,0 +1,68 @@
+"""One run of the engine without memory: building, two steps, an evaluation, each recorded by a `Trace`."""
+
+import copy
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+from lowmem.config import RunConfig, resolve_micro_batch_size
+from lowmem.data.batch import Batch
+from lowmem.engine.build import build_configured_model, build_local_engine
+from lowmem.engine.local import LocalEngine
+from lowmem.fake import pretend_device
+from lowmem.models.base import LanguageModel
+from lowmem.planning.trace import Trace
+
+EVALUATION_BATCH = 16  # windows at once, as `lowmem.data.validation` yields them
+
+
+def trace_run(config: RunConfig, world_size: int = 1) -> tuple[Trace, LanguageModel]:
+    """Drive the engine that `config` asks for through everything a run does, on tensors without storage.
+
+    Args:
+        config: resolved, for one process: under DeepSpeed the engine that computes the same model without partitions.
+        world_size: ranks that share the global batch.
+    Returns:
+        The trace, with phases load, first_step, steady_steps and evaluation; the model, on the meta device.
+    Memory: none for the model.
+    """
+    config = _for_one_rank(config, world_size)
+    trace, meta = Trace(), torch.device("meta")
+    micro_batch_size = resolve_micro_batch_size(config, 1)
+    precision = config.train.precision
+    assert precision != "auto"
+    with meta, trace, pretend_device(config.device):
+        with trace.phase("load"):
+            model = build_configured_model(config)
+            engine = build_local_engine(config, model, meta, precision, micro_batch_size)
+        trace.mark(model.parameters(), "weights")
+        trace.mark(_optimizer_tensors(engine), "optimizer_states")
+        batch = _batch(config.train.global_batch_size, config.data.seq_len)
+        for phase in ("first_step", "steady_steps"):
+            with trace.phase(phase):
+                engine.step(batch, config.optim.lr)
+        if config.train.eval_every:
+            with trace.phase("evaluation"):
+                engine.evaluate([_batch(min(EVALUATION_BATCH, config.train.eval_sequences or EVALUATION_BATCH), config.data.seq_len)])
+        with trace.phase("save"):  # tensors are written from where they are
+            del batch
+    trace.name_storages({tuple(p.shape) for p in model.parameters()}, model.vocab_size)
+    return trace, model
+
+
+def _for_one_rank(config: RunConfig, world_size: int) -> RunConfig:
+    config = copy.deepcopy(config)
+    config.train.global_batch_size //= world_size
+    config.train.boundary_offload = "none"  # counted as host memory by the caller
+    if config.optim.backend == "bitsandbytes":
+        config.optim.backend = "lowmem"  # states of the same size, and bitsandbytes has no kernels without numbers
+    return config
+
+
+def _optimizer_tensors(engine: LocalEngine) -> Iterable[torch.Tensor]:
+    return (value for state in engine.optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor))
+
+
+def _batch(sequences: int, seq_len: int) -> Batch:
+    return Batch.from_windows(np.zeros((sequences, seq_len + 1), dtype=np.int64))

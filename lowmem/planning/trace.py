@@ -1,0 +1,169 @@
+"""Records what a training step would allocate and compute, from a run of the engine on tensors without storage.
+
+Tensors live on the meta device: shapes, dtypes and storage sizes are real, numbers and memory are not. (FakeTensorMode wraps such tensors
+to give them a device; its bookkeeping in Python costs ten times the time, and `lowmem.fake` answers the only question code asks of it.)
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowmem.fake import repeats
+
+_aten = torch.ops.aten
+_ITEM = _aten._local_scalar_dense.default
+_VIEWS = {
+    "view",
+    "slice",
+    "transpose",
+    "t",
+    "select",
+    "expand",
+    "unsqueeze",
+    "squeeze",
+    "detach",
+    "alias",
+    "split_with_sizes",
+    "as_strided",
+}
+
+
+@dataclass
+class Storage:
+    """One piece of memory.
+
+    Attributes:
+        size_bytes: of the storage, whatever tensors look at it.
+        shape: of the tensor it was made for.
+        backward: made while autograd was going back.
+        category: set once known; "" meanwhile.
+    """
+
+    size_bytes: int
+    shape: tuple[int, ...]
+    backward: bool
+    category: str = ""
+
+
+@dataclass
+class Costs:
+    """Work of a phase, by what bounds it.
+
+    Attributes:
+        matmul_flops: by dtype name.
+        moved_bytes: read and written by everything else.
+        calls: operators, each of which costs its launch.
+    """
+
+    matmul_flops: Counter = field(default_factory=Counter)
+    moved_bytes: int = 0
+    calls: int = 0
+
+
+class Trace(TorchDispatchMode):
+    """Allocations, releases and work, in order, while active.
+
+    Attributes:
+        storages: every storage ever made, by number.
+        events: number of the storage made, or ~number of the one released.
+        phases: name and position in `events` where each phase begins.
+        costs: by phase.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: list[Storage] = []
+        self.events: list[int] = []
+        self.phases: list[tuple[str, int]] = []
+        self.costs: dict[str, Costs] = {}
+        self._numbers: dict[int, int] = {}
+        self._references: dict[int, Any] = {}
+        self._closed = False
+        self._cost = Costs()
+
+    def name_storages(self, parameter_shapes: set[tuple[int, ...]], vocab_size: int) -> None:
+        """Say of every storage that is not marked what it holds, by its shape and by when it was made."""
+        for storage in self.storages:
+            if storage.category:
+                continue
+            has_vocab = vocab_size in storage.shape
+            if len(storage.shape) > 1 and storage.shape in parameter_shapes and (storage.backward or has_vocab):
+                storage.category = "gradients"
+            elif has_vocab:
+                storage.category = "logits"
+            else:
+                storage.category = "workspace" if storage.backward else "activations"
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Attribute what follows to `name`."""
+        self.phases.append((name, len(self.events)))
+        self._cost = self.costs.setdefault(name, Costs())
+        yield
+        self._cost = Costs()
+
+    def mark(self, tensors: Any, category: str) -> None:
+        """Say what the storages of `tensors` hold."""
+        for tensor in tensors:
+            number = self._numbers.get(tensor.untyped_storage()._cdata)
+            if number is not None:
+                self.storages[number].category = category
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is _ITEM:
+            return True if args[0].dtype == torch.bool else 1.0  # a finite loss, a norm, "all targets are predicted"
+        out = func(*args, **(kwargs or {}))
+        outputs = out if isinstance(out, tuple | list) else (out,)
+        for tensor in outputs:
+            if isinstance(tensor, torch.Tensor):
+                self._see(tensor)
+        self._count(func, args, kwargs or {}, outputs)
+        return out
+
+    def _see(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self._numbers:
+            return
+        number = len(self.storages)
+        backward = torch._C._current_graph_task_id() != -1
+        self.storages.append(Storage(storage.nbytes(), tuple(tensor.shape), backward))
+        self.events.append(number)
+        self._numbers[address] = number
+        self._references[number] = weakref.ref(storage, lambda _: self._release(address, number))
+
+    def __exit__(self, *exception: Any) -> None:
+        self._closed = True  # what is released from now on is the run's end
+        super().__exit__(*exception)
+
+    def _release(self, address: int, number: int) -> None:
+        if self._closed:
+            return
+        if self._numbers.get(address) == number:
+            del self._numbers[address]
+        self._references.pop(number, None)
+        self.events.append(~number)
+
+    def _count(self, func, args, kwargs, outputs) -> None:  # type: ignore[no-untyped-def]
+        name = func._overloadpacket.__name__
+        if name in _VIEWS:
+            return
+        times, cost = repeats(), self._cost
+        cost.calls += times
+        matrices = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        if name in ("mm", "bmm", "addmm", "baddbmm", "addmm_", "baddbmm_"):
+            a, b = matrices[-2:]
+            cost.matmul_flops[str(a.dtype).removeprefix("torch.")] += 2 * a.numel() * b.shape[-1] * times
+        elif name.startswith("_scaled_dot_product"):
+            query, key = [m for m in matrices if m.dim() == 4][:2]
+            products = 5 if name.endswith("backward") else 2
+            flops = products * query.numel() * key.shape[-2]  # causal: half of the square
+            cost.matmul_flops[str(query.dtype).removeprefix("torch.")] += flops * times
+        tensors = matrices + [x for x in outputs if isinstance(x, torch.Tensor)]
+        cost.moved_bytes += times * sum(t.numel() * t.element_size() for t in tensors)
