@@ -20,3 +20,23 @@ class OptionParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+def dotted_overrides(rest: list[str], command: str) -> list[str]:
+    """`--a.b=c` and `--a.b c` as "a.b=c".
+
+    Raises:
+        ConfigError: a word that is no option.
+    """
+    overrides, index = [], 0
+    while index < len(rest):
+        word = rest[index]
+        if not word.startswith("--"):
+            raise ConfigError(f"found {word!r}; expected --section.key=value or one of the options of {command} --help")
+        word = word[2:]
+        if "=" not in word and index + 1 < len(rest) and not rest[index + 1].startswith("--"):
+            index += 1
+            word = f"{word}={rest[index]}"
+        overrides.append(word)
+        index += 1
+    return overrides

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowmem.arguments import dotted_overrides
 from lowmem.config import RunConfig
 from lowmem.config_dump import dump_run_config
 from lowmem.config_load import load_run_config
@@ -185,23 +186,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         flags, rest = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
         raise ConfigError(f"lowmem pretrain: {error}") from error
-    return flags, _overrides(rest)
-
-
-def _overrides(rest: list[str]) -> list[str]:
-    """`--a.b=c` and `--a.b c` as "a.b=c"."""
-    overrides, index = [], 0
-    while index < len(rest):
-        word = rest[index]
-        if not word.startswith("--"):
-            raise ConfigError(f"found {word!r}; expected --section.key=value or one of the options of lowmem pretrain --help")
-        word = word[2:]
-        if "=" not in word and index + 1 < len(rest) and not rest[index + 1].startswith("--"):
-            index += 1
-            word = f"{word}={rest[index]}"
-        overrides.append(word)
-        index += 1
-    return overrides
+    return flags, dotted_overrides(rest, "lowmem pretrain")
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,0 +1,9 @@
+"""`lowmem plan` as a script."""
+
+import sys
+
+from lowmem.cli import run_command
+from lowmem.plan import plan_main
+
+if __name__ == "__main__":
+    sys.exit(run_command(plan_main))
