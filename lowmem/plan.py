@@ -159,13 +159,12 @@ def _needs(prediction: "Prediction") -> str:
 
 def _nothing_fits(found: Any) -> str:
     budget = found.prediction.config.budget
-    missing = " and ".join(
-        f"{format_bytes(size)} of {name.upper()} (budget {getattr(budget, name)})" for name, size in found.missing.items()
-    )
+    lacks = [f"{format_bytes(size)} of {name.upper()} (budget {getattr(budget, name)})" for name, size in found.missing.items()]
     nearest = "\n".join(f"  {_needs(other)}: {_settings(other)}" for other in [found.prediction, *found.alternatives])
     parts = "\n".join(f"  {line}" for line in found.prediction.lines()[1:])
     return (
-        f"nothing fits: the smallest plan lacks {' and '.join(lacks)}, a margin included. It needs\n{parts}\nThe nearest plans:\n{nearest}\n"
+        f"nothing fits: the smallest plan lacks {' and '.join(lacks)}, a margin included. It needs\n{parts}\n"
+        f"The nearest plans:\n{nearest}\n"
         "Use a larger budget, or a smaller model: lowmem plan --solve=model.dim, model.num_layers or data.seq_len"
     )
 
