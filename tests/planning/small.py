@@ -1,0 +1,28 @@
+"""A model so small that a prediction takes a fraction of a second, and fixed numbers in place of what is measured on a machine."""
+
+import pytest
+
+from lowmem.config import RunConfig
+from lowmem.config_load import load_run_config
+from lowmem.planning.base_cost import Base
+from lowmem.planning.probe import Rates
+
+TINY = [
+    "device=cpu", "data.tokenizer=bytes", "data.seq_len=32", "model.dim=64", "model.num_layers=2", "model.num_heads=2", "optim.clip=1.0",
+    "train.steps=3", "train.global_batch_size=4", "train.micro_batch_size=2", "train.precision=fp32", "train.eval_every=0",
+]  # fmt: skip
+I3 = ["model.name=i3", "model.num_heads=1", "model.attention_rank=16", "model.lorpt.rank=16"]
+LAYERWISE = ["train.update=layerwise", "train.activation_checkpointing=block"]
+BASE_BYTES = 50 << 20
+RATES = Rates({"float32": 1e11, "bfloat16": 1e11}, 1e10, 1e-6, {"32": 1e8, "8": 1e8, "4": 1e8, "bitsandbytes": 1e7})
+
+
+def small_config(*overrides: str) -> RunConfig:
+    """The tiny model with changes."""
+    return load_run_config(overrides=[*TINY, *overrides])
+
+
+def stub_measurements(patch: pytest.MonkeyPatch) -> None:
+    """No process is started and nothing is timed: a base cost of 50 MiB, round rates."""
+    patch.setattr("lowmem.planning.predict.measured_base", lambda *arguments: Base(BASE_BYTES, "measured"))
+    patch.setattr("lowmem.planning.speed.rates_for", lambda config: RATES)
