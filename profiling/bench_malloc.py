@@ -18,7 +18,9 @@ SHARED = ["train.precision=bf16", "train.weight_dtype=bf16", "optim.state_bits=4
 LARGE = ["model.dim=1024", "model.hidden_dim=2688", "model.num_layers=12", "model.num_heads=16", "model.vocab_size=32000"]
 SMALL = ["model.dim=256", "model.num_layers=4", "model.vocab_size=4096"]
 SETTINGS = {
-    "215M, layerwise, 4 x 512 by 2": [*LARGE, "train.update=layerwise", "train.activation_checkpointing=block", "train.global_batch_size=4", "train.micro_batch_size=2"],
+    "215M, layerwise, 4 x 512 by 2": [
+        *LARGE, "train.update=layerwise", "train.activation_checkpointing=block", "train.global_batch_size=4", "train.micro_batch_size=2",
+    ],
     "215M, accumulate, 4 x 512": [*LARGE, "train.global_batch_size=4", "train.micro_batch_size=4"],
     "4M, accumulate, 16 x 512": [*SMALL, "train.global_batch_size=16", "train.micro_batch_size=16"],
 }  # fmt: skip

@@ -26,6 +26,7 @@ from lowmem.errors import ConfigError
 CUDA_HOST_BYTES = 1_300_000_000  # libraries and driver of a process that uses CUDA; an estimate where it cannot be measured
 _TOKENIZER_BYTES_PER_ROW = 1_000  # a byte-level BPE in memory: its vocabulary and merges, both ways
 _LIBRARIES = ("torch", "deepspeed", "bitsandbytes", "lion-pytorch", "tokenizers", "numpy", "lowmem")
+_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _TEXT = "the quick brown fox jumps over the lazy dog and runs away from it\n" * 2000
 
 
@@ -94,7 +95,8 @@ def _measure(settings: Sequence[str], world_size: int, tensor_peak: Callable[[Ru
             "train.steps=4", "train.eval_every=4", "train.eval_sequences=4", "train.save_every=4", f"run_dir={folder / 'run'}",
         ]  # fmt: skip
         arguments = ["lowmem.cli", "pretrain", "--quiet", *(f"--{override}" for override in overrides)]
-        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+        inherited = {name: value for name, value in os.environ.items() if name not in _LAUNCH}
+        environment = {**inherited, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
         command = [sys.executable, "-m", *arguments]
         if world_size > 1:
             launcher = str(Path(sys.executable).parent / "deepspeed")

@@ -21,7 +21,7 @@ def check_run(config: RunConfig, world_size: int = 1) -> dict[str, Any]:
         config: checked.
         world_size: ranks on this machine.
     Returns:
-        `predicted`, as in memory.json, and `refusal`: one paragraph, empty if the run fits.
+        `predicted`, as in memory.json; `summary` of it for people; `refusal`: one paragraph, empty if the run fits.
     Raises:
         ConfigError: the configuration cannot be predicted.
     Memory: none in this process.
@@ -32,7 +32,7 @@ def check_run(config: RunConfig, world_size: int = 1) -> dict[str, Any]:
         raise KeyboardInterrupt
     if result.returncode:
         lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
-        raise ConfigError(f"the memory of this run could not be predicted: {lines[-1]}; --force trains without a prediction")
+        raise ConfigError(f"the memory of this run could not be predicted: {lines[-1]}")
     return json.loads(result.stdout)
 
 
@@ -44,7 +44,12 @@ def main() -> None:
     request = json.load(sys.stdin)
     config = config_from(request["config"])
     prediction = predict_peak(config, request["world_size"])
-    json.dump({"predicted": prediction.as_dict(), "refusal": refusal(prediction, request["world_size"])}, sys.stdout)
+    answer = {
+        "predicted": prediction.as_dict(),
+        "summary": "; ".join(prediction.lines()[1:]),
+        "refusal": refusal(prediction, request["world_size"]),
+    }
+    json.dump(answer, sys.stdout)
 
 
 def config_from(values: dict[str, Any]) -> RunConfig:

@@ -44,7 +44,7 @@ def pretrain_main(argv: Sequence[str]) -> int:
 
 
 def _predicted(config: RunConfig, flags: argparse.Namespace) -> dict[str, Any] | None:
-    """Predicted peaks of a run with a budget, on rank 0.
+    """Predicted peaks of a run with a budget, on rank 0; None where there is nothing to check, or no way to know.
 
     Raises:
         MemoryBudgetError: they exceed the budget.
@@ -53,10 +53,16 @@ def _predicted(config: RunConfig, flags: argparse.Namespace) -> dict[str, Any] |
         return None
     from lowmem.planning.check import check_run
 
-    answer = check_run(config, distributed.local_world_size())
+    try:
+        answer = check_run(config, distributed.local_world_size())
+    except ConfigError as error:  # such as a vocabulary that only the text tells: the limits are enforced all the same
+        print(f"lowmem: {error}", file=sys.stderr)
+        return None
     if answer["refusal"]:
         command = f"lowmem plan{f' --config {flags.config}' if flags.config else ''}"
         raise MemoryBudgetError(f"{answer['refusal']}{command.removeprefix('lowmem plan')}; --force starts it all the same")
+    if not flags.quiet:
+        print(answer["summary"], file=sys.stderr)
     return answer["predicted"]
 
 
