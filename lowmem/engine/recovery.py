@@ -1,7 +1,5 @@
 """What an engine does when memory runs out: give memory back, lower the micro-batch, and do the same work again."""
 
-import ctypes
-import functools
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +11,7 @@ from lowmem.engine.base import Engine
 from lowmem.engine.random_state import random_state, restore_random_state
 from lowmem.errors import MemoryBudgetError
 from lowmem.memory.budget import is_out_of_memory
+from lowmem.memory.malloc import trim_malloc
 
 T = TypeVar("T")
 
@@ -121,15 +120,4 @@ def release_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
-
-
-@functools.cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    """glibc's function; other C libraries have none."""
-    try:
-        return ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError, TypeError):
-        return None
+    trim_malloc()

@@ -8,6 +8,8 @@ Source: mallopt(3).
 """
 
 import ctypes
+import functools
+from typing import Any
 
 MAP_FROM_BYTES = 1024 * 1024  # blocks of this size are mapped one by one, and gone when freed
 TRIM_FROM_BYTES = 4 * 1024 * 1024  # free memory at the end of the heap beyond this is given back
@@ -21,9 +23,8 @@ def fix_malloc_thresholds() -> bool:
 
     The price is that the kernel zeroes the pages of every large block anew: see `profiling/bench_malloc.py`.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
+    mallopt = _function("mallopt")
+    if mallopt is None:
         return False
     settings = {
         _M_MMAP_THRESHOLD: MAP_FROM_BYTES,
@@ -32,3 +33,19 @@ def fix_malloc_thresholds() -> bool:
         _M_MMAP_MAX: _MAX_MAPPINGS,
     }
     return all(mallopt(ctypes.c_int(name), ctypes.c_int(value)) == 1 for name, value in settings.items())
+
+
+def trim_malloc() -> None:
+    """Give all free pages back to the system; nothing where malloc cannot."""
+    trim = _function("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _function(name: str) -> Any:
+    """A function of glibc; other C libraries have none."""
+    try:
+        return getattr(ctypes.CDLL(None), name)
+    except (OSError, AttributeError, TypeError):
+        return None

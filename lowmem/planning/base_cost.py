@@ -24,7 +24,7 @@ from lowmem.data.storage import cache_root, json_sha256
 from lowmem.errors import ConfigError
 
 CUDA_HOST_BYTES = 1_300_000_000  # libraries and driver of a process that uses CUDA; an estimate where it cannot be measured
-_TOKENIZER_BYTES_PER_ROW = 1_000  # a byte-level BPE in memory: its vocabulary and merges, both ways
+_TOKENIZER_BYTES_PER_ROW = 1_500  # a byte-level BPE in memory: its vocabulary and merges, both ways
 _LIBRARIES = ("torch", "deepspeed", "bitsandbytes", "lion-pytorch", "tokenizers", "numpy", "lowmem")
 _LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _TEXT = "the quick brown fox jumps over the lazy dog and runs away from it\n" * 2000

@@ -21,7 +21,7 @@ from lowmem.engine.layerwise import LayerwiseEngine
 from lowmem.engine.local import LocalEngine
 from lowmem.errors import ConfigError
 from lowmem.memory.budget import limit_cuda_memory, limit_host_memory
-from lowmem.memory.malloc import fix_malloc_thresholds
+from lowmem.memory.malloc import fix_malloc_thresholds, trim_malloc
 from lowmem.models.base import LanguageModel
 from lowmem.optim.low_bit import LowBitOptimizer
 from lowmem.train.checkpoint import CheckpointStore
@@ -65,6 +65,7 @@ def _assemble(
         _check_run_dir(run_dir, config, fresh, display)
     torch.manual_seed(config.train.seed + distributed.rank())
     data = prepare_data(config.data, seed=config.train.seed, progress=display)
+    trim_malloc()  # a tokenizer that was trained here leaves much behind
     config = resolve(config, data, device)
     model = build_configured_model(config)
     engine = _build_engine(config, model, device)
