@@ -1,5 +1,7 @@
 """Which device a run computes on, and what that device computes natively."""
 
+import os
+import platform
 from pathlib import Path
 from typing import Literal
 
@@ -149,3 +151,21 @@ def resolve_precision(precision: str, device: torch.device) -> Precision:
         if precision == known:
             return known
     raise ConfigError(f"train.precision is {precision!r}; allowed: auto, {', '.join(PRECISIONS)}")
+
+
+def usable_cores() -> int:
+    """Cores this process may run on, by its affinity."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def cpu_model() -> str:
+    """The processor's name; \"unknown\" where the system does not tell."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() in ("model name", "Model"):
+                return value.strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"

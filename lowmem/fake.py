@@ -4,7 +4,8 @@ A dry run drives the engine that trains on such tensors and records what would b
 computes on, and runs loops whose passes all allocate the same for one pass only.
 """
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
@@ -13,12 +14,14 @@ import torch
 
 T = TypeVar("T")
 _pretended: ContextVar[str | None] = ContextVar("lowmem_pretended_device", default=None)
+_listener: ContextVar[Callable[[Sequence[torch.Tensor], str], None] | None] = ContextVar("lowmem_listener", default=None)
 _repeats: ContextVar[int] = ContextVar("lowmem_repeats", default=1)
 
 
 def is_fake(x: torch.Tensor) -> bool:
-    """True for tensors without data, whose values must not be asked for."""
-    return type(x) not in (torch.Tensor, torch.nn.Parameter) or x.is_meta
+    """True for tensors without data, whose values must not be asked for: on the meta device, or under FakeTensorMode."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return x.is_meta or (module is not None and isinstance(x, module.FakeTensor))
 
 
 def device_kind(x: torch.Tensor) -> str:
@@ -61,6 +64,23 @@ def representative(items: Sequence[T], like: torch.Tensor, distinct: int = 1) ->
         yield items[distinct - 1]
     finally:
         _repeats.set(outer)
+
+
+def note(tensor: torch.Tensor, category: str) -> None:
+    """Tell the dry run in progress, if there is one, what a tensor is for."""
+    listener = _listener.get()
+    if listener is not None:
+        listener([tensor], category)
+
+
+@contextmanager
+def listen(listener: Callable[[Sequence[torch.Tensor], str], None]) -> Iterator[None]:
+    """Have `listener` told what `note` says."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
 
 
 def repeats() -> int:

@@ -11,7 +11,15 @@ import psutil
 import torch
 
 from lowmem.data.storage import cache_root
-from lowmem.devices import cpu_features, cpu_has_native_bf16, cuda_has_native_bf16, cuda_has_native_fp8, cuda_problem
+from lowmem.devices import (
+    cpu_features,
+    cpu_has_native_bf16,
+    cpu_model,
+    cuda_has_native_bf16,
+    cuda_has_native_fp8,
+    cuda_problem,
+    usable_cores,
+)
 from lowmem.memory.cgroup import cgroup_limit_bytes
 from lowmem.optim.kernels import cpu as cpu_kernels
 
@@ -37,6 +45,7 @@ LIBRARIES = (
     ("trackio", "trackio", "metrics in trackio"),
     ("triton", "triton", "low-bit optimizer states on CUDA"),
     ("transformers", "hf", "models in Hugging Face's format"),
+    ("matplotlib", "report", "figures of lowmem profile"),
 )
 _SHOWN_FEATURES = {
     "avx2": "AVX2", "avx512_f": "AVX-512", "avx512_vnni": "AVX-512 VNNI", "avx512_bf16": "AVX-512 BF16",
@@ -48,7 +57,7 @@ def cpu_report() -> dict[str, Any]:
     """Processor, cores, and the instructions that matter for training."""
     features = cpu_features()
     return {
-        "model": _cpu_model(),
+        "model": cpu_model(),
         "architecture": platform.machine(),
         "usable_cores": usable_cores(),
         "logical_cores": os.cpu_count(),
@@ -57,23 +66,6 @@ def cpu_report() -> dict[str, Any]:
         "instructions": [shown for name, shown in _SHOWN_FEATURES.items() if features.get(name)],
         "native_bf16": cpu_has_native_bf16(),
     }
-
-
-def usable_cores() -> int:
-    """Cores this process may run on, by its affinity."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() in ("model name", "Model"):
-                return value.strip()
-    except OSError:
-        pass
-    return platform.processor() or "unknown"
 
 
 def cuda_report() -> dict[str, Any]:

@@ -23,6 +23,7 @@ _CHOSEN = (
     "train.micro_batch_size", "train.activation_checkpointing", "train.update", "optim.state_bits", "train.weight_dtype",
     "train.precision",
 )  # fmt: skip
+_PROCESS_BYTES = 250_000_000  # of any process that has imported PyTorch
 # For those who name no model: the largest of these that fits. Width, MLP width, layers, heads, vocabulary, sequence.
 _SHAPES = {
     "215M": (1024, 2688, 12, 16, 32000, 512),
@@ -44,7 +45,10 @@ def plan_main(argv: Sequence[str]) -> int:
         LowmemError: every other failure that a user can cause.
     """
     flags, rest = _parse(argv)
-    config = load_run_config(flags.config, [*([] if flags.config else ["train.tokens=100M"]), *dotted_overrides(rest, "lowmem plan")])
+    overrides = dotted_overrides(rest, "lowmem plan")
+    if not flags.config and not any(override.startswith(("train.steps=", "train.tokens=")) for override in overrides):
+        overrides.insert(0, "train.tokens=100M")
+    config = load_run_config(flags.config, overrides)
     _set_budget(config, flags.hardware)
     if flags.solve:
         return _solve(config, flags)
@@ -70,11 +74,25 @@ def _planned(config: RunConfig, path: str) -> Any:
         shaped = copy.deepcopy(config)
         shaped.model = ModelConfig(dim=dim, hidden_dim=hidden_dim, num_layers=layers, num_heads=heads)
         shaped.data.tokenizer_vocab_size, shaped.data.seq_len = vocab_size, seq_len
+        if name != "4M" and _hopeless(shaped):
+            continue
         found = plan(shaped)
         if found.fits:
             print(f"no model was given: planning for a {name} decoder; name yours with --config or --model.dim=...", file=sys.stderr)
             break
     return found
+
+
+def _hopeless(config: RunConfig) -> bool:
+    """Whether even narrow weights and states, with nothing else, exceed a budget."""
+    import torch
+
+    from lowmem.models.registry import build_model
+
+    with torch.device("meta"):
+        model = build_model(config.model, vocab_size=config.data.tokenizer_vocab_size, max_seq_len=config.data.seq_len, seed=0)
+    limits = [parse_bytes(limit) for limit in (config.budget.vram, config.budget.ram) if limit and parse_bytes(limit)]
+    return 3 * model.num_parameters() + _PROCESS_BYTES > min(limits)
 
 
 def _solve(config: RunConfig, flags: argparse.Namespace) -> int:

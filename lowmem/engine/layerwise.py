@@ -137,7 +137,7 @@ class LayerwiseEngine(LocalEngine):
         for index, block in enumerate(self.model.blocks):
             slices = self._slices(len(tokens_BT), self.block_micro_batches[index])
             pairs = list(zip(slices, [*slices[1:], None], strict=True))
-            for rows, following in representative(pairs, tokens_BT, distinct=1 if mode == "block" else len(pairs)):
+            for rows, following in representative(pairs, tokens_BT, distinct=2 if mode == "block" else len(pairs)):
                 hidden = boundaries.read(index, rows)
                 if following is not None:
                     boundaries.prefetch(index, following)
@@ -199,6 +199,7 @@ class LayerwiseEngine(LocalEngine):
             grad_input[rows], *gradients = torch.autograd.grad(output, [hidden, *parameters], grad[rows].to(output.dtype))
             del hidden, output
             sums = _add(sums, gradients, more=len(slices) > 1)
+            del gradients  # else one more gradient of the block would live until the next is there
         return grad_input, sums
 
     def _embedding(self, tokens_BT: torch.Tensor, grad: torch.Tensor, tied: Tied) -> None:

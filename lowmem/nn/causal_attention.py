@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from lowmem.fake import autocast_kind, device_kind, representative
+from lowmem.fake import autocast_kind, device_kind, is_fake, representative
 from lowmem.nn.positions import alibi_bias
 
 BLOCKS = 4  # 4 blocks of queries compute 62.5 % of the square, 8 would 56 % in twice as many calls
@@ -76,10 +76,14 @@ def _prefers_fused(q_BHTD: torch.Tensor, slopes: tuple[float, ...]) -> bool:
 
 def _fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slopes: tuple[float, ...]) -> torch.Tensor:
     if not slopes:
+        if is_fake(q):  # without a device PyTorch would choose the path that keeps every score
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)[0]
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     time = q.shape[2]
     future = torch.ones(time, time, dtype=torch.bool, device=q.device).triu_(1)
     bias = alibi_bias(slopes, range(time), range(time), q).masked_fill(future, float("-inf"))
+    if is_fake(q):
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=bias.unsqueeze(0))[0]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0))
 
 

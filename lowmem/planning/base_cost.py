@@ -20,7 +20,8 @@ from typing import Literal
 
 from lowmem.config import RunConfig
 from lowmem.config_load import load_run_config
-from lowmem.data.storage import cache_root, json_sha256
+from lowmem.data.storage import cache_root, file_sha256, json_sha256, make_directory, write_json
+from lowmem.devices import cpu_model, usable_cores
 from lowmem.errors import ConfigError
 
 CUDA_HOST_BYTES = 1_300_000_000  # libraries and driver of a process that uses CUDA; an estimate where it cannot be measured
@@ -58,31 +59,43 @@ def measured_base(config: RunConfig, world_size: int, tensor_peak: Callable[[Run
         cpu = measured_base(_on_cpu(config), world_size, tensor_peak)
         return Base(cpu.size_bytes + CUDA_HOST_BYTES * world_size, "estimated")
     settings = _kind(config)
-    key = json_sha256(
-        [settings, world_size, _versions(), platform.processor(), len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS")]
-    )
+    document = file_sha256(Path(config.engine.config)) if config.engine.config else ""
+    key = json_sha256([settings, document, world_size, _versions(), cpu_model(), usable_cores(), os.environ.get("OMP_NUM_THREADS")])
     path = cache_root(config.data.cache_dir) / "base" / f"{key[:24]}.json"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        size = _measure(settings, world_size, tensor_peak)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps({"base_bytes": size, "settings": settings, "world_size": world_size}))
-        temporary.replace(path)
+        print(f"measuring what such a run costs before its first tensor (once, some seconds): {path.stem}", file=sys.stderr)
+        make_directory(path.parent)
+        write_json(path, {"base_bytes": _measure(settings, world_size, tensor_peak), "settings": settings, "world_size": world_size})
     return Base(json.loads(path.read_text())["base_bytes"], "measured")
 
 
 def _kind(config: RunConfig) -> list[str]:
-    """The settings that decide which libraries and kernels a run loads, as overrides."""
+    """The settings that decide which libraries and kernels a run loads, as overrides.
+
+    With lowmem's own optimizers it is the same for all widths of states and weights; torch's and lion-pytorch's import more.
+    """
     model, train, optim, engine = config.model, config.train, config.optim, config.engine
-    bits = optim.state_bits if optim.state_bits == 32 else 8
+    narrow = optim.state_bits != 32 or train.weight_dtype != "fp32" or train.update == "layerwise"
+    own = optim.backend == "lowmem" and narrow and engine.name == "local"
     return [
-        f"model.name={model.name}", "model.dim=256", "model.num_layers=2", "model.num_heads=4",
-        f"model.activation={model.activation}", f"model.norm={model.norm}", f"model.positions={model.positions}",
-        f"train.precision={train.precision}", f"train.weight_dtype={train.weight_dtype}", f"train.update={train.update}",
-        f"optim.name={optim.name}", f"optim.state_bits={bits}", f"optim.backend={optim.backend}", f"device={config.device}",
-        f"engine.name={engine.name}", f"engine.zero_stage={engine.zero_stage}", f"engine.offload={engine.offload}",
-        f"engine.config={Path(engine.config).resolve() if engine.config else ''}", f"train.threads={train.threads}",
-    ]  # fmt: skip
+        f"model.name={model.name}",
+        "model.dim=256",
+        "model.num_layers=2",
+        "model.num_heads=4",
+        f"train.precision={train.precision}",
+        f"train.update={train.update}",
+        f"train.weight_dtype={'fp32' if own else train.weight_dtype}",
+        f"optim.name={'adamw' if own else optim.name}",
+        f"optim.state_bits={8 if own else optim.state_bits}",
+        f"optim.backend={optim.backend}",
+        f"device={config.device}",
+        f"engine.name={engine.name}",
+        f"engine.zero_stage={engine.zero_stage}",
+        f"engine.offload={engine.offload}",
+        f"engine.config={Path(engine.config).resolve() if engine.config else ''}",
+        f"train.threads={train.threads}",
+        f"loggers={json.dumps([name for name in config.loggers if name == 'tensorboard'])}",
+    ]
 
 
 def _measure(settings: Sequence[str], world_size: int, tensor_peak: Callable[[RunConfig, int], int]) -> int:

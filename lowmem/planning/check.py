@@ -4,6 +4,7 @@
 """
 
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -14,21 +15,21 @@ from lowmem.config_load import load_run_config
 from lowmem.errors import EXIT_INTERRUPTED, ConfigError
 
 
-def check_run(config: RunConfig, world_size: int = 1) -> dict[str, Any]:
+def check_run(config: RunConfig, world_size: int = 1, local_ranks: int = 0) -> dict[str, Any]:
     """Predicted peaks of a run, and why it does not fit its budget.
 
     Args:
         config: checked.
-        world_size: ranks on this machine.
+        world_size, local_ranks: see `predict_peak`.
     Returns:
         `predicted`, as in memory.json; `summary` of it for people; `refusal`: one paragraph, empty if the run fits.
     Raises:
         ConfigError: the configuration cannot be predicted.
     Memory: none in this process.
     """
-    request = json.dumps({"config": asdict(config), "world_size": world_size})
+    request = json.dumps({"config": asdict(config), "world_size": world_size, "local_ranks": local_ranks})
     result = subprocess.run([sys.executable, "-m", "lowmem.planning.check"], input=request, capture_output=True, text=True)
-    if result.returncode == EXIT_INTERRUPTED or result.returncode < 0:
+    if result.returncode in (EXIT_INTERRUPTED, -signal.SIGINT):
         raise KeyboardInterrupt
     if result.returncode:
         lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
@@ -43,7 +44,7 @@ def main() -> None:
 
     request = json.load(sys.stdin)
     config = config_from(request["config"])
-    prediction = predict_peak(config, request["world_size"])
+    prediction = predict_peak(config, request["world_size"], request["local_ranks"])
     answer = {
         "predicted": prediction.as_dict(),
         "summary": "; ".join(prediction.lines()[1:]),

@@ -6,10 +6,16 @@ predicted in full before anyone is told.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Literal
+
+import torch
 
 from lowmem.config import RunConfig
+from lowmem.engine.build import build_configured_model
+from lowmem.models.base import LanguageModel
+from lowmem.optim.kernels.formats import state_bytes
 from lowmem.planning.levers import set_key
 from lowmem.planning.predict import Prediction, predict_peak
 
@@ -36,6 +42,7 @@ class Estimator:
     def __init__(self, config: RunConfig):
         self.config = config
         self._short = cache(self._short_trace)
+        self._model: LanguageModel | None = None
 
     def estimate(self, settings: tuple[tuple[str, object], ...], micro_batch_size: int) -> Estimate:
         """What a run with these settings and this micro-batch will need.
@@ -43,6 +50,13 @@ class Estimator:
         Args:
             settings: dotted keys and values.
         """
+        if ("optim.state_bits", 4) in settings:
+            wide = tuple((key, 8 if key == "optim.state_bits" else value) for key, value in settings)
+            other = self.estimate(wide, micro_batch_size)
+            saved = self._state_bytes(8) - self._state_bytes(4)
+            if self.config.device == "cuda":
+                return replace(other, cuda_bytes=other.cuda_bytes - saved)
+            return replace(other, host_bytes=other.host_bytes - saved)
         layers = self.config.model.num_layers
         points: dict[int, tuple[float, ...]]
         if layers <= max(_LAYERS) or self.config.model.name == "i3":
@@ -57,6 +71,13 @@ class Estimator:
                 if self._divides(m)
             }
         return _at(points, micro_batch_size)
+
+    def _state_bytes(self, bits: Literal[8, 4]) -> int:
+        """Of the optimizer of the whole model."""
+        with torch.device("meta"):
+            model = self._model = self._model or build_configured_model(self.config)
+        each = sum(state_bytes(parameter.numel(), bits) for parameter in model.parameters())
+        return each * (2 if self.config.optim.name == "adamw" else 1)
 
     def _divides(self, micro_batch_size: int) -> bool:
         return self.config.train.global_batch_size % micro_batch_size == 0

@@ -6,7 +6,7 @@ from typing import Any
 
 from lowmem.config import RunConfig
 from lowmem.data.simple_tokenizers import ByteTokenizer
-from lowmem.devices import resolve_precision
+from lowmem.devices import cuda_problem, resolve_precision
 from lowmem.engine.build import chosen_device
 from lowmem.engine.deepspeed_config import build_deepspeed_config, zero_stage
 from lowmem.errors import ConfigError
@@ -14,7 +14,7 @@ from lowmem.models.base import LanguageModel
 from lowmem.planning.base_cost import Base, data_bytes, measured_base
 from lowmem.planning.cuda_allocator import CudaAllocator
 from lowmem.planning.host_allocator import HostAllocator
-from lowmem.planning.replay import Peaks, replay
+from lowmem.planning.replay import Peaks, live_peaks, replay
 from lowmem.planning.speed import step_seconds
 from lowmem.planning.step import trace_run
 from lowmem.planning.trace import Trace
@@ -94,12 +94,14 @@ def described(peaks: Peaks) -> str:
     return f"{format_bytes(peaks.peak_bytes)} ({listed})"
 
 
-def predict_peak(config: RunConfig, world_size: int = 1) -> Prediction:
+def predict_peak(config: RunConfig, world_size: int = 1, local_ranks: int = 0, base: Base | None = None) -> Prediction:
     """Peak memory of a run and the time of its steps.
 
     Args:
         config: checked; not changed. device=cuda works without one.
-        world_size: ranks on this machine, under DeepSpeed.
+        world_size: ranks that share the global batch, under DeepSpeed.
+        local_ranks: those on this machine, whose host memory is predicted; 0 is all.
+        base: of a similar run, to save the time of measuring it.
     Raises:
         ConfigError: the device cannot do what is asked, or the vocabulary is not known before the text is read.
     Memory: some 400 MB of Python and PyTorch; none for the model. The base cost is measured once per kind of run, in a process of its
@@ -107,9 +109,10 @@ def predict_peak(config: RunConfig, world_size: int = 1) -> Prediction:
     """
     config = resolve_without_data(config)
     trace, model = trace_run(_as_computed(config), world_size)
-    base = measured_base(config, world_size, _host_tensors)
-    host, allocated, reserved = (_on_cuda if config.device == "cuda" else _on_cpu)(config, trace, model, world_size)
-    host = host.plus("base", base.size_bytes).plus("data", data_bytes(config) * world_size)
+    local_ranks = local_ranks or world_size
+    base = base or measured_base(config, local_ranks, _host_tensors)
+    host, allocated, reserved = (_on_cuda if config.device == "cuda" else _on_cpu)(config, trace, model, world_size, local_ranks)
+    host = host.plus("base", base.size_bytes).plus("data", data_bytes(config) * local_ranks)
     return Prediction(
         config, model.num_parameters(), model.component_parameters(), model.flops_per_token(config.data.seq_len),
         host, allocated, reserved, step_seconds(config, trace, model, world_size), base,
@@ -125,7 +128,8 @@ def resolve_without_data(config: RunConfig) -> RunConfig:
     config = copy.deepcopy(config)
     device = chosen_device(config, check=False)
     if config.train.precision == "auto":
-        config.train.precision = resolve_precision(config.train.precision, device) if device.type == "cpu" else _cuda_precision(config)
+        known = device.type == "cpu" or not cuda_problem()
+        config.train.precision = resolve_precision("auto", device) if known else _cuda_precision(config)
     config.device = device.type  # type: ignore[assignment]
     config.model.vocab_size = config.model.vocab_size or _vocab_size(config)
     config.model.max_seq_len = config.max_seq_len()
@@ -133,44 +137,37 @@ def resolve_without_data(config: RunConfig) -> RunConfig:
 
 
 def _host_tensors(config: RunConfig, world_size: int) -> int:
-    """Peak of what the tensors of a run take on a CPU."""
+    """Peak of what the tensors of a run take on the host."""
     trace, model = trace_run(_as_computed(config), world_size)
-    return _on_cpu(config, trace, model, world_size)[0].peak_bytes
+    return (_on_cuda if config.device == "cuda" else _on_cpu)(config, trace, model, world_size, world_size)[0].peak_bytes
 
 
-def _on_cpu(config: RunConfig, trace: Trace, model: LanguageModel, world_size: int) -> tuple[Peaks, Peaks, Peaks]:
+def _on_cpu(config: RunConfig, trace: Trace, model: LanguageModel, world_size: int, local_ranks: int) -> tuple[Peaks, Peaks, Peaks]:
     if config.engine.name == "deepspeed":
-        return zero_peaks(config, trace, model, world_size)[0].times(world_size), Peaks(), Peaks()
+        return zero_peaks(config, trace, model, world_size)[0].times(local_ranks), Peaks(), Peaks()
     return replay(trace, HostAllocator(), {"host": "resident_bytes"})["host"], Peaks(), Peaks()
 
 
-def _on_cuda(config: RunConfig, trace: Trace, model: LanguageModel, world_size: int) -> tuple[Peaks, Peaks, Peaks]:
+def _on_cuda(config: RunConfig, trace: Trace, model: LanguageModel, world_size: int, local_ranks: int) -> tuple[Peaks, Peaks, Peaks]:
     limit = parse_bytes(config.budget.vram or "0")
-    peaks = replay(trace, CudaAllocator(limit), {"allocated": "allocated_bytes", "reserved": "reserved_bytes"})
+    offloaded = "boundaries" if config.train.boundary_offload == "cpu" else ""
+    peaks = replay(trace, CudaAllocator(limit), {"allocated": "allocated_bytes", "reserved": "reserved_bytes"}, offloaded)
     allocated, reserved = (peaks[name].plus("workspace", CUBLAS_WORKSPACE_BYTES) for name in ("allocated", "reserved"))
     host = Peaks(dict.fromkeys(allocated.by_phase, 0))
     host.by_phase["load"] = 4 * model.num_parameters() if config.train.weight_dtype == "fp32" else 2 * model.num_parameters()
     host.components = {"weights": host.by_phase["load"]}
-    if config.train.boundary_offload == "cpu":
-        host = host.plus("activations", _boundary_bytes(config, model))
+    if offloaded:
+        host = host.plus("activations", max(live_peaks(trace, {offloaded}, pinned_bytes).values()))
     if config.engine.name == "deepspeed":
-        device, offloaded = zero_peaks(config, trace, model, world_size)
+        device, away = zero_peaks(config, trace, model, world_size)
         rounding = max(0, reserved.peak_bytes - allocated.peak_bytes)  # of the same activations, by the same allocator
         allocated, reserved = device.plus("workspace", CUBLAS_WORKSPACE_BYTES), device.plus("workspace", CUBLAS_WORKSPACE_BYTES + rounding)
-        host = max(host, offloaded, key=lambda peaks: peaks.peak_bytes).times(world_size)
+        host = max(host, away, key=lambda peaks: peaks.peak_bytes).times(local_ranks)
     return host, allocated, reserved
 
 
-def _boundary_bytes(config: RunConfig, model: LanguageModel) -> int:
-    """Boundary activations in pinned memory, whose blocks PyTorch rounds up to powers of two."""
-    width = next(iter(model.embed_parameters())).shape[-1]
-    itemsize = 2 if config.train.boundary_dtype == "bf16" or config.train.precision != "fp32" else 4
-    one = config.train.global_batch_size * config.data.seq_len * width * itemsize
-    return (len(model.blocks) + 1) * pinned_bytes(one)
-
-
 def pinned_bytes(size: int) -> int:
-    """What a pinned block of `size` bytes takes: the next power of two."""
+    """What a pinned block of `size` bytes takes: PyTorch rounds up to the next power of two."""
     return 1 << max(size - 1, 1).bit_length()
 
 

@@ -1,20 +1,20 @@
 """What this machine does in a second: matrix products, memory traffic, operators, optimizer steps. Measured once, kept in the cache."""
 
 import json
-import os
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
 
 import torch
 
 from lowmem.config import RunConfig
-from lowmem.data.storage import cache_root, json_sha256
+from lowmem.data.storage import cache_root, json_sha256, make_directory, write_json
+from lowmem.devices import cpu_model, usable_cores
 from lowmem.optim.adamw import AdamW
 
 _TOKENS, _WIDTH, _HIDDEN = 1024, 1024, 2688
-_ROUNDS = 5
+_ROUNDS = 15
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,27 @@ def rates_for(config: RunConfig) -> Rates:
     """Measured for a CPU; of a device in `config` from its data sheet, because there may be none here."""
     if config.device == "cuda":
         return GPU_RATES["t4" if config.train.precision == "fp16" else "cuda"]
-    key = json_sha256([torch.__version__, platform.processor(), torch.get_num_threads(), sorted(torch.cpu.get_capabilities().items())])
+    key = json_sha256([torch.__version__, cpu_model(), usable_cores(), torch.get_num_threads()])
     path = cache_root(config.data.cache_dir) / "rates" / f"{key[:24]}.json"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(asdict(measure_rates())))
-        temporary.replace(path)
+    if path.exists():
+        return Rates(**json.loads(path.read_text()))
+    if _is_busy():
+        return _rates_while_busy()
+    make_directory(path.parent)
+    write_json(path, asdict(measure_rates()))
     return Rates(**json.loads(path.read_text()))
+
+
+def _is_busy() -> bool:
+    """Whether other programs use this machine's cores; then threads wait for each other, and a measurement may be off by a hundred times."""
+    load = getattr(os, "getloadavg", None)
+    return load is not None and load()[0] > usable_cores() / 2
+
+
+@cache
+def _rates_while_busy() -> Rates:
+    """For this process alone: not to be remembered."""
+    return measure_rates()
 
 
 def measure_rates() -> Rates:

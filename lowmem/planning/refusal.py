@@ -28,7 +28,7 @@ def _largest_saving(prediction: Prediction, world_size: int, which: str) -> str:
 
     best, saved = None, 0
     for lever in levers(prediction.config):
-        saving = need(prediction) - need(predict_peak(changed(prediction.config, lever), world_size))
+        saving = need(prediction) - need(predict_peak(changed(prediction.config, lever), world_size, base=prediction.base))
         if saving > saved:
             best, saved = lever, saving
     return f"Largest saving: {best.text} (-{format_bytes(saved)}). " if best else ""

@@ -1,6 +1,7 @@
 """A trace through a model of an allocator: the peak of every phase, and what the memory held at the highest of them."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -44,11 +45,12 @@ class Peaks:
         return Peaks({phase: size + size_bytes for phase, size in self.by_phase.items()}, components)
 
 
-def replay(trace: Trace, allocator: Allocator, measures: dict[str, str]) -> dict[str, Peaks]:
+def replay(trace: Trace, allocator: Allocator, measures: dict[str, str], elsewhere: str = "") -> dict[str, Peaks]:
     """Peaks of several attributes of one allocator.
 
     Args:
         measures: name of the result -> attribute of `allocator` that holds bytes.
+        elsewhere: a category that is in other memory.
     """
     starts = {position: name for name, position in trace.phases}
     results = {name: Peaks() for name in measures}
@@ -57,6 +59,8 @@ def replay(trace: Trace, allocator: Allocator, measures: dict[str, str]) -> dict
     for position, event in enumerate(trace.events):
         phase = starts.get(position, phase)
         storage = trace.storages[event if event >= 0 else ~event]
+        if elsewhere and storage.category == elsewhere:
+            continue
         if event >= 0:
             allocator.allocate(event, storage.size_bytes)
             live[storage.category] += storage.size_bytes
@@ -67,6 +71,8 @@ def replay(trace: Trace, allocator: Allocator, measures: dict[str, str]) -> dict
             now, result = getattr(allocator, attribute), results[name]
             if now > result.peak_bytes:
                 result.components = dict(+live)
+                if "boundaries" in result.components:
+                    result.components["activations"] = live["activations"] + result.components.pop("boundaries")
                 result.components["workspace"] = live["workspace"] + now - live.total()
             if now > result.by_phase.get(phase, -1):
                 result.by_phase[phase] = now
@@ -77,8 +83,12 @@ def replay(trace: Trace, allocator: Allocator, measures: dict[str, str]) -> dict
     return results
 
 
-def live_peaks(trace: Trace, categories: set[str]) -> dict[str, int]:
-    """The most bytes that some categories took together, by phase, whatever an allocator makes of them."""
+def live_peaks(trace: Trace, categories: set[str], rounded: Callable[[int], int] = int) -> dict[str, int]:
+    """The most bytes that some categories took together, by phase.
+
+    Args:
+        rounded: what a block of so many bytes takes.
+    """
     starts = {position: name for name, position in trace.phases}
     peaks: dict[str, int] = {}
     phase, live = "load", 0
@@ -86,6 +96,6 @@ def live_peaks(trace: Trace, categories: set[str]) -> dict[str, int]:
         phase = starts.get(position, phase)
         storage = trace.storages[event if event >= 0 else ~event]
         if storage.category in categories:
-            live += storage.size_bytes if event >= 0 else -storage.size_bytes
+            live += rounded(storage.size_bytes) if event >= 0 else -rounded(storage.size_bytes)
         peaks[phase] = max(peaks.get(phase, 0), live)
     return peaks

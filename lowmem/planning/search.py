@@ -1,10 +1,12 @@
 """The fastest settings that fit a budget: levers in the order of what they cost the user (D10)."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from lowmem.config import RunConfig
 from lowmem.config_check import config_problems
+from lowmem.errors import ConfigError
 from lowmem.planning.estimate import Estimate, Estimator, with_settings
 from lowmem.planning.levers import MARGIN, missing_bytes, sizes
 from lowmem.planning.predict import Prediction, predict_peak, resolve_without_data
@@ -63,9 +65,17 @@ def plan(config: RunConfig, *, margin: float = MARGIN, alternatives: int = 3) ->
     Args:
         config: with budget.ram, budget.vram or both; everything the search does not choose is kept.
         margin: share of each budget that stays free.
+    Raises:
+        ConfigError: the configuration contradicts itself or its budget.
     Memory: see `predict_peak`.
     """
+    config = copy.deepcopy(config)
+    if config.device == "auto":
+        config.device = "cuda" if parse_bytes(config.budget.vram or "0") else "cpu"
     config = resolve_without_data(config)
+    problems = config_problems(with_settings(config, (), 1))
+    if problems:
+        raise ConfigError("\n".join(problems))
     found = sorted(_candidates(config, margin), key=lambda candidate: _excess(config, candidate.estimate, margin))
     fitting = [candidate for candidate in found if not _excess(config, candidate.estimate, margin)]
     ranked = _ranked(fitting)
@@ -76,7 +86,10 @@ def plan(config: RunConfig, *, margin: float = MARGIN, alternatives: int = 3) ->
             chosen.append(prediction)
         if len(chosen) > alternatives:
             break
+    if not found:
+        raise ConfigError("no combination of train.update and train.activation_checkpointing is allowed with this configuration")
     if chosen:
+        chosen.sort(key=lambda prediction: _cost(config, prediction))
         return Plan(chosen[0], True, {}, chosen[1:])
     nearest = [predict_peak(with_settings(config, c.settings, c.micro_batch_size)) for c in found[: alternatives + 1]]
     nearest.sort(key=lambda prediction: sum(missing_bytes(prediction, margin).values()))
@@ -120,6 +133,13 @@ def _excess(config: RunConfig, estimate: Estimate, margin: float) -> float:
 def _ranked(candidates: list[Candidate]) -> list[Candidate]:
     """The fastest first, where a level more must be worth it."""
     return sorted(candidates, key=lambda candidate: candidate.estimate.step_s * WORTH**candidate.level)
+
+
+def _cost(config: RunConfig, prediction: Prediction) -> float:
+    """Seconds of a step, more for each level."""
+    chosen = prediction.config
+    level = (chosen.optim.state_bits < config.optim.state_bits) + (chosen.optim.state_bits == 4 < config.optim.state_bits)
+    return prediction.step_s * WORTH ** (level + (chosen.train.weight_dtype != config.train.weight_dtype))
 
 
 def _verified(config: RunConfig, candidate: Candidate, margin: float) -> Prediction | None:

@@ -3,9 +3,13 @@
 import copy
 import math
 from dataclasses import dataclass
+from itertools import dropwhile
+
+import torch
 
 from lowmem.config import RunConfig
 from lowmem.config_check import config_problems
+from lowmem.engine.build import build_configured_model
 from lowmem.errors import ConfigError
 from lowmem.planning.levers import MARGIN, get_key, missing_bytes, set_key, sizes
 from lowmem.planning.predict import Prediction, predict_peak, resolve_without_data
@@ -45,7 +49,7 @@ def solve(config: RunConfig, key: str, *, margin: float = MARGIN) -> Solution:
     if not (config.budget.ram or config.budget.vram):
         raise ConfigError("--solve needs a budget; give --budget.ram, --budget.vram or both")
     config = resolve_without_data(config)
-    values = _values(config, key)
+    values = list(dropwhile(lambda value: not _is_valid(config, key, value), _values(config, key)))
     if not values:
         raise ConfigError(f"--solve={key} has no value that this configuration allows")
     fits: dict[int, Prediction | None] = {}
@@ -92,6 +96,16 @@ def _saves(config: RunConfig, rank: int) -> bool:
     shapes += [(dim, hidden)] if "mlp" in config.model.lorpt.targets else []
     shapes += [(dim, config.model.vocab_size)] if "head" in config.model.lorpt.targets else []
     return all(rank * (a + b) < a * b for a, b in shapes)
+
+
+def _is_valid(config: RunConfig, key: str, value: int) -> bool:
+    """Whether a model of that size exists: small ones may be narrower than their ranks."""
+    try:
+        with torch.device("meta"):
+            build_configured_model(_with(config, key, value))
+    except ConfigError:
+        return False
+    return True
 
 
 def _with(config: RunConfig, key: str, value: int) -> RunConfig:

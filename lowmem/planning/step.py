@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,8 +11,10 @@ from lowmem.config import RunConfig, resolve_micro_batch_size
 from lowmem.data.batch import Batch
 from lowmem.engine.build import build_configured_model, build_local_engine
 from lowmem.engine.local import LocalEngine
-from lowmem.fake import pretend_device
+from lowmem.errors import ConfigError
+from lowmem.fake import listen, pretend_device
 from lowmem.models.base import LanguageModel
+from lowmem.optim.low_bit import LowBitOptimizer
 from lowmem.planning.trace import Trace
 
 EVALUATION_BATCH = 16  # windows at once, as `lowmem.data.validation` yields them
@@ -25,18 +28,25 @@ def trace_run(config: RunConfig, world_size: int = 1) -> tuple[Trace, LanguageMo
         world_size: ranks that share the global batch.
     Returns:
         The trace, with phases load, first_step, steady_steps and evaluation; the model, on the meta device.
+    Raises:
+        ConfigError: the global batch does not split evenly.
     Memory: none for the model.
     """
+    try:
+        resolve_micro_batch_size(config, world_size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     config = _for_one_rank(config, world_size)
     trace, meta = Trace(), torch.device("meta")
     micro_batch_size = resolve_micro_batch_size(config, 1)
     precision = config.train.precision
     assert precision != "auto"
-    with meta, trace, pretend_device(config.device):
+    with meta, trace, pretend_device(config.device), listen(trace.mark):
         with trace.phase("load"):
             model = build_configured_model(config)
             engine = build_local_engine(config, model, meta, precision, micro_batch_size)
         trace.mark(model.parameters(), "weights")
+        _mark_gradients(trace, model, engine)
         trace.mark(_optimizer_tensors(engine), "optimizer_states")
         batch = _batch(config.train.global_batch_size, config.data.seq_len)
         for phase in ("first_step", "steady_steps"):
@@ -47,17 +57,32 @@ def trace_run(config: RunConfig, world_size: int = 1) -> tuple[Trace, LanguageMo
                 engine.evaluate([_batch(min(EVALUATION_BATCH, config.train.eval_sequences or EVALUATION_BATCH), config.data.seq_len)])
         with trace.phase("save"):  # tensors are written from where they are
             del batch
-    trace.name_storages({tuple(p.shape) for p in model.parameters()}, model.vocab_size)
+    trace.name_storages(model.vocab_size)
     return trace, model
 
 
 def _for_one_rank(config: RunConfig, world_size: int) -> RunConfig:
     config = copy.deepcopy(config)
     config.train.global_batch_size //= world_size
-    config.train.boundary_offload = "none"  # counted as host memory by the caller
+    config.train.boundary_offload = "none"  # no streams here; whose memory they are is for the caller to say
     if config.optim.backend == "bitsandbytes":
         config.optim.backend = "lowmem"  # states of the same size, and bitsandbytes has no kernels without numbers
     return config
+
+
+def _mark_gradients(trace: Trace, model: LanguageModel, engine: LocalEngine) -> None:
+    """Have the trace told of what autograd leaves in .grad, and of what a layerwise step hands to its optimizer."""
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda parameter: trace.mark([parameter.grad], "gradients"))
+    optimizer = engine.optimizer
+    if isinstance(optimizer, LowBitOptimizer):
+        update = optimizer.update
+
+        def marked(parameter: torch.Tensor, grad: torch.Tensor, **more: Any) -> None:
+            trace.mark([grad], "gradients")
+            update(parameter, grad, **more)
+
+        optimizer.update = marked  # type: ignore[method-assign]
 
 
 def _optimizer_tensors(engine: LocalEngine) -> Iterable[torch.Tensor]:

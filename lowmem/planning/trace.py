@@ -87,18 +87,12 @@ class Trace(TorchDispatchMode):
         self._closed = False
         self._cost = Costs()
 
-    def name_storages(self, parameter_shapes: set[tuple[int, ...]], vocab_size: int) -> None:
+    def name_storages(self, vocab_size: int) -> None:
         """Say of every storage that is not marked what it holds, by its shape and by when it was made."""
         for storage in self.storages:
-            if storage.category:
-                continue
-            has_vocab = vocab_size in storage.shape
-            if len(storage.shape) > 1 and storage.shape in parameter_shapes and (storage.backward or has_vocab):
-                storage.category = "gradients"
-            elif has_vocab:
-                storage.category = "logits"
-            else:
-                storage.category = "workspace" if storage.backward else "activations"
+            if not storage.category:
+                is_logits = len(storage.shape) == 2 and storage.shape[-1] == vocab_size
+                storage.category = "logits" if is_logits else "workspace" if storage.backward else "activations"
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

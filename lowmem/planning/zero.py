@@ -16,7 +16,7 @@ from lowmem.planning.replay import Peaks, live_peaks
 from lowmem.planning.trace import Trace
 
 _STATES = {"adamw": 2, "lion": 1}
-_DYNAMIC = {"activations", "logits", "workspace"}
+_DYNAMIC = {"activations", "boundaries", "logits", "workspace"}
 _PERSISTENT_ELEMENTS = 10_000  # stage 3 keeps smaller parameters whole: stage3_param_persistence_threshold
 _LIVE_ELEMENTS = 4 * BUCKET_ELEMENTS  # stage 3 gathers so many ahead: stage3_max_live_parameters
 

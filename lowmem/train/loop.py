@@ -74,6 +74,7 @@ def train(run: Run) -> None:
             _report_step(run, batch, result, lr, time.perf_counter() - started)
             _check_divergence(run, result)
             improved = _due(config.train.eval_every, state.step, total) and _evaluate(run)
+            _show_messages(run)
             stopping = engine.any_rank(bool(stop.exit_code))
             # within a bad streak the weights may be broken already: they must not push out the last good checkpoint
             due = _due(config.train.save_every, state.step, total) and not state.bad_steps

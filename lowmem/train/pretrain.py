@@ -54,7 +54,7 @@ def _predicted(config: RunConfig, flags: argparse.Namespace) -> dict[str, Any] |
     from lowmem.planning.check import check_run
 
     try:
-        answer = check_run(config, distributed.local_world_size())
+        answer = check_run(config, distributed.world_size(), distributed.local_world_size())
     except ConfigError as error:  # such as a vocabulary that only the text tells: the limits are enforced all the same
         print(f"lowmem: {error}", file=sys.stderr)
         return None
@@ -67,6 +67,7 @@ def _predicted(config: RunConfig, flags: argparse.Namespace) -> dict[str, Any] |
 
 
 def _train(config: RunConfig, flags: argparse.Namespace, predicted: dict[str, Any] | None) -> int:
+    from lowmem.engine.recovery import first_line
     from lowmem.memory.budget import is_out_of_memory
     from lowmem.memory.measure import measure_peak
     from lowmem.memory.phases import PhasePeaks
@@ -91,7 +92,7 @@ def _train(config: RunConfig, flags: argparse.Namespace, predicted: dict[str, An
         if not is_out_of_memory(error):
             raise
         raise MemoryBudgetError(
-            f"memory ran out (budget.ram={config.budget.ram or 'none'}, budget.vram={config.budget.vram or 'none'}): {_first_line(error)}; "
+            f"memory ran out (budget.ram={config.budget.ram or 'none'}, budget.vram={config.budget.vram or 'none'}): {first_line(error)}; "
             "use a smaller train.micro_batch_size, train.activation_checkpointing=block, or a larger budget"
         ) from error
     except StoppedBySignal:
@@ -126,12 +127,13 @@ def _finish(run: "Run", peak: "PeakMemory", predicted: dict[str, Any] | None, to
 
 
 def _host_peak_of_all_ranks(run: "Run", peak: "PeakMemory") -> int:
-    """The sum of the peaks of all ranks of this run, pages that they share counted once; an upper bound, as if all came at once."""
+    """The sum of the peaks of the ranks of a machine, pages that they share counted once; an upper bound, as if all came at once."""
     if run.engine.world_size == 1:
         return peak.host_peak_bytes
     from lowmem.memory.measure import shared_bytes
 
-    return round(run.engine.sum_over_ranks(float(peak.host_peak_bytes - shared_bytes())))
+    everywhere = run.engine.sum_over_ranks(float(peak.host_peak_bytes - shared_bytes()))
+    return round(everywhere * distributed.local_world_size() / run.engine.world_size)
 
 
 def memory_report(run: "Run", peak: "PeakMemory", host_peak_bytes: int, predicted: dict[str, Any] | None) -> dict[str, Any]:
@@ -145,11 +147,15 @@ def memory_report(run: "Run", peak: "PeakMemory", host_peak_bytes: int, predicte
 
     measured: dict[str, Any] = peak.as_dict() | {"host_peak_bytes": host_peak_bytes}
     path = Path(run.config.run_dir) / "memory.json"
+    earlier: dict[str, dict[str, int]] = {}
     if path.exists() and run.resumed:
-        before = {name: value for name, value in json.loads(path.read_text())["measured"].items() if isinstance(value, int)}
+        legs = json.loads(path.read_text())["measured"]
+        before, earlier = {name: value for name, value in legs.items() if isinstance(value, int)}, legs.get("phases", {})
         measured = combine_peaks(measured, before)
     measured["components"] = run.engine.memory_components()
-    measured["phases"] = run.phases.as_dict()
+    measured["phases"] = phases = run.phases.as_dict()
+    for name, peaks in earlier.items():
+        phases[name] = combine_peaks(phases.get(name, {}), peaks)
     return {"budget": asdict(run.config.budget), "predicted": predicted, "measured": measured}
 
 
@@ -193,7 +199,3 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     except argparse.ArgumentError as error:
         raise ConfigError(f"lowmem pretrain: {error}") from error
     return flags, dotted_overrides(rest, "lowmem pretrain")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]

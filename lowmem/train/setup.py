@@ -1,19 +1,17 @@
 """From a configuration to a run that is ready to train: device, limits, data, model, engine, resume."""
 
 import copy
-import os
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import psutil
 import torch
 
 from lowmem.config import RunConfig, resolve_micro_batch_size
 from lowmem.data.batch import Batch
 from lowmem.data.prepare import PreparedData, prepare_data
 from lowmem.data.tokenizers import check_vocab
-from lowmem.devices import resolve_precision
+from lowmem.devices import resolve_precision, usable_cores
 from lowmem.engine import distributed
 from lowmem.engine.base import Engine
 from lowmem.engine.build import build_configured_model, build_local_engine, chosen_device
@@ -170,9 +168,7 @@ def _rank_device(config: RunConfig) -> torch.device:
 
 def _set_threads(threads: int) -> None:
     """Share this machine's usable cores among its ranks, unless told otherwise."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    usable = len(affinity(0)) if affinity else psutil.cpu_count(logical=False) or 1
-    torch.set_num_threads(threads or max(1, usable // distributed.local_world_size()))
+    torch.set_num_threads(threads or max(1, usable_cores() // distributed.local_world_size()))
 
 
 def _enforce_budget(config: RunConfig, device: torch.device) -> None:
