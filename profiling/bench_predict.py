@@ -22,7 +22,7 @@ from machine import describe_machine
 
 COMMON = [
     "data.sources=[{stdlib: true, max_bytes: 3000000}]", "data.tokenizer=bytes", "data.seq_len=256", "data.val_fraction=0.05",
-    "train.steps=3", "train.eval_every=3", "train.eval_sequences=4", "train.save_every=3", "device=cpu", "model.vocab_size=16000",
+    "train.steps=2", "train.eval_every=2", "train.eval_sequences=4", "train.save_every=2", "device=cpu", "model.vocab_size=16000",
     "model.dim=512", "model.num_layers=6", "model.num_heads=8", "train.global_batch_size=8", "train.micro_batch_size=4",
 ]  # fmt: skip
 LARGE = [
@@ -90,7 +90,7 @@ CONFIGS: dict[str, list[str]] = {
         "train.global_batch_size=1",
         "train.micro_batch_size=1",
     ],
-    "215M, 4 bits, layerwise, 16 x 512": [*LARGE, *LAYERWISE, *BF16, "optim.state_bits=4", "train.global_batch_size=16"],
+    "215M, 4 bits, layerwise, 8 x 512": [*LARGE, *LAYERWISE, *BF16, "optim.state_bits=4", "train.global_batch_size=8"],
     "215M, 4 bits, accumulate": [*LARGE, *BF16, "optim.state_bits=4", "train.global_batch_size=4", "train.micro_batch_size=4"],
     "215M, fp32 AdamW": [*LARGE, "train.global_batch_size=2", "train.micro_batch_size=2"],
     "zero 0, 2 ranks": zero(0),

@@ -1,6 +1,7 @@
 """What this machine does in a second: matrix products, memory traffic, operators, optimizer steps. Measured once, kept in the cache."""
 
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -67,7 +68,7 @@ def rates_for(config: RunConfig) -> Rates:
 
 
 def _is_busy() -> bool:
-    """Whether other programs use this machine's cores; then threads wait for each other, and a measurement may be off by a hundred times."""
+    """Whether other programs use the cores: threads then wait for each other, and a rate may come out a hundred times too low."""
     load = getattr(os, "getloadavg", None)
     return load is not None and load()[0] > usable_cores() / 2
 

@@ -107,9 +107,16 @@ def test_a_sequence_that_is_too_big_ends_with_3(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_budget_below_what_the_program_itself_needs_is_a_configuration_error(tmp_path: Path):
+def test_a_budget_below_what_the_program_itself_needs_is_refused_before_the_start(tmp_path: Path):
     write_text(tmp_path / "text.txt")
-    result = lowmem("pretrain", "--quiet", *tiny_arguments(tmp_path / "run", tmp_path / "text.txt", budget__ram="20MiB"))
-    assert result.returncode == 2, result.stderr
-    assert "its limit is 20" in result.stderr
+    arguments = tiny_arguments(tmp_path / "run", tmp_path / "text.txt", budget__ram="20MiB")
+    result = lowmem("pretrain", "--quiet", *arguments)
+    assert result.returncode == 3, result.stderr
+    assert "of RAM, the budget is 20MiB" in result.stderr
+    assert "--force starts it all the same" in result.stderr
     assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()
+    forced = lowmem("pretrain", "--quiet", "--force", *arguments)
+    assert forced.returncode == 2, forced.stderr
+    assert "its limit is 20" in forced.stderr
+    assert "Traceback" not in forced.stderr

@@ -1,14 +1,19 @@
 """A model so small that a prediction takes a fraction of a second, and fixed numbers in place of what is measured on a machine."""
 
+import copy
+import dataclasses
+import json
+
 import pytest
 
 from lowmem.config import RunConfig
 from lowmem.config_load import load_run_config
 from lowmem.planning.base_cost import Base
+from lowmem.planning.predict import Prediction, predict_peak
 from lowmem.planning.probe import Rates
 
 TINY = [
-    "device=cpu", "data.tokenizer=bytes", "data.seq_len=32", "model.dim=64", "model.num_layers=2", "model.num_heads=2", "optim.clip=1.0",
+    "device=cpu", "data.tokenizer=bytes", "data.seq_len=32", "model.dim=64", "model.num_layers=1", "model.num_heads=2", "optim.clip=1.0",
     "train.steps=3", "train.global_batch_size=4", "train.micro_batch_size=2", "train.precision=fp32", "train.eval_every=0",
 ]  # fmt: skip
 I3 = ["model.name=i3", "model.num_heads=1", "model.attention_rank=16", "model.lorpt.rank=16"]
@@ -26,3 +31,21 @@ def stub_measurements(patch: pytest.MonkeyPatch) -> None:
     """No process is started and nothing is timed: a base cost of 50 MiB, round rates."""
     patch.setattr("lowmem.planning.predict.measured_base", lambda *arguments: Base(BASE_BYTES, "measured"))
     patch.setattr("lowmem.planning.speed.rates_for", lambda config: RATES)
+
+
+def remember_predictions(patch: pytest.MonkeyPatch) -> None:
+    """Predict each configuration once, whatever its budget of RAM, in the search, its estimates, and where a key is solved for."""
+    known: dict[str, Prediction] = {}
+
+    def predict(config: RunConfig, world_size: int = 1, **more: object) -> Prediction:
+        values = dataclasses.asdict(config)
+        budget = values.pop("budget")
+        key = json.dumps([values, budget["vram"], world_size, str(more)])  # a budget of VRAM decides when segments are given back
+        if key not in known:
+            known[key] = predict_peak(config, world_size, **more)
+        resolved = copy.deepcopy(known[key].config)
+        resolved.budget = type(resolved.budget)(**budget)
+        return dataclasses.replace(known[key], config=resolved)
+
+    for module in ("estimate", "search", "solve", "refusal"):
+        patch.setattr(f"lowmem.planning.{module}.predict_peak", predict)

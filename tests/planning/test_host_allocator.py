@@ -5,6 +5,7 @@ import json
 import random
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 
@@ -139,7 +140,7 @@ def test_random_sequences_equal_the_brute_force(seed):
         assert ours.resident_bytes == brute.resident()
         assert ours.resident_bytes >= sum(live.values())
         spans = sorted(block for block in ours._blocks.values() if block[0] >= 0 and block[1])
-        assert all(start + size <= following for (start, size), (following, _) in zip(spans, spans[1:], strict=False))
+        assert all(start + size <= following for (start, size), (following, _) in pairwise(spans))
     assert ours.resident_bytes < TRIM_FROM_BYTES  # a tail too small to be trimmed, or the pad
     assert ours._free == []
 

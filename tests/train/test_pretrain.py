@@ -13,6 +13,7 @@ import torch
 from lowmem.cli import main
 from lowmem.engine.tensor_file import read_tensors
 from lowmem.train.checkpoint import CheckpointStore, damage
+from tests.planning.small import stub_measurements
 from tests.train.tiny_run import final_bits, lowmem, metrics, tiny_arguments, write_text
 
 
@@ -185,7 +186,9 @@ def test_a_full_disk_ends_with_7_and_the_older_checkpoint_is_intact(workplace):
 @pytest.mark.slow
 def test_memory_beyond_the_budget_ends_with_3(workplace):
     result = lowmem(
-        "pretrain", *tiny_arguments(workplace / "big", workplace / "text.txt", model__dim=1024, model__num_layers=12, budget__ram="500MiB")
+        "pretrain",
+        "--force",
+        *tiny_arguments(workplace / "big", workplace / "text.txt", model__dim=1024, model__num_layers=12, budget__ram="500MiB"),
     )
     assert result.returncode == 3, result.stderr
     assert "memory ran out (budget.ram=500MiB" in result.stderr
@@ -209,7 +212,8 @@ def test_mistakes_get_one_message_and_the_right_code(tmp_path, capsys, arguments
     assert message.startswith("lowmem: error: ")
 
 
-def test_print_config_and_dry_run_train_nothing(tmp_path, capsys):
+def test_print_config_and_dry_run_train_nothing(tmp_path, capsys, monkeypatch):
+    stub_measurements(monkeypatch)
     assert main(["pretrain", "--train.steps=3", f"--run_dir={tmp_path / 'run'}", "--print_config"]) == 0
     printed = capsys.readouterr().out
     assert "# Peak learning rate." in printed
@@ -222,4 +226,4 @@ def test_print_config_and_dry_run_train_nothing(tmp_path, capsys):
 
 def test_unknown_commands_are_named(capsys):
     assert main(["pretrian"]) == 2
-    assert "unknown command 'pretrian'; known: pretrain, generate, doctor" in capsys.readouterr().err
+    assert "unknown command 'pretrian'; known: pretrain, plan, profile, generate, doctor" in capsys.readouterr().err
