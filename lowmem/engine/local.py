@@ -49,7 +49,7 @@ class LocalEngine(Engine):
         self.model: LanguageModel = move_to(model, device)
         self.device = device
         self.micro_batch_size = micro_batch_size
-        self.max_norm, self.state_bits = optim.clip, optim.state_bits
+        self.max_norm, self.optim = optim.clip, optim
         self.optimizer = self._build_optimizer(model, optim, seed)
         allocate_states(self.optimizer)
         self.scaler: Any = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -132,7 +132,10 @@ class LocalEngine(Engine):
 
     def memory_remedies(self) -> list[str]:
         checkpointing = [] if self.model.activation_checkpointing == "block" else ["train.activation_checkpointing=block"]
-        return [*checkpointing, "train.update=layerwise", *([] if self.state_bits == 4 else ["optim.state_bits=4"])]
+        if self.optim.backend == "bitsandbytes":
+            return [*checkpointing, "optim.backend=lowmem"]
+        layerwise = [] if self.optim.clip_by == "global" else ["train.update=layerwise"]
+        return [*checkpointing, *layerwise, *([] if self.optim.state_bits == 4 else ["optim.state_bits=4"])]
 
     def _repeat(self, work: Callable[[], T]) -> T:
         return repeat_with_smaller_micro_batches(self, work, self._discard)

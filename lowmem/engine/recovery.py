@@ -107,7 +107,9 @@ def cannot_be_repeated(engine: Engine, state: str) -> Iterator[None]:
 
 def remedies(engine: Engine) -> str:
     """What would take less memory and is not in force yet."""
-    return f"use {', '.join([*engine.memory_remedies(), 'a shorter data.seq_len'])} or a larger budget"
+    smaller = smaller_micro_batch(engine.micro_batch_size)
+    first = [f"train.micro_batch_size={smaller}"] if smaller else []
+    return f"use {', '.join([*first, *engine.memory_remedies(), 'a shorter data.seq_len'])} or a larger budget"
 
 
 def first_line(error: BaseException) -> str:
