@@ -145,7 +145,7 @@ def test_a_signal_ends_the_whole_profile_and_leaves_nothing_behind(tmp_path, mon
     assert os.listdir(tmp_path / "out") == []
 
 
-def test_a_prediction_comes_from_the_run_or_else_from_a_dry_run(tmp_path, monkeypatch):
+def test_a_prediction_comes_from_a_dry_run_before_the_run(tmp_path, monkeypatch):
     (tmp_path / "x.yaml").write_text("device: cpu\n")
     stored: dict[str, object] = {}
 
@@ -167,8 +167,8 @@ def test_a_prediction_comes_from_the_run_or_else_from_a_dry_run(tmp_path, monkey
     assert predicted() is None
     stored["dry"] = {"host_peak_bytes": 5, "components": {}}
     assert predicted() == stored["dry"]
-    stored["predicted"] = {"host_peak_bytes": 6, "components": {}}
-    assert predicted() == stored["predicted"]
+    stored["predicted"] = {"host_peak_bytes": 6, "components": {}}  # of a run that was forced: nobody looks there
+    assert predicted() == stored["dry"]
     assert prediction(None) is None
 
 

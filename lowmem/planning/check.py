@@ -48,7 +48,7 @@ def main() -> None:
     answer = {
         "predicted": prediction.as_dict(),
         "summary": "; ".join(prediction.lines()[1:]),
-        "refusal": refusal(prediction, request["world_size"]),
+        "refusal": refusal(prediction, request["world_size"], request["local_ranks"]),
     }
     json.dump(answer, sys.stdout)
 

@@ -59,13 +59,14 @@ class Estimator:
             return replace(other, host_bytes=other.host_bytes - saved)
         layers = self.config.model.num_layers
         points: dict[int, tuple[float, ...]]
+        whole = micro_batch_size == self.config.train.global_batch_size  # no second micro-batch beside the gradients of the first
         if layers <= max(_LAYERS) or self.config.model.name == "i3":
-            points = {m: self._measures(settings, layers, m) for m in _MICRO_BATCHES if self._divides(m)}
+            points = {m: self._measures(settings, layers, m, whole) for m in _MICRO_BATCHES if self._divides(m)}
         else:
             points = {
                 m: tuple(
                     low + (high - low) * (layers - _LAYERS[0]) / (_LAYERS[1] - _LAYERS[0])
-                    for low, high in zip(*(self._measures(settings, n, m) for n in _LAYERS), strict=True)
+                    for low, high in zip(*(self._measures(settings, n, m, whole) for n in _LAYERS), strict=True)
                 )
                 for m in _MICRO_BATCHES
                 if self._divides(m)
@@ -82,12 +83,17 @@ class Estimator:
     def _divides(self, micro_batch_size: int) -> bool:
         return self.config.train.global_batch_size % micro_batch_size == 0
 
-    def _measures(self, settings: tuple[tuple[str, object], ...], layers: int, micro_batch_size: int) -> tuple[float, float, float]:
-        prediction = self._short(settings, layers, micro_batch_size)
-        return prediction.host.peak_bytes, prediction.cuda_reserved.peak_bytes, prediction.step_s
+    def _measures(
+        self, settings: tuple[tuple[str, object], ...], layers: int, micro_batch_size: int, whole: bool
+    ) -> tuple[float, float, float]:
+        prediction = self._short(settings, layers, micro_batch_size, whole)
+        times = self.config.train.global_batch_size // micro_batch_size if whole else 1
+        return prediction.host.peak_bytes, prediction.cuda_reserved.peak_bytes, prediction.step_s * times
 
-    def _short_trace(self, settings: tuple[tuple[str, object], ...], layers: int, micro_batch_size: int) -> Prediction:
+    def _short_trace(self, settings: tuple[tuple[str, object], ...], layers: int, micro_batch_size: int, whole: bool) -> Prediction:
         config = with_settings(self.config, settings, micro_batch_size)
+        if whole:
+            config.train.global_batch_size = micro_batch_size
         config.model.num_layers = layers
         config.model.lorpt.ranks = {}  # patterns may name layers that are not there
         return predict_peak(config)

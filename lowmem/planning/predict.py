@@ -178,7 +178,8 @@ def _as_computed(config: RunConfig) -> RunConfig:
     config = copy.deepcopy(config)
     config.engine.name = "local"
     if zero_stage(build_deepspeed_config(config, world_size=1, micro_batch_size=1)) and config.train.precision != "fp32":
-        config.train.weight_dtype = config.train.precision  # type: ignore[assignment]  # ZeRO computes with 16-bit weights beside its fp32 master copy
+        # ZeRO computes with 16-bit weights beside its fp32 master copy; bf16 ones take the same room, and need no loss scale here
+        config.train.precision = config.train.weight_dtype = "bf16"
     return config
 
 

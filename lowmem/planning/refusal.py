@@ -5,10 +5,11 @@ from lowmem.planning.predict import Prediction, described, predict_peak
 from lowmem.units import format_bytes
 
 
-def refusal(prediction: Prediction, world_size: int = 1, margin: float = 0.0) -> str:
+def refusal(prediction: Prediction, world_size: int = 1, local_ranks: int = 0, margin: float = 0.0) -> str:
     """Empty if the run fits.
 
     Args:
+        world_size, local_ranks: see `predict_peak`.
         margin: share of the budget that is to stay free.
     """
     missing = missing_bytes(prediction, margin)
@@ -19,16 +20,18 @@ def refusal(prediction: Prediction, world_size: int = 1, margin: float = 0.0) ->
     for name, peaks in (("ram", prediction.host), ("vram", prediction.cuda_reserved)):
         if name in missing:
             parts.append(f"{described(peaks)} of {name.upper()}, the budget is {getattr(budget, name)}")
-    return f"the run needs {' and '.join(parts)}. {_largest_saving(prediction, world_size, next(iter(missing)))}See: lowmem plan"
+    return (
+        f"the run needs {' and '.join(parts)}. {_largest_saving(prediction, world_size, local_ranks, next(iter(missing)))}See: lowmem plan"
+    )
 
 
-def _largest_saving(prediction: Prediction, world_size: int, which: str) -> str:
+def _largest_saving(prediction: Prediction, world_size: int, local_ranks: int, which: str) -> str:
     def need(other: Prediction) -> int:
         return other.host.peak_bytes if which == "ram" else other.cuda_reserved.peak_bytes
 
     best, saved = None, 0
     for lever in levers(prediction.config):
-        saving = need(prediction) - need(predict_peak(changed(prediction.config, lever), world_size, base=prediction.base))
+        saving = need(prediction) - need(predict_peak(changed(prediction.config, lever), world_size, local_ranks, prediction.base))
         if saving > saved:
             best, saved = lever, saving
     return f"Largest saving: {best.text} (-{format_bytes(saved)}). " if best else ""

@@ -11,6 +11,7 @@ from lowmem.config import RunConfig
 from lowmem.config_check import config_problems
 from lowmem.engine.build import build_configured_model
 from lowmem.errors import ConfigError
+from lowmem.nn.mlp import default_hidden_dim
 from lowmem.planning.levers import MARGIN, get_key, missing_bytes, set_key, sizes
 from lowmem.planning.predict import Prediction, predict_peak, resolve_without_data
 
@@ -91,7 +92,9 @@ def _values(config: RunConfig, key: str) -> list[int]:
 
 def _saves(config: RunConfig, rank: int) -> bool:
     """Whether the factors of every layer are smaller than it; the narrowest layer decides."""
-    dim, hidden = config.model.dim, config.model.hidden_dim or 4 * config.model.dim
+    dim = config.model.dim
+    default = 4 * dim if config.model.name == "i3" else default_hidden_dim(config.model.activation, dim)
+    hidden = config.model.hidden_dim or default
     shapes = [(dim, dim)] if "attention" in config.model.lorpt.targets else []
     shapes += [(dim, hidden)] if "mlp" in config.model.lorpt.targets else []
     shapes += [(dim, config.model.vocab_size)] if "head" in config.model.lorpt.targets else []

@@ -1,0 +1,101 @@
+"""Settings that save memory: which there are, that each saves where it should, and what is missing from a budget."""
+
+import pytest
+
+from lowmem.config_check import config_problems
+from lowmem.errors import ConfigError
+from lowmem.planning.hardware import GIB, NAMED, Hardware, describe, named_hardware, this_hardware
+from lowmem.planning.levers import changed, get_key, lever, levers, missing_bytes, set_key, sizes
+from lowmem.planning.predict import predict_peak
+from lowmem.planning.refusal import refusal
+from lowmem.units import format_bytes
+from tests.planning.small import BASE_BYTES, small_config, stub_measurements
+
+
+@pytest.fixture(autouse=True)
+def measurements(monkeypatch):
+    stub_measurements(monkeypatch)
+
+
+def texts(*settings: str) -> list[str]:
+    return [candidate.text for candidate in levers(small_config(*settings))]
+
+
+def test_every_lever_that_is_not_in_force_is_there():
+    assert texts("train.precision=bf16") == [
+        "--train.micro_batch_size=1",
+        "--train.activation_checkpointing=block",
+        "--train.update=layerwise --train.activation_checkpointing=block",
+        "--optim.state_bits=8 --optim.backend=lowmem",
+        "--optim.state_bits=4 --optim.backend=lowmem",
+        "--train.precision=bf16 --train.weight_dtype=bf16",
+        "--train.loss_chunk_tokens=256",
+    ]
+
+
+def test_what_is_in_force_or_impossible_is_not_offered():
+    strictest = [
+        "train.micro_batch_size=1", "train.update=layerwise", "train.activation_checkpointing=block", "optim.state_bits=4",
+        "train.loss_chunk_tokens=256",
+    ]  # fmt: skip
+    assert texts(*strictest) == ["--optim.state_bits=8 --optim.backend=lowmem"]  # more memory, which the refusal finds out
+    assert not any("weight_dtype" in text for text in texts("train.precision=fp32"))
+    zero = texts("engine.name=deepspeed", "engine.zero_stage=1", "train.precision=bf16")
+    assert "--engine.offload=cpu --engine.zero_stage=2" in zero
+    assert not any("layerwise" in text for text in zero)  # ZeRO needs whole gradients
+    assert not any("weight_dtype=fp16" in text for text in texts("device=cuda", "train.precision=fp16"))  # needs layerwise updates
+
+
+@pytest.mark.parametrize("settings", [["train.precision=bf16"], ["engine.name=deepspeed", "engine.zero_stage=1"]])
+def test_levers_are_sound_and_leave_the_configuration_alone(settings):
+    config = small_config(*settings)
+    for candidate in levers(config):
+        other = changed(config, candidate)
+        assert config_problems(other) == []
+        for word in candidate.text.split():
+            key, _, value = word.removeprefix("--").partition("=")
+            assert str(get_key(other, key)) == value
+    assert config == small_config(*settings)
+
+
+def test_keys_are_set_and_read():
+    config = small_config()
+    set_key(config, "model.lorpt.rank", 8)
+    set_key(config, "run_dir", "elsewhere")
+    assert (get_key(config, "model.lorpt.rank"), config.run_dir) == (8, "elsewhere")
+    assert lever(train__seed=3, optim__lr=0.5).text == "--train.seed=3 --optim.lr=0.5"
+    assert list(sizes(12)) == [12, 6, 4, 3, 2, 1]
+
+
+def test_missing_bytes_are_those_beyond_the_budget_less_its_margin():
+    prediction = predict_peak(small_config("device=cuda", "train.precision=bf16", "budget.ram=40MiB", "budget.vram=8MiB"))
+    vram, ram = prediction.cuda_reserved.peak_bytes, prediction.host.peak_bytes
+    assert missing_bytes(prediction, margin=0) == {"ram": ram - (40 << 20), "vram": vram - (8 << 20)}
+    assert missing_bytes(prediction, margin=0.5) == {"ram": ram - (20 << 20), "vram": vram - (4 << 20)}
+    prediction.config.budget.ram, prediction.config.budget.vram = f"{ram}", ""
+    assert missing_bytes(prediction, margin=0) == {}
+    assert missing_bytes(prediction, margin=0.03) == {"ram": round(ram - ram * 0.97)}
+
+
+def test_a_refusal_names_need_budget_components_and_the_largest_saving():
+    config = small_config("model.dim=96", "budget.ram=52MiB", "train.micro_batch_size=1", "model.vocab_size=600")
+    prediction = predict_peak(config)
+    paragraph = refusal(prediction)
+    assert paragraph.startswith(f"the run needs {format_bytes(prediction.host.peak_bytes)} (base 50 MiB, optimizer states 2 MiB")
+    savings = {x.text: prediction.host.peak_bytes - predict_peak(changed(prediction.config, x)).host.peak_bytes for x in levers(config)}
+    best = max(savings, key=savings.__getitem__)
+    assert f") of RAM, the budget is 52MiB. Largest saving: {best} (-{format_bytes(savings[best])}). " in paragraph
+    assert paragraph.endswith("See: lowmem plan")
+    assert refusal(predict_peak(small_config(f"budget.ram={BASE_BYTES + (8 << 20)}"))) == ""
+
+
+def test_named_hardware_and_this_machine():
+    assert named_hardware("t4").vram_bytes == round(14.2 * GIB)
+    assert not named_hardware("t4").bf16
+    assert all(hardware.ram_bytes >= 3 * GIB for hardware in NAMED.values())
+    with pytest.raises(ConfigError, match="--hardware is 'z9'; known: t4, .*laptop-16; or give --budget.ram"):
+        named_hardware("z9")
+    here = this_hardware()
+    assert here.ram_bytes > 100 << 20
+    assert describe(Hardware(3 * GIB, 0)) == "3.00 GiB of RAM, no GPU"
+    assert describe(named_hardware("t4")) == "12.00 GiB of RAM, 14.20 GiB of VRAM"

@@ -1,0 +1,94 @@
+"""The largest value of each key that fits, for a tiny model. Base cost and rates are stubbed, each configuration is predicted once."""
+
+import copy
+
+import pytest
+
+from lowmem.errors import ConfigError
+from lowmem.planning.levers import set_key
+from lowmem.planning.predict import predict_peak
+from lowmem.planning.solve import SOLVABLE, solve
+from tests.planning.small import BASE_BYTES, remember_predictions, small_config, stub_measurements
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def measurements():
+    with pytest.MonkeyPatch.context() as patch:
+        stub_measurements(patch)
+        remember_predictions(patch)
+        yield
+
+
+def peak(config, key: str, value: int) -> int:
+    config = copy.deepcopy(config)
+    set_key(config, key, value)
+    if key == "data.seq_len":
+        config.model.max_seq_len = max(config.model.max_seq_len, value)
+    return predict_peak(config).host.peak_bytes
+
+
+CASES = {
+    "model.dim": ([], 6 * MIB),
+    "model.num_layers": ([], 5 * MIB),
+    "data.seq_len": ([], 8 * MIB),
+    "train.micro_batch_size": (["train.global_batch_size=12", "train.activation_checkpointing=none"], 3 * MIB),
+    "model.lorpt.rank": (["model.dim=256", "model.lorpt.rank=8"], 14 * MIB),
+}
+
+
+@pytest.mark.parametrize("key", CASES)
+def test_the_value_fits_and_the_next_does_not(key):
+    settings, room = CASES[key]
+    config = small_config("model.num_layers=1", *settings, f"budget.ram={BASE_BYTES + room}")
+    found = solve(config, key, margin=0.0)
+    assert found.key == key
+    assert 0 < found.value < found.beyond
+    assert found.prediction.host.peak_bytes == peak(config, key, found.value) <= BASE_BYTES + room
+    assert peak(config, key, found.beyond) > BASE_BYTES + room
+    steps = {"model.dim": 64, "model.num_layers": 1, "data.seq_len": 64, "model.lorpt.rank": 8}
+    if key in steps:
+        assert found.beyond - found.value == steps[key]
+        assert found.value % steps[key] == 0
+    else:
+        assert (found.value, found.beyond) in [(1, 2), (2, 3), (3, 4), (4, 6), (6, 12)]
+
+
+def test_all_keys_are_here():
+    assert sorted(CASES) == sorted(SOLVABLE)
+
+
+def test_widths_are_divided_by_the_heads():
+    config = small_config("model.num_layers=1", "model.dim=96", "model.num_heads=3", f"budget.ram={BASE_BYTES + 12 * MIB}")
+    found = solve(config, "model.dim")
+    assert found.value % 192 == 0  # of 64 and of twice three heads
+    assert found.prediction.config.model.dim == found.value
+
+
+def test_not_even_the_smallest_fits():
+    found = solve(small_config("model.num_layers=1", f"budget.ram={BASE_BYTES}"), "model.num_layers")
+    assert (found.value, found.beyond) == (0, 1)
+    assert found.prediction.host.peak_bytes > BASE_BYTES
+
+
+def test_everything_fits():
+    found = solve(small_config("model.num_layers=1", "budget.ram=1GiB"), "train.micro_batch_size")
+    assert (found.value, found.beyond) == (4, 0)
+
+
+def test_ranks_that_save_nothing_are_not_tried():
+    # 64 x 192: below 48; the narrowest map, 64 x 64, is not low-rank by default
+    found = solve(small_config("model.num_layers=1", "model.lorpt.rank=8", "budget.ram=1GiB"), "model.lorpt.rank")
+    assert found.beyond == 0
+    assert found.value == 40
+
+
+@pytest.mark.parametrize("settings, key, message", [
+    (["budget.ram=1GiB"], "model.heads", "--solve is 'model.heads'; allowed: model.dim, model.num_layers, data.seq_len, "),
+    ([], "model.dim", "--solve needs a budget; give --budget.ram, --budget.vram or both"),
+])  # fmt: skip
+def test_what_cannot_be_solved(settings, key, message):
+    with pytest.raises(ConfigError) as raised:
+        solve(small_config(*settings), key)
+    assert str(raised.value).startswith(message)
