@@ -20,9 +20,8 @@ def refusal(prediction: Prediction, world_size: int = 1, local_ranks: int = 0, m
     for name, peaks in (("ram", prediction.host), ("vram", prediction.cuda_reserved)):
         if name in missing:
             parts.append(f"{described(peaks)} of {name.upper()}, the budget is {getattr(budget, name)}")
-    return (
-        f"the run needs {' and '.join(parts)}. {_largest_saving(prediction, world_size, local_ranks, next(iter(missing)))}See: lowmem plan"
-    )
+    saving = _largest_saving(prediction, world_size, local_ranks, next(iter(missing)))
+    return f"the run needs {' and '.join(parts)}. {saving}See: lowmem plan"
 
 
 def _largest_saving(prediction: Prediction, world_size: int, local_ranks: int, which: str) -> str:
