@@ -1,12 +1,12 @@
 """What this machine does in a second: matrix products, memory traffic, operators, optimizer steps. Measured once, kept in the cache."""
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 
+import psutil
 import torch
 
 from lowmem.config import RunConfig
@@ -16,6 +16,7 @@ from lowmem.optim.adamw import AdamW
 
 _TOKENS, _WIDTH, _HIDDEN = 1024, 1024, 2688
 _ROUNDS = 15
+_LOOK_S, _BUSY_PERCENT = 0.2, 25.0
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,7 @@ def rates_for(config: RunConfig) -> Rates:
 
 def _is_busy() -> bool:
     """Whether other programs use the cores: threads then wait for each other, and a rate may come out a hundred times too low."""
-    load = getattr(os, "getloadavg", None)
-    return load is not None and load()[0] > usable_cores() / 2
+    return psutil.cpu_percent(interval=_LOOK_S) > _BUSY_PERCENT
 
 
 @cache
