@@ -57,21 +57,26 @@ class Estimator:
             if self.config.device == "cuda":
                 return replace(other, cuda_bytes=other.cuda_bytes - saved)
             return replace(other, host_bytes=other.host_bytes - saved)
-        layers = self.config.model.num_layers
-        points: dict[int, tuple[float, ...]]
-        whole = micro_batch_size == self.config.train.global_batch_size  # no second micro-batch beside the gradients of the first
-        if layers <= max(_LAYERS) or self.config.model.name == "i3":
-            points = {m: self._measures(settings, layers, m, whole) for m in _MICRO_BATCHES if self._divides(m)}
-        else:
-            points = {
-                m: tuple(
-                    low + (high - low) * (layers - _LAYERS[0]) / (_LAYERS[1] - _LAYERS[0])
-                    for low, high in zip(*(self._measures(settings, n, m, whole) for n in _LAYERS), strict=True)
-                )
-                for m in _MICRO_BATCHES
-                if self._divides(m)
-            }
+        if micro_batch_size == self.config.train.global_batch_size:  # gradients of a first micro-batch never meet a second one
+            return Estimate(*self._all_layers(settings, micro_batch_size, whole=True))
+        points = {m: self._all_layers(settings, m) for m in _MICRO_BATCHES if self.config.train.global_batch_size % m == 0}
         return _at(points, micro_batch_size)
+
+    def _all_layers(
+        self, settings: tuple[tuple[str, object], ...], micro_batch_size: int, whole: bool = False
+    ) -> tuple[float, float, float]:
+        """Host bytes, device bytes and seconds of the whole model.
+
+        Args:
+            whole: the micro-batch is the global batch.
+        """
+        layers = self.config.model.num_layers
+        if layers <= max(_LAYERS) or self.config.model.name == "i3":
+            return self._measures(settings, layers, micro_batch_size, whole)
+        low, high = (self._measures(settings, few, micro_batch_size, whole) for few in _LAYERS)
+        more = (layers - _LAYERS[0]) / (_LAYERS[1] - _LAYERS[0])
+        host, cuda, seconds = (a + (b - a) * more for a, b in zip(low, high, strict=True))
+        return host, cuda, seconds
 
     def _state_bytes(self, bits: Literal[8, 4]) -> int:
         """Of the optimizer of the whole model."""
@@ -80,15 +85,11 @@ class Estimator:
         each = sum(state_bytes(parameter.numel(), bits) for parameter in model.parameters())
         return each * (2 if self.config.optim.name == "adamw" else 1)
 
-    def _divides(self, micro_batch_size: int) -> bool:
-        return self.config.train.global_batch_size % micro_batch_size == 0
-
     def _measures(
         self, settings: tuple[tuple[str, object], ...], layers: int, micro_batch_size: int, whole: bool
     ) -> tuple[float, float, float]:
         prediction = self._short(settings, layers, micro_batch_size, whole)
-        times = self.config.train.global_batch_size // micro_batch_size if whole else 1
-        return prediction.host.peak_bytes, prediction.cuda_reserved.peak_bytes, prediction.step_s * times
+        return prediction.host.peak_bytes, prediction.cuda_reserved.peak_bytes, prediction.step_s
 
     def _short_trace(self, settings: tuple[tuple[str, object], ...], layers: int, micro_batch_size: int, whole: bool) -> Prediction:
         config = with_settings(self.config, settings, micro_batch_size)
@@ -108,7 +109,7 @@ def with_settings(config: RunConfig, settings: tuple[tuple[str, object], ...], m
     return config
 
 
-def _at(points: dict[int, tuple[float, ...]], micro_batch_size: int) -> Estimate:
+def _at(points: dict[int, tuple[float, float, float]], micro_batch_size: int) -> Estimate:
     """Memory is linear in the micro-batch, time in its inverse."""
     host, cuda, seconds = points[1]
     if len(points) == 1 or micro_batch_size == 1:

@@ -30,6 +30,7 @@ def small_config(*overrides: str) -> RunConfig:
 def stub_measurements(patch: pytest.MonkeyPatch) -> None:
     """No process is started and nothing is timed: a base cost of 50 MiB, round rates."""
     patch.setattr("lowmem.planning.predict.measured_base", lambda *arguments: Base(BASE_BYTES, "measured"))
+    patch.setattr("lowmem.planning.base_cost.UNSEEN_BYTES", 0)
     patch.setattr("lowmem.planning.speed.rates_for", lambda config: RATES)
 
 
