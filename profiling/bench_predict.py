@@ -106,13 +106,15 @@ def main() -> None:
     """Parse the command line, measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="configurations whose name contains this")
+    parser.add_argument("--again", type=Path, help="a bench_predict.json whose measurements are kept; only the predictions are made anew")
     parser.add_argument("--out", type=Path, help="folder for bench_predict.json")
     arguments = parser.parse_args()
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, settings in CONFIGS.items():
             if arguments.only in name:
-                rows[name] = compare(name, settings, Path(folder))
+                kept = json.loads(arguments.again.read_text())["rows"].get(name) if arguments.again else None
+                rows[name] = predict_again(name, settings, kept) if kept else compare(name, settings, Path(folder))
                 print(f"{name:36} {json.dumps({key: value for key, value in rows[name].items() if key != 'components'})}", flush=True)
     result = {"machine": describe_machine(), "summary": summary(list(rows.values())), "rows": rows}
     print(json.dumps(result["summary"], indent=1))
@@ -156,6 +158,22 @@ def compare(name: str, settings: list[str], folder: Path) -> dict:
         "phases_predicted_mb": {phase: round(size / 1e6) for phase, size in predicted["host_phases"].items()},
         "speed_ratio": round(predicted["tokens_per_s"] / max(line.get("tokens_per_s", 0) for line in lines), 2),
         "run_s": round(ran_s, 1),
+        "prediction_s": round(time.perf_counter() - began, 1),
+        "predictor_mb": round(predicted["predictor_peak_bytes"] / 1e6),
+        "components": predicted["components"],
+    }
+
+
+def predict_again(name: str, settings: list[str], kept: dict) -> dict:
+    """A row with the same measurement and a new prediction."""
+    arguments, began = [f"--{setting}" for setting in [*COMMON, *settings]], time.perf_counter()
+    environment = {**os.environ, "LOCAL_WORLD_SIZE": "2" if "2 ranks" in name else "1"}
+    answer = subprocess.run([sys.executable, "-c", PREDICT, *arguments], check=True, env=environment, capture_output=True, text=True)
+    predicted = json.loads(answer.stdout)
+    return kept | {
+        "error": round(predicted["host_peak_bytes"] / 1e6 / kept["measured_mb"] - 1, 4),
+        "predicted_mb": round(predicted["host_peak_bytes"] / 1e6),
+        "phases_predicted_mb": {phase: round(size / 1e6) for phase, size in predicted["host_phases"].items()},
         "prediction_s": round(time.perf_counter() - began, 1),
         "predictor_mb": round(predicted["predictor_peak_bytes"] / 1e6),
         "components": predicted["components"],

@@ -19,9 +19,11 @@ class HostAllocator:
 
     Attributes:
         resident_bytes: now.
+        heap_peak_bytes: the most that the heap of smaller blocks ever held.
     """
 
     def __init__(self) -> None:
+        self.heap_peak_bytes = 0
         self._mapped = 0
         self._top = 0  # first byte of the heap that no block holds
         self._touched = 0  # first byte that was not written since the heap last shrank
@@ -79,6 +81,7 @@ class HostAllocator:
         address = self._top
         self._top += size
         self._touched = max(self._touched, self._top)
+        self.heap_peak_bytes = max(self.heap_peak_bytes, self._touched)
         return address
 
     def _take(self, address: int) -> tuple[int, int]:

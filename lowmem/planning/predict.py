@@ -22,6 +22,7 @@ from lowmem.planning.zero import zero_peaks
 from lowmem.units import format_bytes, parse_bytes
 
 CUBLAS_WORKSPACE_BYTES = 8_519_680  # PyTorch's default, CUBLAS_WORKSPACE_CONFIG=:4096:2:16:8; 32 MiB from Hopper on
+FRAGMENTATION = 0.5  # of the heap of small blocks: what lies between them in a real one, where small objects outlive tensors
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,9 @@ def _host_tensors(config: RunConfig, world_size: int) -> int:
 def _on_cpu(config: RunConfig, trace: Trace, model: LanguageModel, world_size: int, local_ranks: int) -> tuple[Peaks, Peaks, Peaks]:
     if config.engine.name == "deepspeed":
         return zero_peaks(config, trace, model, world_size)[0].times(local_ranks), Peaks(), Peaks()
-    return replay(trace, HostAllocator(), {"host": "resident_bytes"})["host"], Peaks(), Peaks()
+    allocator = HostAllocator()
+    host = replay(trace, allocator, {"host": "resident_bytes"})["host"]
+    return host.plus("workspace", round(allocator.heap_peak_bytes * FRAGMENTATION)), Peaks(), Peaks()
 
 
 def _on_cuda(config: RunConfig, trace: Trace, model: LanguageModel, world_size: int, local_ranks: int) -> tuple[Peaks, Peaks, Peaks]:
