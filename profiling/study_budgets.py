@@ -19,7 +19,7 @@ from lowmem.units import parse_bytes
 
 # What is trained in each budget: a smaller model where 215M parameters would not fit, a larger one where they would leave much unused.
 SHAPES = {
-    "1GiB": ("58M", 512, 1408, 8, 8, 16000),
+    "1GiB": ("42M", 512, 1408, 8, 8, 16000),
     "1.5GiB": ("215M", 1024, 2688, 12, 16, 32000),
     "2GiB": ("215M", 1024, 2688, 12, 16, 32000),
     "4GiB": ("215M", 1024, 2688, 12, 16, 32000),

@@ -19,7 +19,7 @@ from lowmem.units import format_count
 ROOT = Path(__file__).parent.parent
 # name: parameters, width, MLP width, layers, heads, vocabulary
 MODELS = {
-    "58m": (512, 1408, 8, 8, 16000),
+    "42m": (512, 1408, 8, 8, 16000),
     "215m": (1024, 2688, 12, 16, 32000),
     "361m": (1024, 2688, 24, 16, 32000),
     "1b": (2048, 5632, 22, 16, 32000),
@@ -27,7 +27,7 @@ MODELS = {
 }
 # file: model, sequence, global batch, tokens, RAM, VRAM, precision
 FILES = {
-    "cpu/1gib_58m.yaml": ("58m", 256, 16, "50M", "1GiB", "", "bf16"),
+    "cpu/1gib_42m.yaml": ("42m", 256, 16, "50M", "1GiB", "", "bf16"),
     "cpu/2gib_215m.yaml": ("215m", 512, 16, "100M", "2GiB", "", "bf16"),
     "cpu/4gib_215m.yaml": ("215m", 512, 16, "100M", "4GiB", "", "bf16"),
     "cpu/8gib_361m.yaml": ("361m", 512, 16, "200M", "8GiB", "", "bf16"),

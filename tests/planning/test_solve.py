@@ -60,7 +60,7 @@ def test_all_keys_are_here():
 
 
 def test_widths_are_divided_by_the_heads():
-    config = small_config("model.num_layers=1", "model.dim=96", "model.num_heads=3", f"budget.ram={BASE_BYTES + 12 * MIB}")
+    config = small_config("model.num_layers=1", "model.dim=96", "model.num_heads=3", f"budget.ram={BASE_BYTES + 24 * MIB}")
     found = solve(config, "model.dim")
     assert found.value % 192 == 0  # of 64 and of twice three heads
     assert found.prediction.config.model.dim == found.value
