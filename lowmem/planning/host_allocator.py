@@ -36,6 +36,11 @@ class HostAllocator:
     def resident_bytes(self) -> int:
         return self._mapped + self._touched
 
+    @property
+    def heap_passing_bytes(self) -> int:
+        """What the heap held at its fullest beyond the blocks that are in it now."""
+        return self.heap_peak_bytes - sum(size for address, size in self._blocks.values() if address >= 0)
+
     def allocate(self, key: int, size: int) -> None:
         """Allocate `size` bytes under a name of the caller's."""
         if not size:

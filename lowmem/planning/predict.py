@@ -22,7 +22,7 @@ from lowmem.planning.zero import zero_peaks
 from lowmem.units import format_bytes, parse_bytes
 
 CUBLAS_WORKSPACE_BYTES = 8_519_680  # PyTorch's default, CUBLAS_WORKSPACE_CONFIG=:4096:2:16:8; 32 MiB from Hopper on
-FRAGMENTATION = 0.5  # of the heap of small blocks: what lies between them in a real one, where small objects outlive tensors
+FRAGMENTATION = 0.5  # of what passes through the heap of small blocks: what lies between them in a real one, where small objects outlive tensors
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _on_cpu(config: RunConfig, trace: Trace, model: LanguageModel, world_size: i
         return zero_peaks(config, trace, model, world_size)[0].times(local_ranks), Peaks(), Peaks()
     allocator = HostAllocator()
     host = replay(trace, allocator, {"host": "resident_bytes"})["host"]
-    return host.plus("workspace", round(allocator.heap_peak_bytes * FRAGMENTATION)), Peaks(), Peaks()
+    return host.plus("workspace", round(allocator.heap_passing_bytes * FRAGMENTATION)), Peaks(), Peaks()
 
 
 def _on_cuda(config: RunConfig, trace: Trace, model: LanguageModel, world_size: int, local_ranks: int) -> tuple[Peaks, Peaks, Peaks]:
