@@ -1,7 +1,7 @@
 """The C library's malloc, told to give large freed blocks back to the system.
 
 Left alone, glibc raises the size from which blocks are mapped and unmapped one by one to the largest block freed so far, up to 32 MiB.
-Tensors then share one heap with everything small and long-lived, which fragments: a training step was measured to keep 10 to 15 % more
+Tensors then share one heap with everything small and long-lived, which fragments: a training step was measured to keep about 10 % more
 resident than its tensors take, growing over steps and differing between runs. With fixed thresholds it keeps what it uses.
 
 Source: mallopt(3).
@@ -21,7 +21,7 @@ _MAX_MAPPINGS = 32768  # of the 65530 that Linux allows a process by default; gl
 def fix_malloc_thresholds() -> bool:
     """Fix the thresholds of this process's malloc; False where it has none (no glibc).
 
-    The price is that the kernel zeroes the pages of every large block anew: see `profiling/bench_malloc.py`.
+    The price is that the kernel zeroes the pages of every large block anew; `profiling/bench_malloc.py` measures it.
     """
     mallopt = _function("mallopt")
     if mallopt is None:

@@ -22,7 +22,7 @@ from lowmem.planning.zero import zero_peaks
 from lowmem.units import format_bytes, parse_bytes
 
 CUBLAS_WORKSPACE_BYTES = 8_519_680  # PyTorch's default, CUBLAS_WORKSPACE_CONFIG=:4096:2:16:8; 32 MiB from Hopper on
-FRAGMENTATION = 0.5  # of what passes through the heap of small blocks: what lies between them in a real one, where small objects outlive tensors
+FRAGMENTATION = 0.5  # of what passes through the heap of small blocks: small objects outlive tensors and keep them apart
 
 
 @dataclass(frozen=True)
