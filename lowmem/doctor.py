@@ -50,6 +50,7 @@ def examine() -> dict[str, Any]:
         "libraries": machine.library_report,
         "compiler": machine.compiler_report,
         "kernels": machine.kernels_report,
+        "block_cache": machine.block_cache_report,
         "deepspeed": machine.deepspeed_report,
     }
     for name, probe in probes.items():
@@ -128,6 +129,7 @@ def _build_notes(report: dict[str, Any]) -> list[str]:
     missing = [row["name"] for row in report["libraries"] if not row["version"] and not row["extra"]]
     notes = [f"{', '.join(missing)} missing, which lowmem always needs: pip install lowmem"] if missing else []
     notes += [report["kernels"]["problem"]] if report["kernels"]["problem"] else []
+    notes += [report["block_cache"]["problem"]] if report["block_cache"]["problem"] else []
     operators = report["deepspeed"].get("operators", {})
     if [name for name, status in operators.items() if status != "built"]:
         if report["compiler"]["cxx"] is None:

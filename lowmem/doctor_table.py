@@ -42,6 +42,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
         "libraries": ("libraries", _library_lines),
         "compiler": ("compiler", lambda compiler: [compiler["cxx"] or "none found"]),
         "kernels": ("optimizer kernels", lambda kernels: [(kernels["problem"] and "not compiled") or f"C++, {kernels['instructions']}"]),
+        "block_cache": ("memory blocks", lambda cache: ["given back when freed" if cache["problem"] else "kept for reuse"]),
         "deepspeed": ("DeepSpeed", _deepspeed_lines),
     }
     rows = [("system", [f"Python {report['python']}, {report['platform']}"])]

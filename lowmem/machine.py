@@ -20,6 +20,7 @@ from lowmem.devices import (
     cuda_problem,
     usable_cores,
 )
+from lowmem.memory.block_cache import compiled_library
 from lowmem.memory.cgroup import cgroup_limit_bytes
 from lowmem.optim.kernels import cpu as cpu_kernels
 
@@ -145,6 +146,11 @@ def compiler_report() -> dict[str, Any]:
 def kernels_report() -> dict[str, Any]:
     """lowmem's own optimizer kernels: the instruction set in use, and why they cannot be used (empty when they can)."""
     return {"instructions": cpu_kernels.ISAS[cpu_kernels.isa()], "problem": cpu_kernels.problem()}
+
+
+def block_cache_report() -> dict[str, Any]:
+    """The cache of freed memory blocks on the CPU: why it cannot be used, empty when it can. Compiles it where that was not done."""
+    return {"problem": compiled_library(cache_root("") / "compiled")[1]}
 
 
 def deepspeed_report() -> dict[str, Any]:

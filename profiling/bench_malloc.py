@@ -1,8 +1,9 @@
-"""Training steps with malloc's thresholds fixed and left alone: tokens/s and peak resident memory, in one run.
+"""Training steps with large freed blocks kept (lowmem), given back at once, and left to glibc: speed and peak resident memory, in one run.
 
     python profiling/bench_malloc.py --out profiling/results     # some minutes on two cores; writes bench_malloc.json
 
-Every setting runs in fresh processes, fixed and free in turn; a ratio is the median over rounds of fixed over free in the same round.
+kept: fixed thresholds and the cache of large blocks. fixed: the thresholds alone. free: glibc's own. Every setting runs in fresh processes,
+all three in turn; a ratio to free is taken within a round, and its median, smallest and largest over the rounds are given.
 """
 
 import argparse
@@ -14,14 +15,20 @@ from pathlib import Path
 
 from machine import describe_machine
 
+KINDS = ("kept", "fixed", "free")
 SHARED = ["train.precision=bf16", "train.weight_dtype=bf16", "optim.state_bits=4", "data.seq_len=512", "train.steps=1"]
 LARGE = ["model.dim=1024", "model.hidden_dim=2688", "model.num_layers=12", "model.num_heads=16", "model.vocab_size=32000"]
+DEMO = ["model.dim=256", "model.num_layers=4", "model.num_heads=4", "model.vocab_size=4096", "model.tie_embeddings=true"]
 SMALL = ["model.dim=256", "model.num_layers=4", "model.vocab_size=4096"]
 SETTINGS = {
     "215M, layerwise, 4 x 512 by 2": [
         *LARGE, "train.update=layerwise", "train.activation_checkpointing=block", "train.global_batch_size=4", "train.micro_batch_size=2",
     ],
     "215M, accumulate, 4 x 512": [*LARGE, "train.global_batch_size=4", "train.micro_batch_size=4"],
+    "4M, accumulate, 32 x 128, fp32 states (demo.yaml)": [
+        *DEMO, "train.weight_dtype=fp32", "optim.state_bits=32", "data.seq_len=128",
+        "train.global_batch_size=32", "train.micro_batch_size=32",
+    ],
     "4M, accumulate, 16 x 512": [*SMALL, "train.global_batch_size=16", "train.micro_batch_size=16"],
 }  # fmt: skip
 STEPS = """
@@ -31,16 +38,21 @@ from lowmem.config import resolve_micro_batch_size
 from lowmem.config_load import load_run_config
 from lowmem.data.batch import Batch
 from lowmem.engine.build import build_configured_model, build_local_engine
+from lowmem.data.storage import cache_root
+from lowmem.memory.block_cache import release_host_memory, set_up_host_memory
 from lowmem.memory.malloc import fix_malloc_thresholds
 from lowmem.memory.measure import measure_peak
 
 if sys.argv[1] == "fixed":
     assert fix_malloc_thresholds()
+if sys.argv[1] == "kept":
+    assert not set_up_host_memory(cache_root("") / "compiled")
 config = load_run_config(overrides=sys.argv[3:])
 config.model.max_seq_len = config.max_seq_len()
 with measure_peak() as peak:
     model = build_configured_model(config)
     engine = build_local_engine(config, model, torch.device("cpu"), "bf16", resolve_micro_batch_size(config, 1))
+    release_host_memory()
     shape = config.train.global_batch_size, config.data.seq_len + 1
     batch = Batch.from_windows(np.random.default_rng(0).integers(0, config.model.vocab_size, shape))
     seconds = []
@@ -63,12 +75,14 @@ def main() -> None:
     for name, settings in SETTINGS.items():
         rounds = []
         for _ in range(arguments.rounds):
-            rounds.append({kind: run(kind, arguments.steps, [*SHARED, *settings]) for kind in ("fixed", "free")})
+            rounds.append({kind: run(kind, arguments.steps, [*SHARED, *settings]) for kind in KINDS})
         rows[name] = {
-            "speed_ratio": ratios([r["free"]["step_s"] / r["fixed"]["step_s"] for r in rounds]),
-            "memory_ratio": ratios([r["fixed"]["host_peak_bytes"] / r["free"]["host_peak_bytes"] for r in rounds]),
-            "fixed_mb": [round(r["fixed"]["host_peak_bytes"] / 1e6) for r in rounds],
-            "free_mb": [round(r["free"]["host_peak_bytes"] / 1e6) for r in rounds],
+            kind: {
+                "speed_ratio": ratios([r["free"]["step_s"] / r[kind]["step_s"] for r in rounds]),
+                "memory_ratio": ratios([r[kind]["host_peak_bytes"] / r["free"]["host_peak_bytes"] for r in rounds]),
+                "peak_mb": [round(r[kind]["host_peak_bytes"] / 1e6) for r in rounds],
+            }
+            for kind in KINDS
         }
         print(name, json.dumps(rows[name]), flush=True)
     if arguments.out:

@@ -12,7 +12,7 @@ from lowmem.doctor import doctor_main, examine
 from lowmem.errors import ConfigError
 
 GIB = 2**30
-PARTS = ("cpu", "cuda", "memory", "disk", "libraries", "compiler", "kernels", "deepspeed")
+PARTS = ("cpu", "cuda", "memory", "disk", "libraries", "compiler", "kernels", "block_cache", "deepspeed")
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
 
@@ -37,6 +37,7 @@ def good_machine(monkeypatch):
         "libraries": [{"name": "torch", "version": "2", "extra": "", "purpose": "tensors", "install": None}],
         "compiler": {"cxx": "/usr/bin/c++"},
         "kernels": {"instructions": "avx512", "problem": ""},
+        "block_cache": {"problem": ""},
         "deepspeed": {"installed": True, "operators": {"cpu_adam": "built"}},
     }  # fmt: skip
     reports = copy.deepcopy(reports)
@@ -63,6 +64,7 @@ def test_nothing_to_say_about_a_good_machine(good_machine, capsys):
         ("memory", {"cgroup_limit_bytes": 8 * GIB}, "may use 8.00 GiB of 64.00 GiB"),
         ("memory", {"usable_bytes": 2 * GIB}, "2.00 GiB of RAM are free"),
         ("memory", {"swap_used_bytes": 61 * GIB}, "61.00 GiB are in swap and only 60.00 GiB"),
+        ("block_cache", {"problem": "the cache of memory blocks does not compile"}, "memory blocks does not compile"),
         ("kernels", {"problem": "lowmem's CPU optimizer kernels are not compiled"}, "optimizer kernels are not compiled"),
         ("deepspeed", {"operators": {"cpu_adam": "not built"}}, "about two minutes; beforehand: python -m lowmem.engine.deepspeed_build"),
     ],

@@ -10,8 +10,8 @@ import torch
 from lowmem.engine.base import Engine
 from lowmem.engine.random_state import random_state, restore_random_state
 from lowmem.errors import MemoryBudgetError
+from lowmem.memory.block_cache import release_host_memory
 from lowmem.memory.budget import is_out_of_memory
-from lowmem.memory.malloc import trim_malloc
 
 T = TypeVar("T")
 
@@ -122,4 +122,4 @@ def release_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    trim_malloc()
+    release_host_memory()

@@ -23,6 +23,8 @@ from lowmem.config_load import load_run_config
 from lowmem.data.storage import cache_root, file_sha256, json_sha256, make_directory, write_json
 from lowmem.devices import cpu_model, usable_cores
 from lowmem.errors import ConfigError
+from lowmem.memory.block_cache import KEEP_FROM_BYTES
+from lowmem.memory.malloc import MAP_FROM_BYTES
 
 CUDA_HOST_BYTES = 1_300_000_000  # libraries and driver of a process that uses CUDA; an estimate where it cannot be measured
 UNSEEN_BYTES = 8_000_000  # what a larger model than the trial's adds besides tensors: kernels for more shapes, autograd's nodes
@@ -61,7 +63,9 @@ def measured_base(config: RunConfig, world_size: int, tensor_peak: Callable[[Run
         return Base(cpu.size_bytes + CUDA_HOST_BYTES * world_size, "estimated")
     settings = _kind(config)
     document = file_sha256(Path(config.engine.config)) if config.engine.config else ""
-    key = json_sha256([settings, document, world_size, _versions(), cpu_model(), usable_cores(), os.environ.get("OMP_NUM_THREADS")])
+    kept = KEEP_FROM_BYTES, MAP_FROM_BYTES  # another rule of the allocator is another cost
+    threads = os.environ.get("OMP_NUM_THREADS")
+    key = json_sha256([settings, document, world_size, _versions(), cpu_model(), usable_cores(), threads, kept])
     path = cache_root(config.data.cache_dir) / "base" / f"{key[:24]}.json"
     if not path.exists():
         print(f"measuring what such a run costs before its first tensor (once, some seconds): {path.stem}", file=sys.stderr)

@@ -75,7 +75,7 @@ class CudaAllocator:
     def _reserve(self, size: int, small: bool) -> None:
         wanted = _SMALL_SEGMENT if small else _LARGE_SEGMENT if size < _LARGE_REQUEST else -(-size // _ROUND_SEGMENT) * _ROUND_SEGMENT
         if self.limit_bytes and self.reserved_bytes + wanted > self.limit_bytes:
-            self._give_back_unused()
+            self.release_kept()
         segment, self._next_segment = self._next_segment, self._next_segment + 1
         self._segments[segment] = wanted
         if small:
@@ -83,7 +83,8 @@ class CudaAllocator:
         self.reserved_bytes += wanted
         self._give(segment, 0, wanted)
 
-    def _give_back_unused(self) -> None:
+    def release_kept(self) -> None:
+        """What `torch.cuda.empty_cache` does: segments without a live block go back."""
         for segment, size in list(self._segments.items()):
             if self._free_at.get((segment, 0)) == size:
                 self._take(segment, 0)

@@ -1,13 +1,15 @@
-"""malloc with fixed thresholds (`lowmem.memory.malloc`), as far as it decides how much memory is resident.
+"""malloc with fixed thresholds and the cache of large blocks (`lowmem.memory`), as far as they decide how much memory is resident.
 
-Large blocks are mapped and unmapped one by one; smaller ones come from a heap by best fit, and the heap only shrinks at its end.
+Large blocks are mapped one by one, and kept when freed as long as all together take no more than those in use did at their peak. Smaller
+ones come from a heap by best fit, and the heap only shrinks at its end.
 
 Source: glibc 2.36, malloc/malloc.c; the manual's section "Malloc Tunable Parameters".
 """
 
 from bisect import bisect_left, insort
 
-from lowmem.memory.malloc import MAP_FROM_BYTES, TOP_PAD_BYTES, TRIM_FROM_BYTES
+from lowmem.memory.block_cache import KEEP_FROM_BYTES
+from lowmem.memory.malloc import TOP_PAD_BYTES, TRIM_FROM_BYTES
 
 _PAGE = 4096
 _ALIGNMENT = 64  # PyTorch asks for it
@@ -25,6 +27,7 @@ class HostAllocator:
     def __init__(self) -> None:
         self.heap_peak_bytes = 0
         self._mapped = 0
+        self._mapped_peak = 0  # since what is kept was last released: blocks in use and kept ones take that much, or less
         self._top = 0  # first byte of the heap that no block holds
         self._touched = 0  # first byte that was not written since the heap last shrank
         self._blocks: dict[int, tuple[int, int]] = {}  # key -> address (-1 if mapped), size
@@ -34,24 +37,29 @@ class HostAllocator:
 
     @property
     def resident_bytes(self) -> int:
-        return self._mapped + self._touched
+        return self._mapped_peak + self._touched
 
     @property
     def heap_passing_bytes(self) -> int:
         """What the heap held at its fullest beyond the blocks that are in it now."""
         return self.heap_peak_bytes - sum(size for address, size in self._blocks.values() if address >= 0)
 
+    def release_kept(self) -> None:
+        """What `lowmem.memory.block_cache.release_host_memory` does: only blocks in use stay."""
+        self._mapped_peak = self._mapped
+
     def allocate(self, key: int, size: int) -> None:
         """Allocate `size` bytes under a name of the caller's."""
         if not size:
             self._blocks[key] = (0, 0)
             return
-        size = -(-(size + _OVERHEAD + _ALIGNMENT) // 16) * 16
-        if size >= MAP_FROM_BYTES:
+        if size >= KEEP_FROM_BYTES:
             size = -(-size // _PAGE) * _PAGE
             self._blocks[key] = (-1, size)
             self._mapped += size
+            self._mapped_peak = max(self._mapped_peak, self._mapped)
         else:
+            size = -(-(size + _OVERHEAD + _ALIGNMENT) // 16) * 16
             self._blocks[key] = (self._place(size), size)
 
     def release(self, key: int) -> None:

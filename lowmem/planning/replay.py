@@ -17,6 +17,9 @@ class Allocator(Protocol):
     def release(self, key: int) -> None:
         """Free it."""
 
+    def release_kept(self) -> None:
+        """Give what is free back to the system, as a run does before its first step."""
+
 
 @dataclass
 class Peaks:
@@ -24,7 +27,7 @@ class Peaks:
 
     Attributes:
         by_phase: bytes by phase, in order.
-        components: bytes by category at the highest peak; they sum to it.
+        components: bytes by category when tensors took most, and as workspace what the allocator holds beyond them; they sum to the peak.
     """
 
     by_phase: dict[str, int] = field(default_factory=dict)
@@ -55,9 +58,12 @@ def replay(trace: Trace, allocator: Allocator, measures: dict[str, str], elsewhe
     starts = {position: name for name, position in trace.phases}
     results = {name: Peaks() for name in measures}
     live: Counter[str] = Counter()
+    fullest: Counter[str] = Counter()
     phase = "load"
     for position, event in enumerate(trace.events):
-        phase = starts.get(position, phase)
+        before, phase = phase, starts.get(position, phase)
+        if before == "load" != phase:
+            allocator.release_kept()
         storage = trace.storages[event if event >= 0 else ~event]
         if elsewhere and storage.category == elsewhere:
             continue
@@ -68,19 +74,24 @@ def replay(trace: Trace, allocator: Allocator, measures: dict[str, str], elsewhe
             allocator.release(~event)
             live[storage.category] -= storage.size_bytes
         for name, attribute in measures.items():
-            now, result = getattr(allocator, attribute), results[name]
-            if now > result.peak_bytes:
-                result.components = dict(+live)
-                if "boundaries" in result.components:
-                    result.components["activations"] = live["activations"] + result.components.pop("boundaries")
-                result.components["workspace"] = live["workspace"] + now - live.total()
-            if now > result.by_phase.get(phase, -1):
-                result.by_phase[phase] = now
+            results[name].by_phase[phase] = max(results[name].by_phase.get(phase, 0), getattr(allocator, attribute))
+        if live.total() > fullest.total():
+            fullest = Counter(live)
     for name, attribute in measures.items():
         for last, start in trace.phases:
             if start == len(trace.events):
                 results[name].by_phase[last] = getattr(allocator, attribute)
+        results[name].components = _components(fullest, results[name].peak_bytes)
     return results
+
+
+def _components(live: Counter[str], peak_bytes: int) -> dict[str, int]:
+    """The bytes of a peak by category; what the allocator adds to those in use is workspace."""
+    components = dict(+live)
+    if "boundaries" in components:
+        components["activations"] = live["activations"] + components.pop("boundaries")
+    components["workspace"] = live["workspace"] + peak_bytes - live.total()
+    return components
 
 
 def live_peaks(trace: Trace, categories: set[str], rounded: Callable[[int], int] = int) -> dict[str, int]:

@@ -10,6 +10,7 @@ import torch
 from lowmem.config import RunConfig, resolve_micro_batch_size
 from lowmem.data.batch import Batch
 from lowmem.data.prepare import PreparedData, prepare_data
+from lowmem.data.storage import cache_root
 from lowmem.data.tokenizers import check_vocab
 from lowmem.devices import resolve_precision, usable_cores
 from lowmem.engine import distributed
@@ -17,9 +18,10 @@ from lowmem.engine.base import Engine
 from lowmem.engine.build import build_configured_model, build_local_engine, chosen_device
 from lowmem.engine.layerwise import LayerwiseEngine
 from lowmem.engine.local import LocalEngine
+from lowmem.engine.recovery import release_memory
 from lowmem.errors import ConfigError
+from lowmem.memory.block_cache import release_host_memory, set_up_host_memory
 from lowmem.memory.budget import limit_cuda_memory, limit_host_memory
-from lowmem.memory.malloc import fix_malloc_thresholds, trim_malloc
 from lowmem.models.base import LanguageModel
 from lowmem.optim.low_bit import LowBitOptimizer
 from lowmem.train.checkpoint import CheckpointStore
@@ -43,7 +45,9 @@ def set_up(config: RunConfig, display: ProgressDisplay, *, fresh: bool = False, 
     """
     device = _rank_device(config)
     _set_threads(config.train.threads)
-    fix_malloc_thresholds()
+    problem = set_up_host_memory(cache_root("") / "compiled")
+    if problem and device.type == "cpu":
+        display.message(problem)
     _enforce_budget(config, device)
     if config.engine.name == "deepspeed":
         distributed.init_process_group(device)
@@ -63,13 +67,14 @@ def _assemble(
         _check_run_dir(run_dir, config, fresh, display)
     torch.manual_seed(config.train.seed + distributed.rank())
     data = prepare_data(config.data, seed=config.train.seed, progress=display)
-    trim_malloc()  # a tokenizer that was trained here leaves much behind
+    release_host_memory()  # a tokenizer that was trained here leaves much behind
     config = resolve(config, data, device)
     model = build_configured_model(config)
     engine = _build_engine(config, model, device)
     checkpoints = CheckpointStore(Path(config.run_dir), config.train.keep_last)
     run = Run(config, engine, data, TrainState(data_fingerprint=data.fingerprint), checkpoints, display, run_dir, loggers=[])
     _resume(run, skip_damaged)
+    release_memory(device)  # weights are initialised in fp32, whatever they are kept in
     if config.budget.ram or config.budget.vram or device.type == "cuda":
         _try_worst_case(run)
     if run_dir is not None:

@@ -1,0 +1,156 @@
+// Large blocks of PyTorch's CPU memory, kept when they are freed and handed out again to the next request of the same size.
+//
+// A block from the system has pages that the kernel must zero, one fault each; a step that frees and requests the same sizes over and
+// over pays that for every tensor. A block from malloc's heap shares it with small objects, which cut it to pieces: an aligned request
+// is larger than the hole that an equal one left, so the heap grows where it could reuse. What is kept costs no memory: blocks in use and blocks kept together never take more than the blocks
+// in use took at their peak. Before that bound would be passed, the blocks that were freed longest ago go back to the system.
+
+#include <c10/core/Allocator.h>
+#include <c10/core/CPUAllocator.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <iterator>
+#include <list>
+#include <mutex>
+#include <unordered_map>
+
+namespace {
+
+constexpr std::size_t kPage = 4096;
+
+struct Block {
+  void* address;
+  std::size_t size;
+};
+
+struct BlockCache {
+  std::mutex mutex;
+  std::unordered_map<void*, std::size_t> in_use;
+  std::list<Block> kept;  // freed first comes first
+  std::unordered_map<std::size_t, std::deque<std::list<Block>::iterator>> kept_of_size;  // in the same order
+  std::size_t in_use_bytes = 0, peak_bytes = 0, kept_bytes = 0, reused = 0, mapped = 0;
+
+  void* take(std::size_t size) {
+    void* address = reuse(size);
+    if (address == nullptr) {
+      shrink_to(std::max(peak_bytes, in_use_bytes + size) - size);
+      address = map(size);
+      if (address == nullptr) {
+        shrink_to(0);
+        address = map(size);
+      }
+      if (address == nullptr) return nullptr;
+    }
+    in_use.emplace(address, size);
+    in_use_bytes += size;
+    peak_bytes = std::max(peak_bytes, in_use_bytes);
+    return address;
+  }
+
+  bool give(void* address) {
+    const auto found = in_use.find(address);
+    if (found == in_use.end()) return false;
+    kept.push_back({address, found->second});
+    kept_of_size[found->second].push_back(std::prev(kept.end()));
+    kept_bytes += found->second;
+    in_use_bytes -= found->second;
+    in_use.erase(found);
+    return true;
+  }
+
+  // Unmap kept blocks until all blocks together take at most `bytes`, or none is kept.
+  void shrink_to(std::size_t bytes) {
+    while (!kept.empty() && in_use_bytes + kept_bytes > bytes) {
+      const Block oldest = kept.front();
+      munmap(oldest.address, oldest.size);
+      kept_bytes -= oldest.size;
+      kept_of_size[oldest.size].pop_front();
+      kept.pop_front();
+    }
+  }
+
+ private:
+  void* reuse(std::size_t size) {
+    const auto same = kept_of_size.find(size);
+    if (same == kept_of_size.end() || same->second.empty()) return nullptr;
+    void* address = same->second.back()->address;
+    kept.erase(same->second.back());
+    same->second.pop_back();
+    kept_bytes -= size;
+    ++reused;
+    return address;
+  }
+
+  void* map(std::size_t size) {
+    void* address = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (address == MAP_FAILED) return nullptr;
+    ++mapped;
+    return address;
+  }
+};
+
+BlockCache& cache() {
+  static BlockCache* const only = new BlockCache;  // never destroyed: tensors may outlive every other static
+  return *only;
+}
+
+c10::Allocator* usual = nullptr;  // PyTorch's own, for small blocks and for the error message when memory is out
+std::size_t smallest = 0;
+
+void release(void* address) {
+  {
+    const std::lock_guard<std::mutex> lock(cache().mutex);
+    if (cache().give(address)) return;
+  }
+  usual->raw_deallocate(address);
+}
+
+struct CachingAllocator final : c10::Allocator {
+  c10::DataPtr allocate(std::size_t size) override {
+    if (size < smallest) return usual->allocate(size);
+    void* address = nullptr;
+    {
+      const std::lock_guard<std::mutex> lock(cache().mutex);
+      address = cache().take((size + kPage - 1) / kPage * kPage);
+    }
+    if (address == nullptr) return usual->allocate(size);
+    return {address, address, &release, c10::Device(c10::DeviceType::CPU)};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
+  void copy_data(void* to, const void* from, std::size_t size) const override { default_copy_data(to, from, size); }
+};
+
+}  // namespace
+
+extern "C" {
+
+// Put the cache before PyTorch's allocator, for blocks of at least `from_bytes`. Blocks that exist already are none of its business.
+void lowmem_install_block_cache(std::size_t from_bytes) {
+  if (usual != nullptr) return;
+  smallest = from_bytes;
+  usual = c10::GetCPUAllocator();
+  c10::SetCPUAllocator(new CachingAllocator, /*priority=*/255);
+}
+
+// Give every kept block back; the peak starts anew from what is in use.
+void lowmem_release_block_cache() {
+  const std::lock_guard<std::mutex> lock(cache().mutex);
+  cache().shrink_to(0);
+  cache().peak_bytes = cache().in_use_bytes;
+}
+
+// in_use_bytes, kept_bytes, peak_bytes of those in use, blocks reused, blocks mapped
+void lowmem_block_cache_counts(std::uint64_t* counts) {
+  const std::lock_guard<std::mutex> lock(cache().mutex);
+  const BlockCache& now = cache();
+  counts[0] = now.in_use_bytes;
+  counts[1] = now.kept_bytes;
+  counts[2] = now.peak_bytes;
+  counts[3] = now.reused;
+  counts[4] = now.mapped;
+}
+}
