@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import torch
 
-from lowmem.data.storage import cache_root
+from lowmem.data.storage import cache_root, compiled_root
 from lowmem.devices import (
     cpu_features,
     cpu_has_native_bf16,
@@ -20,7 +20,7 @@ from lowmem.devices import (
     cuda_problem,
     usable_cores,
 )
-from lowmem.memory.block_cache import compiled_library
+from lowmem.memory.block_cache import block_cache_library
 from lowmem.memory.cgroup import cgroup_limit_bytes
 from lowmem.optim.kernels import cpu as cpu_kernels
 
@@ -150,7 +150,7 @@ def kernels_report() -> dict[str, Any]:
 
 def block_cache_report() -> dict[str, Any]:
     """The cache of freed memory blocks on the CPU: why it cannot be used, empty when it can. Compiles it where that was not done."""
-    return {"problem": compiled_library(cache_root("") / "compiled")[1]}
+    return {"problem": block_cache_library(compiled_root())[1]}
 
 
 def deepspeed_report() -> dict[str, Any]:

@@ -38,7 +38,7 @@ from lowmem.config import resolve_micro_batch_size
 from lowmem.config_load import load_run_config
 from lowmem.data.batch import Batch
 from lowmem.engine.build import build_configured_model, build_local_engine
-from lowmem.data.storage import cache_root
+from lowmem.data.storage import compiled_root
 from lowmem.memory.block_cache import release_host_memory, set_up_host_memory
 from lowmem.memory.malloc import fix_malloc_thresholds
 from lowmem.memory.measure import measure_peak
@@ -46,13 +46,14 @@ from lowmem.memory.measure import measure_peak
 if sys.argv[1] == "fixed":
     assert fix_malloc_thresholds()
 if sys.argv[1] == "kept":
-    assert not set_up_host_memory(cache_root("") / "compiled")
+    assert not set_up_host_memory(compiled_root())
 config = load_run_config(overrides=sys.argv[3:])
 config.model.max_seq_len = config.max_seq_len()
 with measure_peak() as peak:
     model = build_configured_model(config)
     engine = build_local_engine(config, model, torch.device("cpu"), "bf16", resolve_micro_batch_size(config, 1))
-    release_host_memory()
+    if sys.argv[1] != "free":
+        release_host_memory()
     shape = config.train.global_batch_size, config.data.seq_len + 1
     batch = Batch.from_windows(np.random.default_rng(0).integers(0, config.model.vocab_size, shape))
     seconds = []

@@ -267,12 +267,17 @@ def choose_form(form: str) -> None:
 
 
 def build_engine(config, precision: str, batch: int):
-    """lowmem's local engine for a configuration."""
+    """lowmem's local engine for a configuration, with the memory set up as a run sets it up."""
     import torch
 
-    from lowmem.train.setup import build_configured_model, build_local_engine
+    from lowmem.data.storage import compiled_root
+    from lowmem.engine.build import build_configured_model, build_local_engine
+    from lowmem.memory.block_cache import release_host_memory, set_up_host_memory
 
-    return build_local_engine(config, build_configured_model(config), torch.device("cpu"), precision, batch)
+    assert not set_up_host_memory(compiled_root())
+    engine = build_local_engine(config, build_configured_model(config), torch.device("cpu"), precision, batch)
+    release_host_memory()
+    return engine
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ SHAPES = {
     "8GiB": ("361M", 1024, 2688, 24, 16, 32000),
 }
 COMMON = [
-    "data.sources=[{stdlib: true, max_bytes: 3000000}]", "data.tokenizer=bytes", "data.seq_len=128", "train.global_batch_size=4",
+    "data.sources=[{stdlib: true, max_bytes: 3000000}]", "data.tokenizer=bytes", "data.seq_len=128", "train.global_batch_size=8",
     "train.eval_every=25", "train.eval_sequences=16", "train.save_every=50", "device=cpu",
 ]  # fmt: skip
 

@@ -21,6 +21,11 @@ def cache_root(cache_dir: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowmem"
 
 
+def compiled_root() -> Path:
+    """Folder of what was compiled on this machine, whatever run it was for."""
+    return cache_root("") / "compiled"
+
+
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
     """Turn a failed write below `path` into a StorageError; wrap writes only, a failed read is another matter.

@@ -21,7 +21,8 @@ _MAX_MAPPINGS = 32768  # of the 65530 that Linux allows a process by default; gl
 def fix_malloc_thresholds() -> bool:
     """Fix the thresholds of this process's malloc; False where it has none (no glibc).
 
-    The price is that the kernel zeroes the pages of every large block anew; `profiling/bench_malloc.py` measures it.
+    The price is that the kernel zeroes the pages of every large block anew. Tensors do not pay it where `lowmem.memory.block_cache` is in
+    use: they do not come from malloc then.
     """
     mallopt = _function("mallopt")
     if mallopt is None:

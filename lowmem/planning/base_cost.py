@@ -20,10 +20,10 @@ from typing import Literal
 
 from lowmem.config import RunConfig
 from lowmem.config_load import load_run_config
-from lowmem.data.storage import cache_root, file_sha256, json_sha256, make_directory, write_json
+from lowmem.data.storage import cache_root, compiled_root, file_sha256, json_sha256, make_directory, write_json
 from lowmem.devices import cpu_model, usable_cores
 from lowmem.errors import ConfigError
-from lowmem.memory.block_cache import KEEP_FROM_BYTES
+from lowmem.memory.block_cache import KEEP_FROM_BYTES, block_cache_library
 from lowmem.memory.malloc import MAP_FROM_BYTES
 
 CUDA_HOST_BYTES = 1_300_000_000  # libraries and driver of a process that uses CUDA; an estimate where it cannot be measured
@@ -63,7 +63,7 @@ def measured_base(config: RunConfig, world_size: int, tensor_peak: Callable[[Run
         return Base(cpu.size_bytes + CUDA_HOST_BYTES * world_size, "estimated")
     settings = _kind(config)
     document = file_sha256(Path(config.engine.config)) if config.engine.config else ""
-    kept = KEEP_FROM_BYTES, MAP_FROM_BYTES  # another rule of the allocator is another cost
+    kept = KEEP_FROM_BYTES, MAP_FROM_BYTES, not block_cache_library(compiled_root())[1]  # another rule of the allocator is another cost
     threads = os.environ.get("OMP_NUM_THREADS")
     key = json_sha256([settings, document, world_size, _versions(), cpu_model(), usable_cores(), threads, kept])
     path = cache_root(config.data.cache_dir) / "base" / f"{key[:24]}.json"

@@ -6,12 +6,13 @@ ones come from a heap by best fit, and the heap only shrinks at its end.
 Source: glibc 2.36, malloc/malloc.c; the manual's section "Malloc Tunable Parameters".
 """
 
+import mmap
 from bisect import bisect_left, insort
 
 from lowmem.memory.block_cache import KEEP_FROM_BYTES
-from lowmem.memory.malloc import TOP_PAD_BYTES, TRIM_FROM_BYTES
+from lowmem.memory.malloc import MAP_FROM_BYTES, TOP_PAD_BYTES, TRIM_FROM_BYTES
 
-_PAGE = 4096
+_PAGE = mmap.PAGESIZE
 _ALIGNMENT = 64  # PyTorch asks for it
 _OVERHEAD = 16
 
@@ -19,12 +20,15 @@ _OVERHEAD = 16
 class HostAllocator:
     """Resident bytes of a sequence of allocations and releases, each of which is touched as a whole.
 
+    Args:
+        cached: whether the cache of blocks is in use; without it malloc has all blocks, and maps those from 1 MiB on.
     Attributes:
         resident_bytes: now.
         heap_peak_bytes: the most that the heap of smaller blocks ever held.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cached: bool = True) -> None:
+        self._map_from = KEEP_FROM_BYTES if cached else MAP_FROM_BYTES
         self.heap_peak_bytes = 0
         self._mapped = 0
         self._mapped_peak = 0  # since what is kept was last released: blocks in use and kept ones take that much, or less
@@ -45,7 +49,7 @@ class HostAllocator:
         return self.heap_peak_bytes - sum(size for address, size in self._blocks.values() if address >= 0)
 
     def release_kept(self) -> None:
-        """What `lowmem.memory.block_cache.release_host_memory` does: only blocks in use stay."""
+        """What `lowmem.memory.block_cache.release_host_memory` does to kept blocks; the heap is taken to stay as it is."""
         self._mapped_peak = self._mapped
 
     def allocate(self, key: int, size: int) -> None:
@@ -53,7 +57,7 @@ class HostAllocator:
         if not size:
             self._blocks[key] = (0, 0)
             return
-        if size >= KEEP_FROM_BYTES:
+        if size >= self._map_from:
             size = -(-size // _PAGE) * _PAGE
             self._blocks[key] = (-1, size)
             self._mapped += size

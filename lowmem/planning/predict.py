@@ -6,10 +6,12 @@ from typing import Any
 
 from lowmem.config import RunConfig
 from lowmem.data.simple_tokenizers import ByteTokenizer
+from lowmem.data.storage import compiled_root
 from lowmem.devices import cuda_problem, resolve_precision
 from lowmem.engine.build import chosen_device
 from lowmem.engine.deepspeed_config import build_deepspeed_config, zero_stage
 from lowmem.errors import ConfigError
+from lowmem.memory.block_cache import block_cache_library
 from lowmem.models.base import LanguageModel
 from lowmem.planning.base_cost import Base, data_bytes, measured_base
 from lowmem.planning.cuda_allocator import CudaAllocator
@@ -146,7 +148,7 @@ def _host_tensors(config: RunConfig, world_size: int) -> int:
 def _on_cpu(config: RunConfig, trace: Trace, model: LanguageModel, world_size: int, local_ranks: int) -> tuple[Peaks, Peaks, Peaks]:
     if config.engine.name == "deepspeed":
         return zero_peaks(config, trace, model, world_size)[0].times(local_ranks), Peaks(), Peaks()
-    allocator = HostAllocator()
+    allocator = HostAllocator(cached=block_cache_library(compiled_root())[0] is not None)
     host = replay(trace, allocator, {"host": "resident_bytes"})["host"]
     return host.plus("workspace", round(allocator.heap_passing_bytes * FRAGMENTATION)), Peaks(), Peaks()
 

@@ -1,4 +1,4 @@
-"""A trace through a model of an allocator: the peak of every phase, and what the memory held at the highest of them."""
+"""A trace through a model of an allocator: the peak of every phase, and what the memory held when tensors took most."""
 
 from collections import Counter
 from collections.abc import Callable

@@ -58,7 +58,8 @@ def zero_peaks(config: RunConfig, trace: Trace, model: LanguageModel, world_size
         "workspace": parts.buffers,
     }
     phases = {"load": here + away - parts.gradients + parts.weights, "first_step": here + away + step, "steady_steps": here + away + step}
-    phases |= {"evaluation": here + away + dynamic.get("evaluation", 0), "save": here + away}
+    after = step if config.device == "cpu" else 0  # the blocks of a step are kept
+    phases |= {"evaluation": here + away + max(dynamic.get("evaluation", 0), after), "save": here + away + after}
     whole = Peaks(phases, components)
     if not offload or config.device == "cpu":
         return whole, Peaks()

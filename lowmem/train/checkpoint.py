@@ -11,6 +11,7 @@ from typing import Any
 
 from lowmem.engine.base import Engine
 from lowmem.errors import CheckpointError, StorageError
+from lowmem.memory.block_cache import release_host_memory
 
 _STEP_NAME = re.compile(r"step-(\d{8})")
 _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
@@ -46,6 +47,7 @@ class CheckpointStore:
                 shutil.rmtree(writing, ignore_errors=True)
                 writing.mkdir(parents=True)
             engine.barrier()
+            release_host_memory()  # blocks kept for the next step are no use here: a save under ZeRO gathers others
             state = {**state, "engine": engine.save(writing)}
             engine.barrier()
             if engine.rank == 0:

@@ -67,7 +67,9 @@ def _predicted(config: RunConfig, flags: argparse.Namespace) -> dict[str, Any] |
 
 
 def _train(config: RunConfig, flags: argparse.Namespace, predicted: dict[str, Any] | None) -> int:
+    from lowmem.data.storage import compiled_root
     from lowmem.engine.recovery import first_line
+    from lowmem.memory.block_cache import block_cache_library
     from lowmem.memory.budget import is_out_of_memory
     from lowmem.memory.measure import measure_peak
     from lowmem.memory.phases import PhasePeaks
@@ -77,6 +79,7 @@ def _train(config: RunConfig, flags: argparse.Namespace, predicted: dict[str, An
 
     display = make_display(quiet=flags.quiet or distributed.rank() != 0)
     run = None
+    block_cache_library(compiled_root())  # a compiler's memory is no part of the run's
     together = True  # whether all ranks end here, for the same reason
     try:
         with measure_peak() as peak:

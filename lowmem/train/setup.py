@@ -10,7 +10,7 @@ import torch
 from lowmem.config import RunConfig, resolve_micro_batch_size
 from lowmem.data.batch import Batch
 from lowmem.data.prepare import PreparedData, prepare_data
-from lowmem.data.storage import cache_root
+from lowmem.data.storage import compiled_root
 from lowmem.data.tokenizers import check_vocab
 from lowmem.devices import resolve_precision, usable_cores
 from lowmem.engine import distributed
@@ -45,7 +45,7 @@ def set_up(config: RunConfig, display: ProgressDisplay, *, fresh: bool = False, 
     """
     device = _rank_device(config)
     _set_threads(config.train.threads)
-    problem = set_up_host_memory(cache_root("") / "compiled")
+    problem = set_up_host_memory(compiled_root())
     if problem and device.type == "cpu":
         display.message(problem)
     _enforce_budget(config, device)

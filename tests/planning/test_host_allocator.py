@@ -2,21 +2,21 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
 
 import pytest
 
-from lowmem.data.storage import cache_root
-from lowmem.memory.block_cache import KEEP_FROM_BYTES, compiled_library
+from lowmem.data.storage import compiled_root
+from lowmem.memory.block_cache import KEEP_FROM_BYTES
 from lowmem.memory.malloc import TOP_PAD_BYTES, TRIM_FROM_BYTES
 from lowmem.planning.host_allocator import HostAllocator
 from tests.train.tiny_run import ROOT
 
 MIB = 1 << 20
 KIB64 = 64 << 10
-FOLDER = cache_root("") / "compiled"
 COST = 16 + 64  # of a block: malloc's header, PyTorch's alignment
 
 
@@ -135,6 +135,16 @@ def test_the_end_of_the_heap_is_given_back_from_4_mib_on():
     assert allocator.resident_bytes == size + TOP_PAD_BYTES
 
 
+def test_without_the_cache_malloc_has_all_blocks_below_a_mebibyte():
+    allocator = HostAllocator(cached=False)
+    allocator.allocate(0, MIB - 1)
+    allocator.allocate(1, MIB)
+    assert allocator.resident_bytes == MIB + COST + MIB
+    allocator.release(0)
+    allocator.release_kept()
+    assert allocator.resident_bytes == MIB + COST + MIB  # the heap keeps its end below 4 MiB
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_random_sequences_equal_the_brute_force(seed):
     ours, brute = HostAllocator(), LiveBlocksOnly()
@@ -174,11 +184,11 @@ print(json.dumps(seen))
 
 
 @pytest.mark.memory
-@pytest.mark.skipif(bool(compiled_library(FOLDER)[1]), reason="no compiler for the cache")
+@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="no compiler for the cache")
 @pytest.mark.parametrize("seed", range(3))
 def test_a_random_sequence_of_real_tensors_takes_what_the_model_says(seed):
     steps = random_sequence(seed, 1500)
-    command = [sys.executable, "-c", REPLAY, str(FOLDER)]
+    command = [sys.executable, "-c", REPLAY, str(compiled_root())]
     result = subprocess.run(command, input=json.dumps(steps), capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     real, model, predicted = json.loads(result.stdout), HostAllocator(), []

@@ -54,7 +54,7 @@ HAND_MADE = [
 ]  # fmt: skip
 
 
-def test_each_phase_has_its_peak_and_the_highest_has_its_components():
+def test_each_phase_has_its_peak_and_the_fullest_moment_has_its_components():
     peaks = replay(made(*HAND_MADE), Exact(), {"all": "total"})["all"]
     assert peaks.by_phase == {"load": 130, "first_step": 290, "evaluation": 120, "save": 110}
     assert peaks.peak_bytes == 290
@@ -71,6 +71,14 @@ def test_what_an_allocator_adds_is_workspace_and_components_sum_to_the_peak():
     for measure in peaks.values():
         assert sum(measure.components.values()) == measure.peak_bytes
     assert sum(replay(trace, HostAllocator(), {"host": "resident_bytes"})["host"].components.values()) == 4 * MIB + 4096 + 192
+
+
+def test_what_loading_left_is_released_before_the_first_step():
+    trace = made("load", ("weights", 2 * MIB), ("workspace", 8 * MIB), 1, "first_step", ("activations", 3 * MIB))
+    host = replay(trace, HostAllocator(), {"host": "resident_bytes"})["host"]
+    assert host.by_phase == {"load": 10 * MIB, "first_step": 5 * MIB}
+    reserved = replay(trace, CudaAllocator(), {"reserved": "reserved_bytes"})["reserved"]
+    assert reserved.by_phase == {"load": 20 * MIB, "first_step": 20 * MIB}  # one segment, which the weights keep
 
 
 def test_peaks_are_added_to_and_multiplied():

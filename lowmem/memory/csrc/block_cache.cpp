@@ -1,31 +1,38 @@
-// Large blocks of PyTorch's CPU memory, kept when they are freed and handed out again to the next request of the same size.
+// Blocks of PyTorch's CPU memory, kept when they are freed and handed out again to the next request of the same size.
 //
 // A block from the system has pages that the kernel must zero, one fault each; a step that frees and requests the same sizes over and
 // over pays that for every tensor. A block from malloc's heap shares it with small objects, which cut it to pieces: an aligned request
-// is larger than the hole that an equal one left, so the heap grows where it could reuse. What is kept costs no memory: blocks in use and blocks kept together never take more than the blocks
-// in use took at their peak. Before that bound would be passed, the blocks that were freed longest ago go back to the system.
+// is larger than the hole that an equal one left, so the heap grows where it could reuse. Here blocks in use and blocks kept never take
+// more together than blocks in use took at their peak: before that bound would be passed, those freed longest ago go back to the system.
 
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
+#include <pthread.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <exception>
 #include <iterator>
 #include <list>
 #include <mutex>
+#include <new>
 #include <unordered_map>
 
 namespace {
-
-constexpr std::size_t kPage = 4096;
 
 struct Block {
   void* address;
   std::size_t size;
 };
+
+void unmap(const Block& block) {
+  // A kernel that has no room to split a mapping refuses; the pages are freed all the same, the addresses are lost.
+  if (munmap(block.address, block.size) != 0) madvise(block.address, block.size, MADV_DONTNEED);
+}
 
 struct BlockCache {
   std::mutex mutex;
@@ -34,58 +41,84 @@ struct BlockCache {
   std::unordered_map<std::size_t, std::deque<std::list<Block>::iterator>> kept_of_size;  // in the same order
   std::size_t in_use_bytes = 0, peak_bytes = 0, kept_bytes = 0, reused = 0, mapped = 0;
 
+  // Null when the system has no more, though nothing is kept.
   void* take(std::size_t size) {
     void* address = reuse(size);
     if (address == nullptr) {
       shrink_to(std::max(peak_bytes, in_use_bytes + size) - size);
       address = map(size);
-      if (address == nullptr) {
-        shrink_to(0);
-        address = map(size);
-      }
-      if (address == nullptr) return nullptr;
     }
-    in_use.emplace(address, size);
+    if (address == nullptr) {
+      shrink_to(0);
+      address = map(size);
+    }
+    if (address == nullptr) return nullptr;
+    try {
+      in_use.emplace(address, size);
+    } catch (const std::bad_alloc&) {
+      unmap({address, size});
+      return nullptr;
+    }
     in_use_bytes += size;
     peak_bytes = std::max(peak_bytes, in_use_bytes);
     return address;
   }
 
-  bool give(void* address) {
+  // False for a block that is not from here.
+  bool give(void* address) noexcept {
     const auto found = in_use.find(address);
     if (found == in_use.end()) return false;
-    kept.push_back({address, found->second});
-    kept_of_size[found->second].push_back(std::prev(kept.end()));
-    kept_bytes += found->second;
-    in_use_bytes -= found->second;
+    const Block block{address, found->second};
     in_use.erase(found);
+    in_use_bytes -= block.size;
+    if (!keep(block)) unmap(block);
     return true;
   }
 
   // Unmap kept blocks until all blocks together take at most `bytes`, or none is kept.
-  void shrink_to(std::size_t bytes) {
+  void shrink_to(std::size_t bytes) noexcept {
     while (!kept.empty() && in_use_bytes + kept_bytes > bytes) {
       const Block oldest = kept.front();
-      munmap(oldest.address, oldest.size);
-      kept_bytes -= oldest.size;
-      kept_of_size[oldest.size].pop_front();
+      const auto same = kept_of_size.find(oldest.size);
+      same->second.pop_front();
+      if (same->second.empty()) kept_of_size.erase(same);
       kept.pop_front();
+      kept_bytes -= oldest.size;
+      unmap(oldest);
     }
   }
 
  private:
-  void* reuse(std::size_t size) {
+  bool keep(const Block& block) noexcept {
+    try {
+      kept.push_back(block);
+    } catch (const std::bad_alloc&) {
+      return false;
+    }
+    try {
+      kept_of_size[block.size].push_back(std::prev(kept.end()));
+    } catch (const std::bad_alloc&) {
+      kept.pop_back();
+      return false;
+    }
+    kept_bytes += block.size;
+    return true;
+  }
+
+  void* reuse(std::size_t size) noexcept {
     const auto same = kept_of_size.find(size);
     if (same == kept_of_size.end() || same->second.empty()) return nullptr;
-    void* address = same->second.back()->address;
-    kept.erase(same->second.back());
+    const auto newest = same->second.back();
+    void* address = newest->address;
     same->second.pop_back();
+    if (same->second.empty()) kept_of_size.erase(same);
+    kept.erase(newest);
     kept_bytes -= size;
     ++reused;
     return address;
   }
 
-  void* map(std::size_t size) {
+  void* map(std::size_t size) noexcept {
     void* address = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (address == MAP_FAILED) return nullptr;
     ++mapped;
@@ -98,8 +131,8 @@ BlockCache& cache() {
   return *only;
 }
 
-c10::Allocator* usual = nullptr;  // PyTorch's own, for small blocks and for the error message when memory is out
-std::size_t smallest = 0;
+c10::Allocator* usual = nullptr;  // PyTorch's own: for small blocks, and for the error message when memory is out
+std::size_t smallest = 0, page = 0;
 
 void release(void* address) {
   {
@@ -111,17 +144,28 @@ void release(void* address) {
 
 struct CachingAllocator final : c10::Allocator {
   c10::DataPtr allocate(std::size_t size) override {
-    if (size < smallest) return usual->allocate(size);
+    if (size < smallest) return allocate_small(size);
     void* address = nullptr;
     {
       const std::lock_guard<std::mutex> lock(cache().mutex);
-      address = cache().take((size + kPage - 1) / kPage * kPage);
+      address = cache().take((size + page - 1) / page * page);
     }
     if (address == nullptr) return usual->allocate(size);
     return {address, address, &release, c10::Device(c10::DeviceType::CPU)};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &release; }
   void copy_data(void* to, const void* from, std::size_t size) const override { default_copy_data(to, from, size); }
+
+ private:
+  static c10::DataPtr allocate_small(std::size_t size) {
+    try {
+      return usual->allocate(size);
+    } catch (const std::exception&) {
+      const std::lock_guard<std::mutex> lock(cache().mutex);
+      cache().shrink_to(0);
+    }
+    return usual->allocate(size);
+  }
 };
 
 }  // namespace
@@ -132,7 +176,9 @@ extern "C" {
 void lowmem_install_block_cache(std::size_t from_bytes) {
   if (usual != nullptr) return;
   smallest = from_bytes;
+  page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
   usual = c10::GetCPUAllocator();
+  pthread_atfork([] { cache().mutex.lock(); }, [] { cache().mutex.unlock(); }, [] { cache().mutex.unlock(); });
   c10::SetCPUAllocator(new CachingAllocator, /*priority=*/255);
 }
 
