@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -151,6 +152,11 @@ def resolve_precision(precision: str, device: torch.device) -> Precision:
         if precision == known:
             return known
     raise ConfigError(f"train.precision is {precision!r}; allowed: auto, {', '.join(PRECISIONS)}")
+
+
+def cxx_compiler() -> str | None:
+    """Path of the C++ compiler: the environment variable CXX, or what is installed; None without one."""
+    return shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++") or shutil.which("clang++")
 
 
 def usable_cores() -> int:

@@ -18,6 +18,7 @@ from lowmem.devices import (
     cuda_has_native_bf16,
     cuda_has_native_fp8,
     cuda_problem,
+    cxx_compiler,
     usable_cores,
 )
 from lowmem.memory.block_cache import block_cache_library
@@ -139,8 +140,7 @@ def library_report() -> list[dict[str, Any]]:
 
 def compiler_report() -> dict[str, Any]:
     """C++ compiler, which DeepSpeed's operators need."""
-    path = shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++") or shutil.which("clang++")
-    return {"cxx": path}
+    return {"cxx": cxx_compiler()}
 
 
 def kernels_report() -> dict[str, Any]:

@@ -13,13 +13,13 @@ import functools
 import hashlib
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from lowmem.devices import cxx_compiler
 from lowmem.memory.malloc import fix_malloc_thresholds, trim_malloc
 
 KEEP_FROM_BYTES = 64 * 1024  # smaller blocks come from malloc's heap
@@ -107,7 +107,7 @@ def _compile(path: Path, abi: str, torch_folder: Path) -> str:
     Raises:
         OSError: the folder cannot be written.
     """
-    compiler = shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++") or shutil.which("clang++")
+    compiler = cxx_compiler()
     if sys.platform != "linux" or compiler is None:
         return f"the cache of memory blocks needs Linux and a C++ compiler (g++ or clang++); {_WITHOUT}"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,6 @@
 import json
 import mmap
 import random
-import shutil
 import subprocess
 import sys
 from collections import OrderedDict
@@ -11,12 +10,13 @@ from collections import OrderedDict
 import pytest
 
 from lowmem.data.storage import compiled_root
+from lowmem.devices import cxx_compiler
 from lowmem.memory.block_cache import block_cache_library
 from tests.train.tiny_run import ROOT
 
 MIB = 1 << 20
 PAGE = mmap.PAGESIZE
-needs_compiler = pytest.mark.skipif(sys.platform != "linux" or not (shutil.which("c++") or shutil.which("g++")), reason="Linux, a compiler")
+needs_compiler = pytest.mark.skipif(sys.platform != "linux" or not cxx_compiler(), reason="Linux, a compiler")
 
 SET_UP = """
 import json, sys, torch
@@ -150,9 +150,9 @@ print(json.dumps(values + [block_counts().in_use_bytes]))
 
 
 @needs_compiler
-def test_threads_never_get_the_same_block_and_a_forked_child_may_allocate():
+def test_threads_never_get_the_same_block():
     code = """
-import os, threading
+import threading
 install()
 wrong = []
 def work(mine):
@@ -161,18 +161,39 @@ def work(mine):
         if not all(bool((tensor == mine).all()) for tensor in held):
             wrong.append(mine)
 threads = [threading.Thread(target=work, args=(value,)) for value in range(1, 5)]
-[thread.start() for thread in threads]
-children = []
-for _ in range(5):
+[thread.start() for thread in threads], [thread.join() for thread in threads]
+print(json.dumps([wrong, block_counts().in_use_bytes, block_counts().reused > 500]))
+"""
+    assert run(code) == [[], 0, True]
+
+
+@needs_compiler
+def test_a_child_forked_while_another_thread_allocates_may_allocate():
+    code = """
+import os, signal, threading
+install()
+over = threading.Event()
+def work():
+    size = 1
+    while not over.is_set():
+        make(size % 500 << 16)  # a new size every time: the lock is held while blocks are mapped and unmapped
+        size += 1
+thread = threading.Thread(target=work)
+thread.start()
+codes = []
+for _ in range(150):
     child = os.fork()
     if not child:
+        signal.alarm(10)
         os._exit(0 if make(1 << 20).numel() == 1 << 20 else 1)
-    children.append(child)
-codes = [os.waitpid(child, 0)[1] for child in children]
-[thread.join() for thread in threads]
-print(json.dumps([wrong, codes, block_counts().in_use_bytes, block_counts().reused > 500]))
+    codes.append(os.waitpid(child, 0)[1])
+    if codes[-1]:
+        break
+over.set()
+thread.join()
+print(json.dumps(sorted(set(codes))))
 """
-    assert run(code) == [[], [0] * 5, 0, True]
+    assert run(code) == [0]
 
 
 @needs_compiler

@@ -2,7 +2,6 @@
 
 import json
 import random
-import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -10,6 +9,7 @@ from itertools import pairwise
 import pytest
 
 from lowmem.data.storage import compiled_root
+from lowmem.devices import cxx_compiler
 from lowmem.memory.block_cache import KEEP_FROM_BYTES
 from lowmem.memory.malloc import TOP_PAD_BYTES, TRIM_FROM_BYTES
 from lowmem.planning.host_allocator import HostAllocator
@@ -184,7 +184,7 @@ print(json.dumps(seen))
 
 
 @pytest.mark.memory
-@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="no compiler for the cache")
+@pytest.mark.skipif(not cxx_compiler(), reason="no compiler for the cache")
 @pytest.mark.parametrize("seed", range(3))
 def test_a_random_sequence_of_real_tensors_takes_what_the_model_says(seed):
     steps = random_sequence(seed, 1500)
