@@ -6,61 +6,11 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lowmem.config_model import LorptConfig as LorptConfig
+from lowmem.config_model import ModelConfig
 from lowmem.units import parse_count
 
 AUTO_MICRO_BATCH_TOKENS = 4096
-
-
-@dataclass
-class LorptConfig:
-    """Low-rank pretraining: which linear layers are stored as two thin factors (D1)."""
-
-    rank: int = 0
-    """Rank of the factored layers; 0 keeps every layer dense. Must save parameters: below in*out/(in+out)."""
-    targets: list[Literal["attention", "mlp", "head"]] = field(default_factory=lambda: ["mlp"])
-    """Which groups of linear layers are factored: attention (q, k, v, out), mlp, head (untied only)."""
-    ranks: dict[str, int] = field(default_factory=dict)
-    """Rank by module-name pattern, such as {"blocks.0.*": 0, "*.down": 128}; first match wins over `rank`; 0 is dense."""
-    bottleneck: Literal["linear", "silu"] = "linear"
-    """Non-linearity between the two factors; silu cannot be merged into one matrix."""
-    init: Literal["original", "product_variance"] = "product_variance"
-    """original: 0.02 * randn for both factors, as published. product_variance: the product has the variance of a dense layer."""
-
-
-@dataclass
-class ModelConfig:
-    """The shape of the model. Defaults are a Llama-like decoder."""
-
-    name: Literal["decoder", "i3"] = "decoder"
-    """decoder: a transformer. i3: the recurrent-hybrid model with low-rank attention (a reconstruction of i3-12m)."""
-    dim: int = 256
-    """Width of the residual stream."""
-    hidden_dim: int = 0
-    """Width inside the MLP; 0 picks 8/3 * dim rounded up to a multiple of 64 for swiglu, 4 * dim for gelu."""
-    num_layers: int = 4
-    """Number of blocks."""
-    num_heads: int = 4
-    """Attention heads; must divide dim. i3 uses one."""
-    vocab_size: int = 0
-    """Rows of the embedding; 0 takes the tokenizer's size. Larger than the tokenizer's is allowed, smaller is not."""
-    max_seq_len: int = 0
-    """Longest sequence the model accepts; 0 takes data.seq_len. Only learned positions cost memory with it."""
-    positions: Literal["rope", "alibi", "learned"] = "rope"
-    """How order is told: rotary, a linear bias on attention scores, or a learned table."""
-    rope_theta: float = 10000.0
-    """Base of the rotary frequencies."""
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    """Normalisation before each sub-layer."""
-    activation: Literal["swiglu", "gelu"] = "swiglu"
-    """swiglu has three matrices in the MLP, gelu two."""
-    tie_embeddings: bool = False
-    """Use the embedding matrix as the output head."""
-    attention_rank: int = 0
-    """Low-rank KQV: rank of the query, key and value maps, and width of what the KV cache keeps; 0 is full rank. Must be below dim / 2."""
-    state_dim: int = 32
-    """Width of the recurrent state of i3's hybrid cell."""
-    lorpt: LorptConfig = field(default_factory=LorptConfig)
-    """Low-rank pretraining of the linear layers."""
 
 
 @dataclass
@@ -117,10 +67,15 @@ class DataConfig:
 class OptimConfig:
     """The optimizer and its schedule."""
 
-    name: Literal["adamw", "lion"] = "adamw"
-    """adamw, or lion (half the states; use about a third of AdamW's lr)."""
+    name: Literal["adamw", "lion", "spectron"] = "adamw"
+    """adamw; lion (half the states; use about a third of AdamW's lr); or spectron: orthogonal momentum for matrices and LoRPt factors
+    (half the states), AdamW for the rest. Learns fastest, and costs little where matrices are thin, as LoRPt's are."""
     lr: float = 1e-3
     """Peak learning rate."""
+    matrix_lr: float = 0.0
+    """spectron only: peak learning rate of matrices and factors; 0 takes `lr`."""
+    momentum: float = 0.95
+    """spectron only: decay of the running average of the gradient of matrices and factors."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of the running averages."""
     eps: float = 1e-8
@@ -148,6 +103,18 @@ class OptimConfig:
 
 
 @dataclass
+class DistillConfig:
+    """Learning from the predictions of a larger model, besides the text."""
+
+    teacher: str = ""
+    """Run directory of a trained model with the same tokenizer; empty does without. Its weights are part of the run's memory."""
+    weight: float = 0.5
+    """Share of the loss that is the distance from the teacher's predictions; the rest is the usual loss."""
+    temperature: float = 1.0
+    """Softens both distributions; above 1 the teacher's unlikely tokens count more."""
+
+
+@dataclass
 class TrainConfig:
     """How long and how a step is computed."""
 
@@ -166,9 +133,9 @@ class TrainConfig:
     """layerwise: what boundary activations are kept in; same is the dtype of the residual stream. bf16 rounds it at every block."""
     boundary_offload: Literal["none", "cpu"] = "none"
     """layerwise on a GPU: keep boundary activations in host memory, copied while the GPU computes."""
-    activation_checkpointing: Literal["none", "block", "selective"] = "selective"
-    """selective: compute norms and activation functions again instead of keeping them, at no measurable cost; block: keep only each
-    block's input; none: keep everything. The result is the same to the bit."""
+    activation_checkpointing: Literal["none", "block", "selective", "low_rank"] = "selective"
+    """selective: compute norms and activation functions again instead of keeping them, at no measurable cost; low_rank: of LoRPt layers
+    keep only the rank-sized latents; block: keep only each block's input; none: keep everything. The result is the same to the bit."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """What is computed in. auto: bf16 where the device has it natively, else fp16 on a GPU and fp32 on a CPU."""
     weight_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -180,6 +147,8 @@ class TrainConfig:
     """Share of the target's probability spread over the vocabulary."""
     z_loss: float = 0.0
     """Weight of log(Z)^2, which keeps logits from drifting; 1e-4 is usual."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    """Learn from a teacher's predictions, too."""
     seed: int = 0
     """Seed of the initial weights and of the data order."""
     save_every: int = 100

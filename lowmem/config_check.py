@@ -1,6 +1,6 @@
 """Contradictions between the fields of a configuration, all of them at once."""
 
-from lowmem.config import DataConfig, ModelConfig, RunConfig, resolve_micro_batch_size
+from lowmem.config import DataConfig, LorptConfig, ModelConfig, RunConfig, resolve_micro_batch_size
 from lowmem.units import parse_bytes, parse_count
 
 
@@ -27,7 +27,7 @@ def _model_problems(model: ModelConfig, data: DataConfig) -> list[str]:
             ("vocab_size", model.vocab_size),
             ("max_seq_len", model.max_seq_len),
             ("attention_rank", model.attention_rank),
-            ("lorpt.rank", model.lorpt.rank),
+            ("lorpt.rank", 0 if model.lorpt.rank == "auto" else model.lorpt.rank),
         )
         if value < 0
     ]
@@ -40,10 +40,31 @@ def _model_problems(model: ModelConfig, data: DataConfig) -> list[str]:
             f"model.attention_rank is {model.attention_rank}, must be below model.dim / 2 ({model.dim / 2:g}): "
             "it would grow attention, not shrink it"
         )
+    problems += _rank_problems(model.lorpt)
     if model.tie_embeddings and model.lorpt.rank and "head" in model.lorpt.targets:
         problems.append("model.lorpt.targets has head, but model.tie_embeddings is true: a tied head has no factors; drop one of the two")
     if 0 < model.max_seq_len < data.seq_len:
         problems.append(f"model.max_seq_len is {model.max_seq_len}, below data.seq_len ({data.seq_len})")
+    return problems
+
+
+def _rank_problems(lorpt: LorptConfig) -> list[str]:
+    """A rank schedule without low-rank layers, or with impossible numbers."""
+    problems = [
+        f"model.lorpt.schedule has {step}: {rank}; steps and ranks must be at least 1"
+        for step, rank in lorpt.schedule.items()
+        if min(step, rank) < 1
+    ]
+    if lorpt.grow_to < 0 or lorpt.grow_patience < 1:
+        problems.append(f"model.lorpt.grow_to is {lorpt.grow_to} and grow_patience {lorpt.grow_patience}; must be at least 0 and 1")
+    if lorpt.schedule and lorpt.grow_to:
+        problems.append("model.lorpt.schedule and grow_to are both set; the rank follows one of them: drop the other")
+    if (lorpt.schedule or lorpt.grow_to) and not lorpt.rank:
+        problems.append(
+            "model.lorpt.schedule and grow_to change the rank of low-rank layers, but model.lorpt.rank is 0; set it, or drop them"
+        )
+    if lorpt.largest_rank() and lorpt.rank == "auto":
+        problems.append(f"model.lorpt.rank is auto, which differs by layer, and is to become {lorpt.largest_rank()} in all; set a number")
     return problems
 
 
@@ -101,6 +122,7 @@ def _training_problems(config: RunConfig) -> list[str]:
             f"train.weight_dtype={train.weight_dtype} needs train.precision {train.weight_dtype} or auto, found {train.precision}"
         )
     problems += _update_problems(config)
+    problems += _distill_problems(config)
     if not optim.lr >= 0:
         problems.append(f"optim.lr is {optim.lr}, must be 0 or more")
     problems += [f"optim.betas has {beta}, must be in [0, 1)" for beta in optim.betas if not 0 <= beta < 1]
@@ -146,6 +168,7 @@ def _update_problems(config: RunConfig) -> list[str]:
         problems.append("train.weight_dtype=fp16 needs train.update=layerwise, which unscales gradients as it applies them; or use fp32")
     if train.boundary_offload == "cpu" and config.device == "cpu":
         problems.append("train.boundary_offload=cpu needs a GPU: with device=cpu boundary activations are in host memory already")
+    problems += _spectron_problems(config)
     if optim.backend == "bitsandbytes":
         wrong = [f"optim.state_bits={optim.state_bits}"] if optim.state_bits != 8 else []
         wrong += ["train.update=layerwise"] if layerwise else []
@@ -153,6 +176,37 @@ def _update_problems(config: RunConfig) -> list[str]:
             problems.append(
                 f"optim.backend=bitsandbytes keeps 8-bit states and updates whole tensors, found {' and '.join(wrong)}; use lowmem"
             )
+    return problems
+
+
+def _distill_problems(config: RunConfig) -> list[str]:
+    distill, problems = config.train.distill, []
+    if not 0 <= distill.weight <= 1 or not distill.temperature > 0:
+        problems.append(f"train.distill.weight is {distill.weight} and temperature {distill.temperature}; must be in [0, 1] and above 0")
+    if distill.teacher and (config.train.update == "layerwise" or config.engine.name == "deepspeed"):
+        problems.append("train.distill needs train.update=accumulate and engine.name=local; set them, or drop the teacher")
+    return problems
+
+
+def _spectron_problems(config: RunConfig) -> list[str]:
+    """What orthogonal momentum and changing ranks ask of the engine, and settings that only spectron reads."""
+    optim, lorpt, problems = config.optim, config.model.lorpt, []
+    deepspeed = config.engine.name == "deepspeed"
+    if optim.name == "spectron" and (deepspeed or optim.backend == "bitsandbytes"):
+        where = "engine.name=deepspeed, which flattens matrices" if deepspeed else "optim.backend=bitsandbytes, which does not have it"
+        problems.append(
+            f"optim.name=spectron does not work with {where}; use optim.name=adamw, or engine.name=local and optim.backend=lowmem"
+        )
+    if deepspeed and (lorpt.schedule or lorpt.grow_to):
+        problems.append(
+            "model.lorpt.schedule and grow_to need engine.name=local: DeepSpeed partitions parameters once and for all; drop them"
+        )
+    if lorpt.grow_to and not config.train.eval_every:
+        problems.append("model.lorpt.grow_to waits for evaluations, but train.eval_every is 0; set it")
+    if optim.matrix_lr < 0 or not 0 <= optim.momentum < 1:
+        problems.append(f"optim.matrix_lr is {optim.matrix_lr} and optim.momentum {optim.momentum}; must be at least 0 and in [0, 1)")
+    if optim.name != "spectron" and optim.matrix_lr:
+        problems.append(f"optim.matrix_lr is {optim.matrix_lr}, which only optim.name=spectron uses; remove it or set optim.name=spectron")
     return problems
 
 

@@ -11,10 +11,11 @@ from lowmem.config import RunConfig
 from lowmem.config_load import load_run_config
 from lowmem.data.tokenizers import Tokenizer, load_tokenizer
 from lowmem.devices import device_has_native_bf16
-from lowmem.engine.tensor_file import read_tensors
+from lowmem.engine.tensor_file import read_tensors, tensor_shapes
 from lowmem.errors import CheckpointError
 from lowmem.models.base import LanguageModel
 from lowmem.models.registry import build_model
+from lowmem.nn.rank_change import adopt_ranks
 
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 
@@ -106,6 +107,7 @@ def load_weights(path: Path, model: LanguageModel, *, keep_bf16: bool) -> None:
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; choose another checkpoint with --checkpoint=STEP")
+    adopt_ranks(model, tensor_shapes(path))
     targets = model.state_dict(keep_vars=True)
     problems, missing = [], set(targets)
     for name, tensor in read_tensors(path):

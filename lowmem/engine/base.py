@@ -1,7 +1,7 @@
 """The contract of an engine: one training step, evaluation, state in and out. The loop knows nothing else of it (D4)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from lowmem.data.batch import Batch
+from lowmem.errors import ConfigError
 from lowmem.models.base import LanguageModel
 
 
@@ -103,6 +104,17 @@ class Engine(ABC):
     @abstractmethod
     def load_weights(self, directory: Path) -> None:
         """Restore the weights alone."""
+
+    def set_rank(self, rank: int, patterns: Mapping[str, object], seed: int) -> None:
+        """Grow or shrink the LoRPt layers that follow the model's rank; optimizer states follow. Between steps only.
+
+        Args:
+            patterns: names of layers that have a rank of their own and keep it.
+            seed: of the rows that growing adds.
+        Raises:
+            ConfigError: this engine cannot, or the rank saves nothing in some layer; nothing has changed then.
+        """
+        raise ConfigError("this engine cannot change the rank of a model; use engine.name=local, or drop the rank schedule")
 
     @abstractmethod
     def memory_components(self) -> dict[str, int]:

@@ -6,6 +6,7 @@ from lowmem.config import RunConfig
 from lowmem.devices import Precision, resolve_device
 from lowmem.engine.layerwise import LayerwiseEngine
 from lowmem.engine.local import LocalEngine
+from lowmem.engine.teacher import Teacher
 from lowmem.models.base import LanguageModel, LossOptions
 from lowmem.models.registry import build_model
 from lowmem.units import parse_bytes
@@ -43,12 +44,29 @@ def build_configured_model(config: RunConfig) -> LanguageModel:
 
 
 def build_local_engine(
-    config: RunConfig, model: LanguageModel, device: torch.device, precision: Precision, micro_batch_size: int
+    config: RunConfig,
+    model: LanguageModel,
+    device: torch.device,
+    precision: Precision,
+    micro_batch_size: int,
+    teacher: LanguageModel | None = None,
 ) -> LocalEngine:
-    """The engine of one process that `train.update` asks for."""
+    """The engine of one process that `train.update` asks for.
+
+    Args:
+        teacher: what `train.distill` names, on `device`.
+    """
     if config.train.update == "layerwise":
         return LayerwiseEngine(model, config.optim, config.train, device=device, precision=precision, micro_batch_size=micro_batch_size)
-    return LocalEngine(model, config.optim, device=device, precision=precision, micro_batch_size=micro_batch_size, seed=config.train.seed)
+    return LocalEngine(
+        model,
+        config.optim,
+        device=device,
+        precision=precision,
+        micro_batch_size=micro_batch_size,
+        seed=config.train.seed,
+        teacher=None if teacher is None else Teacher(teacher, config.train.distill),
+    )
 
 
 def _is_zero(size: str) -> bool:

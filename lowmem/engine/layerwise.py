@@ -30,7 +30,7 @@ from lowmem.memory.budget import is_out_of_memory
 from lowmem.models.base import LanguageModel
 from lowmem.models.counting import largest_part
 from lowmem.nn.recompute import run_block
-from lowmem.optim.build import build_optimizer
+from lowmem.optim.build import build_optimizer, set_learning_rate
 from lowmem.optim.low_bit import LowBitOptimizer
 
 Graphs = list[tuple[torch.Tensor, torch.Tensor]]
@@ -79,8 +79,7 @@ class LayerwiseEngine(LocalEngine):
 
     def step(self, batch: Batch, lr: float) -> StepResult:
         self.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, lr)
         loss, finite = self._pass(batch)
         norm = self.clipping.end_step() if finite else math.nan
         applied = math.isfinite(norm)

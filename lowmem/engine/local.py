@@ -1,8 +1,9 @@
 """One process, one device: the engine with the least memory."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,12 +17,16 @@ from lowmem.engine.base import Engine, StepResult
 from lowmem.engine.optimizer_state import load_optimizer_tensors, optimizer_tensors
 from lowmem.engine.random_state import random_state, restore_random_state
 from lowmem.engine.recovery import cannot_be_repeated, repeat_with_smaller_micro_batches
-from lowmem.engine.tensor_file import load_into, read_tensors, write_tensors
+from lowmem.engine.teacher import Teacher
+from lowmem.engine.tensor_file import load_into, read_tensors, tensor_shapes, write_tensors
 from lowmem.fake import representative
 from lowmem.models.base import LanguageModel
 from lowmem.models.counting import move_to
-from lowmem.optim.build import allocate_states, build_optimizer
+from lowmem.nn.rank_change import adopt_ranks, change_rank, check_rank, following_layers
+from lowmem.optim.build import allocate_states, build_optimizer, set_learning_rate
 from lowmem.optim.clip import clip_gradients, global_norm
+from lowmem.optim.kernels.scalars import mix_key
+from lowmem.optim.resize import resize_states
 
 _MIN_LOSS_SCALE = 1.0
 HALF_APPLIED = "while weights were updated: some have changed, some have not; run the same command again to go on from the last checkpoint"
@@ -37,15 +42,25 @@ class LocalEngine(Engine):
     Args:
         model: moved to `device`; its dtype is what is stored.
         optim: the optimizer; schedules are the loop's business.
+        teacher: a model to learn from, on `device`; None learns from the text alone.
         precision: what is computed in; autocast where it differs from the stored dtype.
         seed: of stochastic rounding.
     Memory: weights, one gradient and the optimizer states per parameter, and one micro-batch of activations.
     """
 
     def __init__(
-        self, model: LanguageModel, optim: OptimConfig, *, device: torch.device, precision: Precision, micro_batch_size: int, seed: int = 0
+        self,
+        model: LanguageModel,
+        optim: OptimConfig,
+        *,
+        device: torch.device,
+        precision: Precision,
+        micro_batch_size: int,
+        seed: int = 0,
+        teacher: Teacher | None = None,
     ):
         super().__init__()
+        self.teacher = teacher
         self.model: LanguageModel = move_to(model, device)
         self.device = device
         self.micro_batch_size = micro_batch_size
@@ -62,8 +77,7 @@ class LocalEngine(Engine):
 
     def step(self, batch: Batch, lr: float) -> StepResult:
         self.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, lr)
         loss, norm, applied = self._repeat(partial(self._gradients, batch))
         with cannot_be_repeated(self, HALF_APPLIED):
             if applied:
@@ -118,13 +132,28 @@ class LocalEngine(Engine):
         restore_random_state(state["random"], self.device)
 
     def load_weights(self, directory: Path) -> None:
+        adopt_ranks(self.model, tensor_shapes(directory / "model.safetensors"))
         load_into(directory / "model.safetensors", self.model.state_dict())
+
+    def set_rank(self, rank: int, patterns: Mapping[str, object], seed: int) -> None:
+        layers = list(following_layers(self.model, patterns))
+        check_rank(layers, rank)
+        for position, (_, layer) in enumerate(layers):
+            old = {factor: tuple(factor.shape) for factor in (layer.down, layer.up)}
+            grown = rank > layer.rank
+            if rank == layer.rank:
+                continue
+            change_rank(layer, rank, torch.Generator().manual_seed(mix_key(seed, position)))
+            for factor, shape in old.items():
+                resize_states(self.optimizer, factor, shape, grown=grown)
 
     def memory_components(self) -> dict[str, int]:
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
         gradients = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
         states, _ = optimizer_tensors(self.model, self.optimizer)
+        taught = {} if self.teacher is None else {"teacher": sum(self.teacher.model.component_bytes().values())}
         return {
+            **taught,
             "weights": weights,
             "gradients": gradients,
             "optimizer_states": sum(state.numel() * state.element_size() for state in states.values()),
@@ -193,7 +222,14 @@ class LocalEngine(Engine):
         inputs = torch.from_numpy(batch.inputs).to(self.device, non_blocking=True)
         targets = torch.from_numpy(batch.targets).to(self.device, non_blocking=True)
         with self.autocast():
-            return self.model(inputs, targets, denominator)
+            if self.teacher is None or not self.model.training:
+                return self.model(inputs, targets, denominator)
+            usual = self.model.loss_options
+            self.model.loss_options = replace(usual, soft_targets=self.teacher.soft_targets(inputs))
+            try:
+                return self.model(inputs, targets, denominator)
+            finally:
+                self.model.loss_options = usual
 
     def _micro_batches(self, batch: Batch) -> Iterable[Batch]:
         starts = range(0, len(batch), self.micro_batch_size)

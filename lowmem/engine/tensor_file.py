@@ -86,6 +86,19 @@ def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
         raise CheckpointError(f"{path} cannot be read ({error}); resume from an older checkpoint with --resume=last_valid") from error
 
 
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a safetensors file, by name; nothing else is read.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); resume from an older checkpoint with --resume=last_valid") from error
+
+
 def load_into(path: Path, targets: Mapping[str, torch.Tensor]) -> None:
     """Copy every tensor of a file into the target of the same name, in place.
 

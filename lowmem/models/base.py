@@ -7,7 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-Checkpointing = Literal["none", "block", "selective"]
+from lowmem.nn.distill import SoftTargets
+from lowmem.nn.head import LoRPtHead
+
+Checkpointing = Literal["none", "block", "selective", "low_rank"]
 
 
 @dataclass(frozen=True)
@@ -19,11 +22,13 @@ class LossOptions:
             than dim / 2 tokens.
         label_smoothing: share of the probability spread over the vocabulary; training mode only.
         z_loss: weight of log(Z)^2; training mode only.
+        soft_targets: a teacher's predictions for the tokens of the coming forward pass; training mode only.
     """
 
     chunk_tokens: int = 0
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    soft_targets: SoftTargets | None = None
 
 
 class LanguageModel(nn.Module, ABC):
@@ -34,6 +39,8 @@ class LanguageModel(nn.Module, ABC):
     """
 
     blocks: nn.ModuleList
+    norm: nn.Module
+    head: nn.Module
     vocab_size: int
     max_seq_len: int
     loss_options: LossOptions = LossOptions()
@@ -90,6 +97,15 @@ class LanguageModel(nn.Module, ABC):
     def dense_head(self) -> tuple[nn.Module, nn.Linear] | None:
         """The final norm and the head, where `head_loss` is one plain matrix of its own after that norm."""
         return None
+
+    def head_product(self, hidden_BTC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """x, weight and bias of which the logits of the last block's output are the product: x @ weight.T + bias."""
+        normed = self.norm(hidden_BTC)
+        if self.head_is_tied():
+            return normed, self.embedding.weight, None  # type: ignore[return-value, union-attr]
+        if isinstance(self.head, LoRPtHead):
+            return self.head.latent(normed), self.head.up, self.head.bias
+        return normed, self.head.weight, self.head.bias  # type: ignore[return-value, union-attr]
 
     def num_parameters(self) -> int:
         """Trainable numbers, shared ones counted once."""

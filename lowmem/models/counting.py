@@ -63,5 +63,5 @@ def head_loss_options(model: LanguageModel) -> CrossEntropyOptions:
     """The model's options; label smoothing and z-loss in training mode only."""
     options = model.loss_options
     if model.training:
-        return CrossEntropyOptions(options.chunk_tokens, options.label_smoothing, options.z_loss)
+        return CrossEntropyOptions(options.chunk_tokens, options.label_smoothing, options.z_loss, options.soft_targets)
     return CrossEntropyOptions(options.chunk_tokens)

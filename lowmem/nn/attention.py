@@ -13,6 +13,7 @@ from lowmem.nn.kv_cache import LayerCache
 from lowmem.nn.linear import Linear
 from lowmem.nn.lorpt import break_even_rank
 from lowmem.nn.positions import RotaryTable, rotate
+from lowmem.nn.recompute import follow
 
 
 class Attention(nn.Module):
@@ -90,7 +91,7 @@ class Attention(nn.Module):
         x_BTHD = self.heads(x_BTC)
         if self.rotary is None:
             return x_BTHD.transpose(1, 2)
-        return rotate(x_BTHD, *self.rotary.get(start, x_BTC.shape[1], x_BTC))
+        return follow(rotate, x_BTHD, *self.rotary.get(start, x_BTC.shape[1], x_BTC))
 
 
 class LowRankAttention(Attention):

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from lowmem.fake import autocast_kind, device_kind, is_fake, representative
 from lowmem.nn.positions import alibi_bias
+from lowmem.nn.recompute import follow
 
 BLOCKS = 4  # 4 blocks of queries compute 62.5 % of the square, 8 would 56 % in twice as many calls
 MIN_BLOCK, MAX_BLOCK = 32, 512
@@ -39,7 +40,8 @@ def causal_attention(q_BHTD: torch.Tensor, k_BHTD: torch.Tensor, v_BHTD: torch.T
 
 def blocked_attention(q_BHTD: torch.Tensor, k_BHTD: torch.Tensor, v_BHTD: torch.Tensor, slopes: tuple[float, ...] = ()) -> torch.Tensor:
     """`causal_attention` by blocks of queries, on any device and in any dtype."""
-    return _BlockedAttention.apply(q_BHTD.contiguous(), k_BHTD.contiguous(), v_BHTD.contiguous(), slopes)
+    q, k, v = (follow(torch.Tensor.contiguous, x) for x in (q_BHTD, k_BHTD, v_BHTD))
+    return _BlockedAttention.apply(q, k, v, slopes)
 
 
 def cached_attention(q_BHTD: torch.Tensor, k_BHKD: torch.Tensor, v_BHKD: torch.Tensor, slopes: tuple[float, ...] = ()) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Chooses, layer by layer, between dense and low-rank weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Literal
 
 import torch
 from torch import nn
@@ -9,10 +10,10 @@ from torch import nn
 from lowmem.config import LorptConfig
 from lowmem.errors import ConfigError
 from lowmem.nn.linear import Linear
-from lowmem.nn.lorpt import LoRPtLinear
+from lowmem.nn.lorpt import LoRPtLinear, LoRPtSplit
 
 
-def lorpt_rank(lorpt: LorptConfig, group: str, name: str) -> int:
+def lorpt_rank(lorpt: LorptConfig, group: str, name: str) -> int | Literal["auto"]:
     """Rank of one layer; 0 is dense.
 
     Args:
@@ -26,7 +27,15 @@ def lorpt_rank(lorpt: LorptConfig, group: str, name: str) -> int:
 
 
 def make_linear(
-    in_features: int, out_features: int, bias: bool, *, group: str, name: str, lorpt: LorptConfig, dense_std: float = 0.02
+    in_features: int,
+    out_features: int,
+    bias: bool,
+    *,
+    group: str,
+    name: str,
+    lorpt: LorptConfig,
+    dense_std: float = 0.02,
+    splits: Sequence[int] = (),
 ) -> Linear | LoRPtLinear:
     """The layer that `lorpt` asks for under this name.
 
@@ -35,15 +44,15 @@ def make_linear(
     """
     rank = lorpt_rank(lorpt, group, name)
     if rank == 0:
-        return Linear(in_features, out_features, bias, std=dense_std)
+        return Linear(in_features, out_features, bias, std=dense_std, splits=splits)
     try:
-        return LoRPtLinear(in_features, out_features, rank, bias, lorpt.bottleneck, lorpt.init, dense_std)
+        return LoRPtLinear(in_features, out_features, rank, bias, lorpt.bottleneck, lorpt.init, dense_std, splits=splits)
     except ConfigError as error:
         raise ConfigError(f"model.lorpt, layer {name}: {error}") from None
 
 
-class SplitLinears(nn.Module):
-    """Several layers of one input, applied one after another; the low-rank sibling of `Linear(splits=...)`."""
+class MixedSplit(nn.Module):
+    """Several layers of one input, some dense and some low-rank, applied one after another."""
 
     def __init__(self, layers: Mapping[str, nn.Module]):
         super().__init__()
@@ -72,18 +81,23 @@ class LinearFactory:
         return make_linear(in_features, out_features, bias, group=group, name=name, lorpt=self.lorpt, dense_std=dense_std)
 
     def split(self, in_features: int, outputs: Mapping[str, int], bias: bool, *, group: str, name: str) -> nn.Module:
-        """Several layers of one input: one fused matrix where all are dense, else one by one as `name.output`."""
+        """Several layers of one input, named `name.output`: one fused matrix where all are dense, computed together where all are
+        low-rank. With `lorpt.share_down` they are one low-rank layer called `name`."""
+        if self.lorpt.share_down and self.lorpt.rank and group in self.lorpt.targets:
+            self.note(group, name)
+            sizes = tuple(outputs.values())
+            return make_linear(in_features, sum(sizes), bias, group=group, name=name, lorpt=self.lorpt, splits=sizes)
         names = {output: f"{name}.{output}" for output in outputs}
         for full_name in names.values():
             self.note(group, full_name)
-        if not any(lorpt_rank(self.lorpt, group, full_name) for full_name in names.values()):
+        ranks = [lorpt_rank(self.lorpt, group, full_name) for full_name in names.values()]
+        if not any(ranks):
             return Linear(in_features, sum(outputs.values()), bias, splits=tuple(outputs.values()))
-        return SplitLinears(
-            {
-                output: make_linear(in_features, size, bias, group=group, name=names[output], lorpt=self.lorpt)
-                for output, size in outputs.items()
-            }
-        )
+        layers = {
+            output: make_linear(in_features, size, bias, group=group, name=names[output], lorpt=self.lorpt)
+            for output, size in outputs.items()
+        }
+        return LoRPtSplit(layers) if all(ranks) else MixedSplit(layers)  # type: ignore[arg-type]
 
     def note(self, group: str, name: str) -> None:
         """Remember a layer that the patterns may name."""

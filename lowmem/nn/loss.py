@@ -6,6 +6,7 @@ Shapes: N tokens, C width of what the head multiplies (the rank, for a LoRPt hea
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -27,6 +28,7 @@ class CrossEntropyOptions:
     chunk_tokens: int = 0
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    soft_targets: Any = None
 
 
 def auto_chunk_tokens(vocab_size: int, width: int, itemsize: int) -> int:
@@ -69,7 +71,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets_N, denominator, options, dtype):  # type: ignore[no-untyped-def]
         with torch.autocast(autocast_kind(hidden), enabled=False):
-            work = _Chunks(hidden, weight, bias, targets_N, options, dtype, ctx.needs_input_grad[:3])
+            chunks = Chunks if options.soft_targets is None else options.soft_targets.chunks
+            work = chunks(hidden, weight, bias, targets_N, options, dtype, ctx.needs_input_grad[:3])
             total = work.run()
         ctx.grads = work.gradients(hidden, weight, bias)
         ctx.denominator = denominator
@@ -85,8 +88,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return *(None if grad is None else grad.mul_(scale) for grad in grads), None, None, None, None
 
 
-class _Chunks:
-    """One pass over the tokens."""
+class Chunks:
+    """One pass over the tokens.
+
+    Attributes:
+        start: first token of the present chunk, among those that are predicted.
+    """
+
+    start = 0
 
     def __init__(self, hidden, weight, bias, targets_N, options, dtype, needs):  # type: ignore[no-untyped-def]
         self.options, self.dtype = options, dtype
@@ -130,20 +139,21 @@ class _Chunks:
         self.wide_buffer = None if self.dtype == self.wide else buffer.new_empty(self.wide_rows, self.vocab_size, dtype=self.wide)
         for start in representative(range(0, live, self.chunk), buffer, distinct=2):
             stop = min(start + self.chunk, live)
+            self.start = start
             logits = buffer[: stop - start]
             hidden = self.hidden_NC[start:stop]
             if self.bias is None:
                 torch.mm(hidden, self.weight.t(), out=logits)
             else:
                 torch.addmm(self.bias, hidden, self.weight.t(), out=logits)
-            total += self._loss_and_logit_gradient(logits, self.targets_N[start:stop])
+            total += self.loss_and_logit_gradient(logits, self.targets_N[start:stop])
             if self.grad_hidden is not None:
                 torch.mm(logits, self.weight, out=self.grad_hidden[start:stop])
             if self.grad_weight is not None:
                 _add_weight_gradient(self.grad_weight, logits, hidden, first=start == 0)
         return total
 
-    def _loss_and_logit_gradient(self, logits_MV: torch.Tensor, targets_M: torch.Tensor) -> torch.Tensor:
+    def loss_and_logit_gradient(self, logits_MV: torch.Tensor, targets_M: torch.Tensor) -> torch.Tensor:
         """The summed loss; the logits are overwritten with its gradient, if one is needed."""
         total = logits_MV.new_zeros((), dtype=self.wide)
         step = self.wide_rows

@@ -12,11 +12,16 @@ selective: the outputs of matrix products and of attention, and the residual str
         gate, up                       2 * F
 
     bf16, C = 1024, F = 2688: 32,512 bytes a layer and token become 23,040; block keeps 2,048.
+
+low_rank: like selective, but of LoRPt layers only the rank-sized latents: what is computed from them (q, k, v, gate, up, and what follows
+    without a product of its own) is computed again. With rank R in every layer, per token: 2 * C + C for attention's output + 7 * R, the
+    seven latents; at R = C / 4 that is 9,728 bytes where selective keeps 26,624. It costs the upward products again, a sixth of
+    a step's products.
 """
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -24,49 +29,80 @@ from torch.utils.checkpoint import checkpoint
 
 from lowmem.fake import autocast_kind
 
+Mode = Literal["none", "block", "selective", "low_rank"]
+
 
 class _Recipe:
-    """How to make a tensor again."""
+    """How to make a tensor again.
 
-    def __init__(self, function: Callable[..., torch.Tensor], inputs: tuple[Any, ...], output: torch.Tensor):
-        self.function = function
-        self.inputs = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in inputs)
+    Attributes:
+        inputs: of the function, packed: some may be made again themselves.
+        uses: how often it will be asked for. Between the first and the last time the tensor is kept.
+    """
+
+    def __init__(self, function: Callable[..., torch.Tensor], inputs: list[Any], output: torch.Tensor):
+        self.function, self.inputs = function, inputs
         self.output: torch.Tensor | None = output.detach()
+        self.uses = 0
+        self._kept: torch.Tensor | None = None
         device_type = autocast_kind(output)
         self.device_type = device_type
         self.autocast = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
 
     def run(self) -> torch.Tensor:
-        enabled, dtype = self.autocast
-        with torch.no_grad(), torch.autocast(self.device_type, dtype=dtype, enabled=enabled):
-            return self.function(*self.inputs)
+        output = self._kept
+        if output is None:
+            enabled, dtype = self.autocast
+            inputs = [_unpack(x) for x in self.inputs]
+            with torch.no_grad(), torch.autocast(self.device_type, dtype=dtype, enabled=enabled):
+                output = self.function(*inputs)
+        self.uses -= 1
+        self._kept = output if self.uses > 0 else None
+        return output
 
 
-class _Selective:
+class _Packed(NamedTuple):
+    """A view of a tensor that is made again."""
+
+    recipe: _Recipe
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+def _unpack(packed: Any) -> Any:
+    if not isinstance(packed, _Packed):
+        return packed
+    return packed.recipe.run().as_strided(packed.size, packed.stride, packed.offset)
+
+
+class _Scope:
     """The recipes of one block; outputs are held until the block ends, so that no storage address is used twice."""
 
-    def __init__(self) -> None:
+    def __init__(self, low_rank: bool) -> None:
+        self.low_rank = low_rank
         self.recipes: dict[int, _Recipe] = {}
+
+    def add(self, function: Callable[..., torch.Tensor], inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        packed = [self.pack(x.detach()) if isinstance(x, torch.Tensor) else x for x in inputs]
+        self.recipes[output.untyped_storage()._cdata] = _Recipe(function, packed, output)
+
+    def knows(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self.recipes
 
     def pack(self, tensor: torch.Tensor) -> Any:
         recipe = self.recipes.get(tensor.untyped_storage()._cdata)
         if recipe is None or tensor.dtype != recipe.output.dtype:  # type: ignore[union-attr]
             return tensor
-        return recipe, tensor.size(), tensor.stride(), tensor.storage_offset()
-
-    @staticmethod
-    def unpack(packed: Any) -> torch.Tensor:
-        if isinstance(packed, torch.Tensor):
-            return packed
-        recipe, size, stride, offset = packed
-        return recipe.run().as_strided(size, stride, offset)
+        recipe.uses += 1
+        return _Packed(recipe, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
     def forget_outputs(self) -> None:
         for recipe in self.recipes.values():
             recipe.output = None
 
 
-_active: ContextVar[_Selective | None] = ContextVar("lowmem_selective", default=None)
+_active: ContextVar[_Scope | None] = ContextVar("lowmem_recompute_scope", default=None)
 
 
 def cheap(function: Callable[..., torch.Tensor], *inputs: Any) -> torch.Tensor:
@@ -79,24 +115,44 @@ def cheap(function: Callable[..., torch.Tensor], *inputs: Any) -> torch.Tensor:
     output = function(*inputs)
     scope = _active.get()
     if scope is not None and torch.is_grad_enabled():
-        scope.recipes[output.untyped_storage()._cdata] = _Recipe(function, inputs, output)
+        scope.add(function, inputs, output)
     return output
 
 
-def run_block(block: Callable[..., torch.Tensor], hidden: torch.Tensor, mode: Literal["none", "block", "selective"]) -> torch.Tensor:
+def remember(output: torch.Tensor, function: Callable[..., torch.Tensor], *inputs: Any) -> None:
+    """In mode low_rank: `output` is `function(*inputs)`, computed from latents, and need not be kept.
+
+    To be called from the forward of an autograd function, with a new contiguous output; see `cheap`.
+    """
+    scope = _active.get()
+    if scope is not None and scope.low_rank:
+        scope.add(function, inputs, output)
+
+
+def follow(function: Callable[..., torch.Tensor], x: torch.Tensor, *more: Any) -> torch.Tensor:
+    """`function(x, *more)`, to be computed again where x is: keeping it would keep what mode low_rank is to save; see `cheap`."""
+    output = function(x, *more)
+    scope = _active.get()
+    if scope is not None and scope.low_rank and scope.knows(x) and not scope.knows(output):
+        scope.add(function, (x, *more), output)
+    return output
+
+
+def run_block(block: Callable[..., torch.Tensor], hidden: torch.Tensor, mode: Mode) -> torch.Tensor:
     """`block(hidden)`; gradients equal those of mode none bit for bit, random numbers included.
 
     Memory: see the table above.
-    Source: Chen et al. 2016, arXiv:1604.06174 (block); Korthikanti et al. 2022, arXiv:2205.05198 (selective).
+    Source: Chen et al. 2016, arXiv:1604.06174 (block); Korthikanti et al. 2022, arXiv:2205.05198 (selective); Liu et al. 2025,
+        arXiv:2502.10940 (low_rank: CoLA-M).
     """
     if mode == "none" or not torch.is_grad_enabled():
         return block(hidden)
     if mode == "block":
         return checkpoint(block, hidden, use_reentrant=False)
-    scope = _Selective()
+    scope = _Scope(low_rank=mode == "low_rank")
     token = _active.set(scope)
     try:
-        with saved_tensors_hooks(scope.pack, scope.unpack):
+        with saved_tensors_hooks(scope.pack, _unpack):
             return block(hidden)
     finally:
         _active.reset(token)

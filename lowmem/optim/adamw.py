@@ -25,7 +25,7 @@ class AdamW(LowBitOptimizer):
     Source: Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; block-wise states after Dettmers et al. 2022, arXiv:2110.02861.
     """
 
-    state_names = ("exp_avg", "exp_avg_sq")
+    state_names: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
 
     def __init__(
         self,

@@ -9,10 +9,12 @@ from torch import nn
 
 from lowmem.config import OptimConfig
 from lowmem.errors import ConfigError
+from lowmem.nn.lorpt import LoRPtLinear
 from lowmem.nn.positions import LearnedPositions
 from lowmem.optim.adamw import AdamW
 from lowmem.optim.lion import Lion
 from lowmem.optim.low_bit import LowBitOptimizer
+from lowmem.optim.spectron import Spectron
 
 _EXTRAS = {"bitsandbytes": "bnb", "lion_pytorch": "lion", "deepspeed": "deepspeed"}
 
@@ -32,6 +34,9 @@ def build_optimizer(
     Raises:
         ConfigError: the library is not installed, or the combination does not exist.
     """
+    if optim.name == "spectron":
+        settings: dict[str, Any] = {"betas": optim.betas, "eps": optim.eps, "state_bits": optim.state_bits, "seed": seed}
+        return Spectron(spectron_groups(model, optim), lr=optim.lr, momentum=optim.momentum, **settings)
     groups = decay_groups(model, optim.weight_decay)
     if optim.backend == "bitsandbytes":
         return _bitsandbytes_optimizer(groups, optim)
@@ -89,6 +94,12 @@ def _state_allocator(optimizer: torch.optim.Optimizer) -> Callable[[dict[str, An
     raise TypeError(f"the states of {type(optimizer).__name__} cannot be allocated ahead of its first step")
 
 
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The learning rate of the next step; groups with an "lr_scale" take that multiple of it."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two parameter groups: matrices decay; norms, biases, other 1-D parameters and embeddings do not.
 
@@ -99,6 +110,31 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     decayed = [p for p in trainable if p.ndim >= 2 and id(p) not in embeddings]
     rest = [p for p in trainable if p.ndim < 2 or id(p) in embeddings]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def spectron_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """Groups for `Spectron`: the factors of LoRPt layers in pairs, the matrices of other linear layers, and everything else, which is left
+    to AdamW as `decay_groups` would: embeddings, a dense head, norms, biases.
+
+    Matrices and factors have `optim.matrix_lr` relative to `optim.lr` as "lr_scale".
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | LoRPtLinear)}
+    shared = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding | LearnedPositions)}
+    head = next(reversed(linears), "") if "." not in next(reversed(linears), ".") else ""
+    factors = [p for module in linears.values() if isinstance(module, LoRPtLinear) for p in (module.down, module.up)]
+    dense = {name: module for name, module in linears.items() if isinstance(module, nn.Linear) and name != head}
+    matrices = [module for module in dense.values() if id(module.weight) not in shared]
+    scale = optim.matrix_lr / optim.lr if optim.matrix_lr else 1.0
+    common = {"weight_decay": optim.weight_decay, "lr_scale": scale}
+    splits = [tuple(getattr(module, "splits", ())) for module in matrices]
+    groups: list[dict[str, Any]] = [
+        {"params": factors, "rule": "factors", **common},
+        {"params": [module.weight for module in matrices], "rule": "matrix", "splits": splits, **common},
+    ]
+    taken = {id(p) for group in groups for p in group["params"]}
+    for group in decay_groups(model, optim.weight_decay):
+        groups.append({**group, "params": [p for p in group["params"] if id(p) not in taken]})
     return [group for group in groups if group["params"]]
 
 

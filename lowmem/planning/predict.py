@@ -177,10 +177,15 @@ def pinned_bytes(size: int) -> int:
 
 
 def _as_computed(config: RunConfig) -> RunConfig:
-    """The local engine that computes what each rank computes."""
-    if config.engine.name == "local":
+    """The local engine that computes what each rank computes, at the largest rank that a schedule may reach."""
+    largest = config.model.lorpt.largest_rank()
+    if config.engine.name == "local" and not largest:
         return config
     config = copy.deepcopy(config)
+    if largest and config.model.lorpt.rank != "auto":
+        config.model.lorpt.rank = max(config.model.lorpt.rank, largest)
+    if config.engine.name == "local":
+        return config
     config.engine.name = "local"
     if zero_stage(build_deepspeed_config(config, world_size=1, micro_batch_size=1)) and config.train.precision != "fp32":
         # ZeRO computes with 16-bit weights beside its fp32 master copy; bf16 ones take the same room, and need no loss scale here

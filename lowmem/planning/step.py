@@ -11,6 +11,7 @@ from lowmem.config import RunConfig, resolve_micro_batch_size
 from lowmem.data.batch import Batch
 from lowmem.engine.build import build_configured_model, build_local_engine
 from lowmem.engine.local import LocalEngine
+from lowmem.engine.teacher import teacher_config
 from lowmem.errors import ConfigError
 from lowmem.fake import listen, pretend_device
 from lowmem.models.base import LanguageModel
@@ -44,8 +45,11 @@ def trace_run(config: RunConfig, world_size: int = 1) -> tuple[Trace, LanguageMo
     with meta, trace, pretend_device(config.device), listen(trace.mark):
         with trace.phase("load"):
             model = build_configured_model(config)
-            engine = build_local_engine(config, model, meta, precision, micro_batch_size)
+            teacher = _teacher(config)
+            engine = build_local_engine(config, model, meta, precision, micro_batch_size, teacher)
         trace.mark(model.parameters(), "weights")
+        if teacher is not None:
+            trace.mark(teacher.parameters(), "teacher")
         _mark_gradients(trace, model, engine)
         trace.mark(_optimizer_tensors(engine), "optimizer_states")
         batch = _batch(config.train.global_batch_size, config.data.seq_len)
@@ -68,6 +72,13 @@ def _for_one_rank(config: RunConfig, world_size: int) -> RunConfig:
     if config.optim.backend == "bitsandbytes":
         config.optim.backend = "lowmem"  # states of the same size, and bitsandbytes has no kernels without numbers
     return config
+
+
+def _teacher(config: RunConfig) -> LanguageModel | None:
+    distill = config.train.distill
+    if not distill.teacher:
+        return None
+    return build_configured_model(teacher_config(distill, vocab_size=config.model.vocab_size, seq_len=config.data.seq_len))
 
 
 def _mark_gradients(trace: Trace, model: LanguageModel, engine: LocalEngine) -> None:

@@ -12,10 +12,13 @@ from lowmem.engine.base import Engine, StepResult
 from lowmem.errors import EXIT_INTERRUPTED, DivergedError, StoppedBySignal
 from lowmem.memory.measure import cuda_allocated_bytes, host_peak_bytes
 from lowmem.memory.phases import PhasePeaks
+from lowmem.nn.rank_change import following_layers
+from lowmem.optim.kernels.scalars import mix_key
 from lowmem.optim.schedule import learning_rate
 from lowmem.train.checkpoint import CheckpointStore
 from lowmem.train.loggers import MetricsLogger
 from lowmem.train.progress import ProgressDisplay
+from lowmem.train.rank_schedule import count_evaluation, next_rank
 from lowmem.train.run_dir import RunDir
 from lowmem.train.signals import StopRequest
 from lowmem.train.state import TrainState
@@ -64,6 +67,7 @@ def train(run: Run) -> None:
     with StopRequest() as stop:
         while state.step < total:
             started = time.perf_counter()
+            _follow_rank_schedule(run)
             lr = learning_rate(config.optim, state.step + 1, total)
             with run.phases(phase):
                 batch = Batch.from_windows(run.data.train.next(config.train.global_batch_size))
@@ -168,10 +172,27 @@ def _evaluate(run: Run) -> bool:
         run.display.on_eval(state.step, loss)
         for logger in run.loggers:
             logger.log(state.step, record)
+    count_evaluation(state, math.isfinite(loss) and (state.best_val_loss is None or loss < state.best_val_loss))
     if not math.isfinite(loss) or (state.best_val_loss is not None and loss >= state.best_val_loss):
         return False
     state.best_val_loss, state.best_step = loss, state.step
     return True
+
+
+def _follow_rank_schedule(run: Run) -> None:
+    """Change the rank before the coming step, if it is time."""
+    lorpt, state = run.config.model.lorpt, run.state
+    if not lorpt.largest_rank():
+        return
+    current = state.rank or max((layer.rank for _, layer in following_layers(run.engine.model, lorpt.ranks)), default=0)
+    rank = next_rank(lorpt, state, current)
+    if not rank:
+        return
+    before = run.engine.model.num_parameters()
+    run.engine.set_rank(rank, lorpt.ranks, seed=mix_key(run.config.train.seed, state.step))
+    state.rank, state.flat_evaluations = rank, 0
+    after = run.engine.model.num_parameters()
+    run.display.message(f"rank {current} -> {rank} after step {state.step}; parameters {before:,} -> {after:,}")
 
 
 def _json_number(value: float) -> float | None:

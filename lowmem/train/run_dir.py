@@ -13,11 +13,13 @@ from lowmem.config_load import load_run_config
 from lowmem.errors import ConfigError
 from lowmem.train.checkpoint import storage_error
 
-# Keys that may differ when a run is resumed: they move memory, speed, saving or length, not what is learned.
+# Keys that may differ when a run is resumed: they move memory, speed, saving or length, not what is
+# learned; and the rank schedule, which may be changed for the rest of a run.
 FREE_KEYS = {
     "run_dir", "device", "loggers", "budget.ram", "budget.vram", "data.cache_dir",
     "train.steps", "train.tokens", "train.micro_batch_size", "train.activation_checkpointing", "train.loss_chunk_tokens",
     "train.save_every", "train.keep_last", "train.eval_every", "train.eval_sequences", "train.max_bad_steps", "train.threads",
+    "model.lorpt.schedule", "model.lorpt.grow_to", "model.lorpt.grow_patience",
 }  # fmt: skip
 # Keys that setup fills in: compared once both sides are resolved.
 RESOLVED_KEYS = {"model.vocab_size", "model.max_seq_len", "model.hidden_dim", "train.precision"}
@@ -137,7 +139,7 @@ class RunDir:
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict) and key != "ranks":
+        if isinstance(value, dict) and key not in ("ranks", "schedule"):
             flat |= _flat(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value

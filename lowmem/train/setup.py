@@ -11,7 +11,7 @@ from lowmem.config import RunConfig, resolve_micro_batch_size
 from lowmem.data.batch import Batch
 from lowmem.data.prepare import PreparedData, prepare_data
 from lowmem.data.storage import compiled_root
-from lowmem.data.tokenizers import check_vocab
+from lowmem.data.tokenizers import check_vocab, load_tokenizer
 from lowmem.devices import resolve_precision, usable_cores
 from lowmem.engine import distributed
 from lowmem.engine.base import Engine
@@ -19,11 +19,14 @@ from lowmem.engine.build import build_configured_model, build_local_engine, chos
 from lowmem.engine.layerwise import LayerwiseEngine
 from lowmem.engine.local import LocalEngine
 from lowmem.engine.recovery import release_memory
+from lowmem.engine.teacher import teacher_config
 from lowmem.errors import ConfigError
 from lowmem.memory.block_cache import release_host_memory, set_up_host_memory
 from lowmem.memory.budget import limit_cuda_memory, limit_host_memory
 from lowmem.models.base import LanguageModel
+from lowmem.nn.rank_change import check_rank, following_layers
 from lowmem.optim.low_bit import LowBitOptimizer
+from lowmem.run_model import load_run_model
 from lowmem.train.checkpoint import CheckpointStore
 from lowmem.train.loggers import open_loggers
 from lowmem.train.loop import Run
@@ -70,7 +73,11 @@ def _assemble(
     release_host_memory()  # a tokenizer that was trained here leaves much behind
     config = resolve(config, data, device)
     model = build_configured_model(config)
+    _check_teacher(config, data)
     engine = _build_engine(config, model, device)
+    lorpt = config.model.lorpt
+    for rank in [*lorpt.schedule.values(), *([lorpt.grow_to] if lorpt.grow_to else [])]:
+        check_rank(list(following_layers(model, lorpt.ranks)), rank)
     checkpoints = CheckpointStore(Path(config.run_dir), config.train.keep_last)
     run = Run(config, engine, data, TrainState(data_fingerprint=data.fingerprint), checkpoints, display, run_dir, loggers=[])
     _resume(run, skip_damaged)
@@ -83,6 +90,14 @@ def _assemble(
         run.loggers = open_loggers(config.loggers, run_dir.path, config, resume_step=run.state.step)
         display.message(_description(run))
     return run
+
+
+def _check_teacher(config: RunConfig, data: PreparedData) -> None:
+    """Equal sizes of vocabulary do not make equal tokens."""
+    teacher = config.train.distill.teacher
+    path = Path(teacher) / "tokenizer.json"
+    if teacher and path.is_file() and load_tokenizer(path).sha256() != data.tokenizer.sha256():
+        raise ConfigError(f"{path} is another tokenizer than this run's; give the student data.tokenizer={path}")
 
 
 def resolve(config: RunConfig, data: PreparedData, device: torch.device) -> RunConfig:
@@ -118,7 +133,22 @@ def _build_engine(config: RunConfig, model: LanguageModel, device: torch.device)
         from lowmem.engine.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(model, config, device=device, micro_batch_size=micro_batch_size)
-    return build_local_engine(config, model, device, resolve_precision(config.train.precision, device), micro_batch_size)
+    teacher = load_teacher(config, device)
+    return build_local_engine(config, model, device, resolve_precision(config.train.precision, device), micro_batch_size, teacher)
+
+
+def load_teacher(config: RunConfig, device: torch.device) -> LanguageModel | None:
+    """The model that `train.distill` names; None if it names none.
+
+    Raises:
+        ConfigError: it is no run, has another tokenizer than this one's data, or positions that end too early.
+        CheckpointError: its weights are missing or damaged.
+    """
+    distill = config.train.distill
+    if not distill.teacher:
+        return None
+    teacher_config(distill, vocab_size=config.model.vocab_size, seq_len=config.data.seq_len)
+    return load_run_model(distill.teacher, device=device).model
 
 
 def _try_worst_case(run: Run) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from lowmem.errors import CheckpointError
 
 FORMAT_VERSION = 1
+_NEWER = {"rank", "flat_evaluations"}  # checkpoints from before these existed lack them
 
 
 @dataclass
@@ -18,6 +19,8 @@ class TrainState:
         bad_steps: non-finite steps in a row up to now.
         skipped_steps: all non-finite steps so far.
         best_val_loss, best_step: of the best evaluation so far.
+        rank: that the schedule or a plateau has set last; 0 is the configured one.
+        flat_evaluations: in a row without a new best loss, since the rank last grew.
         data: position of the training stream.
         data_fingerprint: what the token shards were built from.
         engine: what `Engine.save` returned.
@@ -29,6 +32,8 @@ class TrainState:
     skipped_steps: int = 0
     best_val_loss: float | None = None
     best_step: int = 0
+    rank: int = 0
+    flat_evaluations: int = 0
     data: dict[str, Any] = field(default_factory=dict)
     data_fingerprint: str = ""
     engine: dict[str, Any] = field(default_factory=dict)
@@ -46,9 +51,9 @@ class TrainState:
         """
         version = values.get("format_version")
         names = {item.name for item in fields(cls)}
-        if version != FORMAT_VERSION or not names <= set(values):
+        if version != FORMAT_VERSION or not names - _NEWER <= set(values):
             raise CheckpointError(
                 f"state.json has format {version} and fields {sorted(values)}; this lowmem reads format {FORMAT_VERSION}; "
                 "resume with the version that wrote it, or start over with --fresh"
             )
-        return cls(**{name: values[name] for name in names})
+        return cls(**{name: values[name] for name in names if name in values})

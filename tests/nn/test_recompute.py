@@ -4,8 +4,9 @@ import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowmem.config import ModelConfig
+from lowmem.config import LorptConfig, ModelConfig
 from lowmem.models.registry import build_model
+from lowmem.nn import low_rank
 from lowmem.nn.recompute import cheap, run_block
 
 
@@ -70,3 +71,65 @@ def test_each_mode_keeps_what_the_table_says(monkeypatch):
     assert numbers["selective"] == 5 * width + 2 * hidden_dim + 2
     assert numbers["none"] == numbers["selective"] + 2 * width + hidden_dim
     assert numbers["block"] * tokens * 4 < 8192  # nothing but the state of the random generator
+
+
+def low_rank_block(width, hidden_dim, rank, heads=2, bottleneck="linear"):
+    lorpt = LorptConfig(rank=rank, targets=["attention", "mlp"], bottleneck=bottleneck)
+    config = ModelConfig(dim=width, hidden_dim=hidden_dim, num_layers=1, num_heads=heads, lorpt=lorpt)
+    return build_model(config, vocab_size=10, max_seq_len=32, seed=0).blocks[0]
+
+
+@pytest.mark.parametrize("bottleneck", ["linear", "silu"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_low_rank_gradients_are_bit_equal(bottleneck, fused, monkeypatch):
+    monkeypatch.setattr("lowmem.nn.causal_attention._prefers_fused", lambda *_: fused)
+    block, x = low_rank_block(16, 48, 4, bottleneck=bottleneck), torch.randn(2, 32, 16)
+    results = []
+    for mode in ("none", "low_rank"):
+        hidden = x.clone().requires_grad_()
+        out = run_block(block, hidden, mode)
+        results.append((out, *torch.autograd.grad(out.square().sum(), [hidden, *block.parameters()])))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_low_rank_keeps_the_latents_and_nothing_that_is_computed_from_them(monkeypatch):
+    monkeypatch.setattr("lowmem.nn.causal_attention._prefers_fused", lambda *_: False)
+    width, hidden_dim, tokens, rank = 16, 48, 2 * 32, 4
+    block = low_rank_block(width, hidden_dim, rank)
+    hidden = torch.randn(2, 32, width, requires_grad=True)
+    block(hidden)
+    numbers = {}
+    for mode in ("none", "selective", "low_rank"):
+        with Allocations([hidden, *block.parameters(), *block.attention.rotary._tables]) as allocations:
+            out = run_block(block, hidden, mode)
+        numbers[mode] = (allocations.live_bytes() - out.nbytes) / tokens / 4
+        del out
+    # sum after attention, attention output; a latent of each of the seven layers; one number per row for each norm
+    assert numbers["low_rank"] == 2 * width + 7 * rank + 2
+    assert numbers["selective"] == numbers["low_rank"] + 3 * width + 2 * hidden_dim
+    assert numbers["none"] == numbers["selective"] + 2 * width + hidden_dim
+
+
+def test_low_rank_computes_each_upward_product_once_more(monkeypatch):
+    block = low_rank_block(16, 48, 4)
+    hidden = torch.randn(2, 32, 16, requires_grad=True)
+    calls = []
+    expand = low_rank._expand
+    monkeypatch.setattr(low_rank, "_expand", lambda *a: calls.append(1) or expand(*a))
+    out = run_block(block, hidden, "low_rank")
+    assert len(calls) == 7
+    out.sum().backward()
+    # q, k, v, gate, up; the outputs of the other two are added to the residual stream and not asked for
+    assert len(calls) == 7 + 5
+
+
+def test_a_dense_layer_beside_low_rank_ones_is_kept_as_selective_keeps_it():
+    lorpt = LorptConfig(rank=4, targets=["mlp"])
+    config = ModelConfig(dim=16, hidden_dim=48, num_layers=1, num_heads=2, lorpt=lorpt, activation="gelu", positions="alibi")
+    block, x = build_model(config, vocab_size=10, max_seq_len=32, seed=0).blocks[0], torch.randn(2, 32, 16)
+    results = []
+    for mode in ("none", "low_rank"):
+        hidden = x.clone().requires_grad_()
+        out = run_block(block, hidden, mode)
+        results.append((out, *torch.autograd.grad(out.square().sum(), [hidden, *block.parameters()])))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

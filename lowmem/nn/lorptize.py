@@ -1,0 +1,203 @@
+"""Turns the linear layers of any module into LoRPt layers, and back."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import nn
+
+from lowmem.errors import ConfigError
+from lowmem.nn.factory import MixedSplit
+from lowmem.nn.head import DenseHead, LoRPtHead
+from lowmem.nn.linear import Linear
+from lowmem.nn.lorpt import LoRPtLinear, LoRPtSplit, top_singular
+
+
+@dataclass(frozen=True)
+class Converted:
+    """One layer that `lorptize` replaced.
+
+    Attributes:
+        name: dotted module name.
+        in_features, out_features, rank: its shape.
+        retained_energy: share of the sum of squared singular values that the rank keeps; None if the factors were drawn anew.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    rank: int
+    retained_energy: float | None
+
+
+@torch.no_grad()
+def lorptize(
+    model: nn.Module,
+    rank: int | Literal["auto"] = "auto",
+    targets: Sequence[str] = ("*",),
+    ranks: Mapping[str, int | Literal["auto"]] | None = None,
+    *,
+    method: Literal["svd", "scratch"] = "svd",
+    bottleneck: Literal["linear", "silu"] = "linear",
+) -> list[Converted]:
+    """Replace linear layers of `model` by LoRPt layers, in place.
+
+    nn.Linear and the transposed Conv1D of Hugging Face's GPT-2 are replaced. Embeddings, norms and layers whose weight another module
+    shares stay as they are, and so does the output layer (`model.get_output_embeddings()`) unless a pattern names it without wildcards.
+
+    Args:
+        model: any module, for example a Hugging Face causal language model.
+        rank: of every layer that no pattern of `ranks` names.
+        targets: patterns of module names, such as "*.mlp.*"; a name or the last part of one suffices.
+        ranks: rank by pattern; the first match wins, 0 leaves the layer dense.
+        method: svd: the best approximation of the layer's present weight. scratch: factors whose product has the std of that weight.
+        bottleneck: silu is for training from scratch: it makes the layer another function.
+    Returns:
+        The layers that were replaced, in the order of the model.
+    Raises:
+        ConfigError: a pattern matches nothing, a rank saves nothing (the message names the layer and the break-even), or silu with svd.
+    Memory: one dense layer and its singular vectors at a time.
+    """
+    if method == "svd" and bottleneck != "linear":
+        raise ConfigError(f"bottleneck is {bottleneck}, which cannot reproduce trained weights; use method=scratch, or linear")
+    ranks = dict(ranks or {})
+    layers = dict(_candidates(model))
+    _check_patterns([*targets, *ranks], list(layers))
+    output = _output_name(model)
+    plan = []
+    for name, layer in layers.items():
+        if not _matches(name, targets) or (name == output and not {name, name.rpartition(".")[2]} & {*targets, *ranks}):
+            continue
+        chosen = next((r for pattern, r in ranks.items() if _matches(name, [pattern])), rank)
+        if chosen != 0:
+            plan.append((name, layer, _empty(name, layer, chosen, bottleneck)))  # refused before anything is replaced
+    return [_replace(model, name, layer, empty, method) for name, layer, empty in plan]
+
+
+@torch.no_grad()
+def merge_lorpt(model: nn.Module) -> list[str]:
+    """Replace every LoRPt layer of `model` by the nn.Linear that computes the same, in place; layers of one input become one matrix.
+
+    Returns:
+        Names of the layers that were merged.
+    Raises:
+        ConfigError: a layer has a non-linear bottleneck; nothing is changed then.
+    Memory: one dense layer more at a time.
+    """
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoRPtLinear)]
+    for name, layer in layers:
+        if layer.bottleneck != "linear":
+            raise ConfigError(
+                f"{name} has a LoRPt bottleneck={layer.bottleneck}, is no single matrix and cannot be merged; "
+                "train with model.lorpt.bottleneck=linear, or keep the factors"
+            )
+    for name, layer in layers:
+        _set(model, name, _dense(layer))
+    for name, group in [(n, m) for n, m in model.named_modules() if isinstance(m, LoRPtSplit | MixedSplit)]:
+        _set(model, name, _one_below_the_other([child for child in group.children() if isinstance(child, nn.Linear)]))
+    return [name for name, _ in layers]
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    for name, module in model.named_modules():
+        linear = isinstance(module, nn.Linear) or _is_conv1d(module)
+        if name and linear and owners[id(module.weight)] == 1:
+            yield name, module
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's layer in Hugging Face transformers: y = x @ weight + bias."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module, "weight", torch.empty(0)).ndim == 2
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) or name.endswith(f".{pattern}") for pattern in patterns)
+
+
+def _check_patterns(patterns: Sequence[str], names: list[str]) -> None:
+    idle = [pattern for pattern in patterns if not any(_matches(name, [pattern]) for name in names)]
+    if idle:
+        known = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+        raise ConfigError(f"{', '.join(idle)} matches no linear layer of {known or 'this model, which has none'}; correct the pattern")
+
+
+def _output_name(model: nn.Module) -> str:
+    find = getattr(model, "get_output_embeddings", None)
+    output = find() if callable(find) else getattr(model, "head", None)
+    return next((name for name, module in model.named_modules() if module is output), "")
+
+
+def _weight(layer: nn.Module) -> torch.Tensor:
+    """(out, in)."""
+    weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+    return weight.detach().t() if _is_conv1d(layer) else weight.detach()
+
+
+def _empty(name: str, layer: nn.Module, rank: int | Literal["auto"], bottleneck: Literal["linear", "silu"]) -> LoRPtLinear:
+    """The replacement, without storage."""
+    out_features, in_features = _weight(layer).shape
+    kind = LoRPtHead if isinstance(layer, DenseHead) else LoRPtLinear
+    with torch.device("meta"):
+        try:
+            return kind(
+                in_features, out_features, rank, layer.bias is not None, bottleneck, splits=tuple(getattr(layer, "splits", ()))
+            )  # fmt: skip
+        except ConfigError as error:
+            raise ConfigError(f"layer {name}: {error}") from None
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module, new: LoRPtLinear, method: str) -> Converted:
+    weight = _weight(layer)
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    energy = None
+    if method == "svd":
+        left, values, right = top_singular(wide, new.rank)
+        root = values.sqrt()
+        down, up = root.unsqueeze(1) * right, left * root
+        energy = (values.square().sum() / wide.square().sum().clamp_min(torch.finfo(wide.dtype).tiny)).item()
+    else:
+        std = wide.std().sqrt() * new.rank**-0.25
+        down, up = (torch.randn(p.shape, dtype=wide.dtype, device=wide.device) * std for p in (new.down, new.up))
+    new.down, new.up = (nn.Parameter(factor.to(weight.dtype).contiguous()) for factor in (down, up))
+    if layer.bias is not None:
+        new.bias = nn.Parameter(layer.bias.detach().clone())  # type: ignore[operator]
+    new.train(layer.training)
+    _set(model, name, new)
+    return Converted(name, new.in_features, new.out_features, new.rank, energy)
+
+
+def _dense(layer: LoRPtLinear) -> nn.Linear:
+    bias = layer.bias is not None
+    with torch.device("meta"):
+        if isinstance(layer, LoRPtHead):
+            dense: nn.Linear = DenseHead(layer.in_features, layer.out_features, bias)
+        elif layer.splits:
+            dense = Linear(layer.in_features, layer.out_features, bias, splits=layer.splits)
+        else:
+            dense = nn.Linear(layer.in_features, layer.out_features, bias)
+    dense.weight = nn.Parameter(layer.merged_weight())
+    if layer.bias is not None:
+        dense.bias = nn.Parameter(layer.bias.detach().clone())
+    return dense.train(layer.training)
+
+
+def _one_below_the_other(layers: list[nn.Linear]) -> Linear:
+    biases = [layer.bias for layer in layers]
+    with torch.device("meta"):
+        fused = Linear(layers[0].in_features, sum(layer.out_features for layer in layers), biases[0] is not None,
+                       splits=[layer.out_features for layer in layers])  # fmt: skip
+    fused.weight = nn.Parameter(torch.cat([layer.weight.detach() for layer in layers]))
+    if biases[0] is not None:
+        fused.bias = nn.Parameter(torch.cat([bias.detach() for bias in biases]))
+    return fused.train(layers[0].training)
+
+
+def _set(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, new)
