@@ -11,12 +11,13 @@ class LorptConfig:
     rank: int | Literal["auto"] = 0
     """Rank of the factored layers; 0 keeps every layer dense. Must save parameters: below in*out/(in+out). auto: half of each dense
     layer's weights, which is a quarter of the width of a square one."""
-    targets: list[Literal["attention", "mlp", "head"]] = field(default_factory=lambda: ["mlp"])
+    targets: list[Literal["attention", "mlp", "head"]] = field(default_factory=lambda: ["attention", "mlp"])
     """Which groups of linear layers are factored: attention (q, k, v, out), mlp, head (untied only)."""
     ranks: dict[str, int | Literal["auto"]] = field(default_factory=dict)
     """Rank by module-name pattern, such as {"blocks.0.*": 0, "*.down": 128}; first match wins over `rank`; 0 is dense."""
-    bottleneck: Literal["linear", "silu"] = "linear"
-    """Non-linearity between the two factors; silu cannot be merged into one matrix."""
+    bottleneck: Literal["auto", "linear", "silu"] = "auto"
+    """Non-linearity between the two factors. silu learns far better, but cannot be merged into one matrix; linear can. auto: silu; for i3
+    linear, as published."""
     init: Literal["original", "product_variance", "spectral"] = "product_variance"
     """original: 0.02 * randn for both factors, as published. product_variance: the product has the variance of a dense layer. spectral:
     the largest singular values of a random dense layer."""

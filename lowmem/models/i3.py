@@ -61,7 +61,12 @@ def resolve_i3(config: ModelConfig) -> ModelConfig:
         config,
         attention_rank=config.attention_rank or DEFAULT_RANK,
         hidden_dim=config.hidden_dim or 4 * config.dim,
-        lorpt=replace(config.lorpt, rank=config.lorpt.rank or DEFAULT_RANK, targets=list(FIXED_TARGETS)),
+        lorpt=replace(
+            config.lorpt,
+            rank=config.lorpt.rank or DEFAULT_RANK,
+            targets=list(FIXED_TARGETS),
+            bottleneck="linear" if config.lorpt.bottleneck == "auto" else config.lorpt.bottleneck,
+        ),
         num_heads=1,
         positions="learned",
         norm="layernorm",

@@ -26,6 +26,11 @@ def lorpt_rank(lorpt: LorptConfig, group: str, name: str) -> int | Literal["auto
     return next(matches, lorpt.rank)
 
 
+def bottleneck_of(lorpt: LorptConfig) -> Literal["linear", "silu"]:
+    """What stands between the factors of a model that is trained from scratch."""
+    return "silu" if lorpt.bottleneck == "auto" else lorpt.bottleneck
+
+
 def make_linear(
     in_features: int,
     out_features: int,
@@ -46,7 +51,7 @@ def make_linear(
     if rank == 0:
         return Linear(in_features, out_features, bias, std=dense_std, splits=splits)
     try:
-        return LoRPtLinear(in_features, out_features, rank, bias, lorpt.bottleneck, lorpt.init, dense_std, splits=splits)
+        return LoRPtLinear(in_features, out_features, rank, bias, bottleneck_of(lorpt), lorpt.init, dense_std, splits=splits)
     except ConfigError as error:
         raise ConfigError(f"model.lorpt, layer {name}: {error}") from None
 

@@ -4,7 +4,7 @@ weights that are partitioned between uses (ZeRO-3) are there when it is called.
 
 from torch import nn
 
-from lowmem.nn.factory import LinearFactory, lorpt_rank
+from lowmem.nn.factory import LinearFactory, bottleneck_of, lorpt_rank
 from lowmem.nn.linear import Linear, linear
 from lowmem.nn.lorpt import LoRPtLinear
 from lowmem.nn.loss import CrossEntropyOptions, chunked_cross_entropy
@@ -51,4 +51,4 @@ def make_head(dim: int, vocab_size: int, bias: bool, factory: LinearFactory, nam
     rank = lorpt_rank(lorpt, "head", name)
     if rank == 0:
         return DenseHead(dim, vocab_size, bias)
-    return LoRPtHead(dim, vocab_size, rank, bias, lorpt.bottleneck, lorpt.init)
+    return LoRPtHead(dim, vocab_size, rank, bias, bottleneck_of(lorpt), lorpt.init)

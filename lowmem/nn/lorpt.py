@@ -177,6 +177,8 @@ class LoRPtSplit(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(..., in) -> one (..., out) per layer."""
+        if any(hasattr(parameter, "ds_id") for parameter in self.parameters()):
+            return tuple(layer(x) for layer in self.children())  # ZeRO-3 gathers the weights of a module around its own forward
         return low_rank(x, [layer.factors() for layer in self.children()])  # type: ignore[operator, misc]
 
 

@@ -15,7 +15,7 @@ import torch
 from lowmem.config import RunConfig
 from lowmem.engine.build import build_configured_model
 from lowmem.models.base import LanguageModel
-from lowmem.optim.kernels.formats import state_bytes
+from lowmem.optim.build import allocate_states, build_optimizer
 from lowmem.planning.levers import set_key
 from lowmem.planning.predict import Prediction, predict_peak
 
@@ -82,8 +82,10 @@ class Estimator:
         """Of the optimizer of the whole model."""
         with torch.device("meta"):
             model = self._model = self._model or build_configured_model(self.config)
-        each = sum(state_bytes(parameter.numel(), bits) for parameter in model.parameters())
-        return each * (2 if self.config.optim.name == "adamw" else 1)
+            optimizer = build_optimizer(model, replace(self.config.optim, state_bits=bits, backend="lowmem"), partial=True)
+            allocate_states(optimizer)
+        values = (value for state in optimizer.state.values() for value in state.values())
+        return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
 
     def _measures(
         self, settings: tuple[tuple[str, object], ...], layers: int, micro_batch_size: int, whole: bool

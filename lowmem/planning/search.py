@@ -21,6 +21,7 @@ Settings = tuple[tuple[str, object], ...]
 _UPDATES: tuple[Settings, ...] = (
     (("train.update", "accumulate"), ("train.activation_checkpointing", "none")),
     (("train.update", "accumulate"), ("train.activation_checkpointing", "selective")),
+    (("train.update", "accumulate"), ("train.activation_checkpointing", "low_rank")),
     (("train.update", "accumulate"), ("train.activation_checkpointing", "block")),
     (("train.update", "layerwise"), ("train.activation_checkpointing", "block")),
 )
@@ -103,6 +104,8 @@ def _candidates(config: RunConfig, margin: float) -> Iterator[Candidate]:
     for level, narrowing in enumerate(_levels(config)):
         for update in _UPDATES:
             settings = update + narrowing
+            if ("train.activation_checkpointing", "low_rank") in update and not config.model.lorpt.rank and config.model.name != "i3":
+                continue  # without low-rank layers it is selective by another name
             if config_problems(with_settings(config, settings, 1)):
                 continue
             for size in sizes(config.train.global_batch_size):

@@ -76,10 +76,11 @@ def run_config(case: dict[str, Any]) -> RunConfig:
 def make_model(case: dict[str, Any]) -> Any:
     if "model" not in case:
         return TinyModel(case.get("dim", DIM))
-    from lowmem.config import ModelConfig
+    from lowmem.config import LorptConfig, ModelConfig
     from lowmem.models.registry import build_model
 
-    model = build_model(ModelConfig(**case["model"]), vocab_size=VOCAB, max_seq_len=SEQ_LEN, seed=0)
+    shape = {**case["model"], "lorpt": LorptConfig(**case["model"].get("lorpt", {}))}
+    model = build_model(ModelConfig(**shape), vocab_size=VOCAB, max_seq_len=SEQ_LEN, seed=0)
     model.activation_checkpointing = case.get("activation_checkpointing", "none")
     return model
 

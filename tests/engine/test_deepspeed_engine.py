@@ -129,15 +129,19 @@ def test_memory_components_shrink_with_the_stage(tmp_path: Path) -> None:
     assert memory["zero3"]["weights"] < memory["zero2"]["weights"]
 
 
-def test_decoder_with_tied_head_and_recomputation_under_zero_3(tmp_path: Path) -> None:
+def test_decoders_with_tied_head_recomputation_and_low_rank_under_zero_3(tmp_path: Path) -> None:
     zero3 = json.loads((CONFIGS / "zero3.json").read_text())
     zero3["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # gather even the smallest parameter
     path = tmp_path / "zero3.json"
     path.write_text(json.dumps(zero3))
     one = {"name": "decoder", "engine": {"config": str(path)}, "steps": STEPS[:5], "activation_checkpointing": "block"}
     one["model"] = {"dim": 32, "num_layers": 2, "num_heads": 2, "tie_embeddings": True}
-    for found in launch([one], tmp_path / "out", ranks=2):
+    lorpt = {"rank": 4, "targets": ["attention", "mlp", "head"], "bottleneck": "silu"}
+    low_rank = {**one, "name": "low rank", "activation_checkpointing": "none"}
+    low_rank["model"] = {"dim": 32, "num_layers": 2, "num_heads": 2, "lorpt": lorpt}
+    for found in launch([one, low_rank], tmp_path / "out", ranks=2):
         check_equal_to_local(found["decoder"], one)
+        check_equal_to_local(found["low rank"], low_rank)
 
 
 RESUMED = [

@@ -92,8 +92,8 @@ def test_a_model_of_lowmem_becomes_low_rank_and_dense_again():
     logits = model(TOKENS)
     merge_lorpt(model)
     torch.testing.assert_close(model(TOKENS), logits, rtol=0, atol=1e-11)
-    low = build_model(ModelConfig(dim=32, num_layers=1, num_heads=2, lorpt=LorptConfig(rank=4, targets=["attention", "mlp", "head"])),
-                      vocab_size=50, max_seq_len=16, seed=0).double()  # fmt: skip
+    lorpt = LorptConfig(rank=4, bottleneck="linear", targets=["attention", "mlp", "head"])
+    low = build_model(ModelConfig(dim=32, num_layers=1, num_heads=2, lorpt=lorpt), vocab_size=50, max_seq_len=16, seed=0).double()
     logits = low(TOKENS)
     merge_lorpt(low)
     dense = build_model(ModelConfig(dim=32, num_layers=1, num_heads=2), vocab_size=50, max_seq_len=16, seed=0)

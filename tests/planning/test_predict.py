@@ -27,6 +27,10 @@ CONFIGS = {
         "train.activation_checkpointing=block", "model.dim=768", "model.num_heads=12",
     ],
     "lorpt": ["train.precision=fp32", "model.lorpt.rank=64", "model.dim=768", "model.num_heads=12"],
+    "lorpt, spectron, low-rank recomputation": [
+        "train.precision=bf16", "model.lorpt.rank=auto", "model.lorpt.targets=[attention, mlp]", "model.lorpt.bottleneck=silu",
+        "optim.name=spectron", "optim.state_bits=8", "train.activation_checkpointing=low_rank", "model.dim=768", "model.num_heads=12",
+    ],
 }  # fmt: skip
 PREPARE = """
 import sys
