@@ -34,7 +34,7 @@ class Trainee:
         seed = setting.get("seed", 0)
         source = SourceConfig(path=setting["text"]) if setting["text"] else SourceConfig(stdlib=True)
         shape = SCALES[setting["scale"]]
-        self.steps = setting["steps"]
+        self.steps, self.grow, self.grown = setting["steps"], setting.get("grow", {}), {}
         self.data = prepare_data(DataConfig(sources=[source], tokenizer_vocab_size=shape["vocab_size"], seq_len=SEQ_LEN), seed=seed)
         config = ModelConfig(**shape, lorpt=LorptConfig(**setting.get("lorpt", {})))
         model = build_model(config, vocab_size=shape["vocab_size"], max_seq_len=SEQ_LEN, seed=seed)
@@ -44,11 +44,21 @@ class Trainee:
         self.engine = LocalEngine(model, self.optim, device=cpu, precision="bf16", micro_batch_size=GLOBAL_BATCH, seed=seed)
         self.after = FIXES[setting["fix"]](model, self.engine.optimizer, self.optim, self.steps) if "fix" in setting else lambda step: None
 
+    def evaluate(self, sequences: int) -> float:
+        """Loss on so many held-out windows."""
+        from lowmem.data.batch import Batch
+
+        return self.engine.evaluate(Batch.from_windows(part) for part in self.data.validation.windows(sequences))
+
     def step(self, number: int) -> float:
         """The loss of step `number`, from 1."""
         from lowmem.data.batch import Batch
         from lowmem.optim.schedule import learning_rate
 
+        if number == self.grow.get("at", -1) + 1:
+            before = self.evaluate(EVAL_SEQUENCES)
+            self.engine.set_rank(self.grow["rank"], {}, seed=1)
+            self.grown = {"loss_before": before, "loss_after": self.evaluate(EVAL_SEQUENCES)}
         batch = Batch.from_windows(self.data.train.next(GLOBAL_BATCH))
         loss = self.engine.step(batch, learning_rate(self.optim, number, self.steps)).loss
         self.after(number)
@@ -57,7 +67,6 @@ class Trainee:
 
 def train(setting: dict) -> dict:
     """In the child: one run."""
-    from lowmem.data.batch import Batch
     from lowmem.data.storage import compiled_root
     from lowmem.memory.block_cache import set_up_host_memory
     from lowmem.memory.measure import host_peak_bytes
@@ -67,16 +76,17 @@ def train(setting: dict) -> dict:
     started = time.perf_counter()
     losses = [trainee.step(number) for number in range(1, setting["steps"] + 1)]
     seconds = time.perf_counter() - started
-    windows = trainee.data.validation.windows(EVAL_SEQUENCES)
-    val_loss = trainee.engine.evaluate(Batch.from_windows(part) for part in windows)
+    peak_bytes = host_peak_bytes()
+    val_loss = trainee.evaluate(EVAL_SEQUENCES)
     return {
+        **trainee.grown,
         "val_loss": round(val_loss, 5),
         "train_loss_last_50": round(math.fsum(losses[-50:]) / len(losses[-50:]), 5),
         "finite": all(math.isfinite(loss) for loss in losses),
         "block_parameters": trainee.parameters["attention"] + trainee.parameters["mlp"],
         "parameters": sum(trainee.parameters.values()),
         "seconds": round(seconds, 1),
-        "peak_bytes": host_peak_bytes(),
+        "peak_bytes": peak_bytes,
     }
 
 

@@ -11,6 +11,7 @@ Parts, each adding to results/study_lorpt.json; a run that is there already is n
     large     19.3M block parameters dense: dense at two learning rates, the published layer, the finalists
     large_seeds  the best of them and dense with three seeds
     ranks     4.8M: the finalist by rank
+    grow      4.8M: rank 16 that becomes 64 half-way, against 16 and 64 throughout
     wall      4.8M: the finalist for as long as dense takes, by step times measured in turn, one process at a time
 
 Same tokens, same data order, same initial embeddings per seed. Two runs go on at once, one thread each, except in `wall`.
@@ -27,7 +28,7 @@ from pathlib import Path
 from lorpt_runs import GLOBAL_BATCH, SCALES, SEQ_LEN, WARMUP, run_child
 
 SEEDS = (0, 1, 2)
-ALL = {"rank": "auto", "targets": ["attention", "mlp"]}
+ALL = {"rank": "auto", "targets": ["attention", "mlp"], "bottleneck": "linear"}
 PUBLISHED = {**ALL, "init": "original"}
 SPECTRON = {"name": "spectron", "lr": 4e-3}
 VARIANTS = {
@@ -42,9 +43,9 @@ VARIANTS = {
 TRIED = {  # learning rates besides the one above
     "dense, AdamW": (1e-3, 4e-3),
     "dense, Spectron": (4e-3,),
-    "published": (2e-3, 8e-3),
+    "published": (1e-3, 2e-3, 8e-3),
     "SiLU, AdamW": (8e-3,),
-    "linear, Spectron": (1e-2, 4e-2),
+    "linear, Spectron": (5e-3, 1e-2, 4e-2),
     "SiLU, Spectron": (1e-2, 4e-2),
 }
 FINALISTS = ("dense, AdamW", "SiLU, Spectron", "linear, Spectron", "published", "dense, Spectron")
@@ -54,7 +55,7 @@ LARGE = FINALISTS[:4]
 def main() -> None:
     """Parse the command line, run what is missing, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["small", "large", "seeds", "fixes", "ranks", "large_seeds", "wall"])
+    parser.add_argument("--parts", nargs="+", default=["small", "large", "seeds", "fixes", "ranks", "grow", "large_seeds", "wall"])
     parser.add_argument("--text", default="", help="a text file; empty takes the standard library's own text")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--out", type=Path, help="folder of study_lorpt.json")
@@ -89,7 +90,7 @@ class Study:
 
     def seeds(self) -> None:
         """Finalists."""
-        self.run({f"small, {v}, seed {seed}": {**self.best("small", v), "seed": seed} for seed in SEEDS[1:] for v in FINALISTS})
+        self.run({f"small, {v}, seed {seed}": {**self.best("small", v), "seed": seed} for seed in SEEDS[1:] for v in FINALISTS[:4]})
 
     def large(self) -> None:
         """At the learning rate that was best for small; dense also at half of it, which is where wider models tend."""
@@ -104,9 +105,17 @@ class Study:
             self.run({f"large, {variant}, seed {seed}": {**self.best("large", variant), "seed": seed} for variant in LARGE[:2]})
 
     def ranks(self) -> None:
-        """SiLU, Spectron by rank."""
+        """SiLU, Spectron by rank of every layer; auto has 64 in square ones and 88 in the feed-forward layers."""
         best = self.best("small", "SiLU, Spectron")
         self.run({f"small, SiLU, Spectron, rank {r}": {**best, "lorpt": {**best["lorpt"], "rank": r}} for r in (16, 32, 64, 96)})
+
+    def grow(self) -> None:
+        """SiLU, Spectron with a rank that grows."""
+        best = self.best("small", "SiLU, Spectron")
+        low, high = ({**best, "lorpt": {**best["lorpt"], "rank": rank}} for rank in (16, 64))
+        grown = {**low, "grow": {"at": self.steps // 2, "rank": 64}}
+        self.run({"small, SiLU, Spectron, rank 16": low, "small, SiLU, Spectron, rank 16 grown to 64": grown})
+        self.run({"small, SiLU, Spectron, rank 64": high})
 
     def wall(self) -> None:
         """Equal wall-clock: dense against the finalist, whose steps are as many as fit the time."""
@@ -151,14 +160,16 @@ class Study:
             "SiLU bottleneck": with_lorpt(bottleneck="silu"),
             "first block dense": with_lorpt(ranks={"blocks.0.*": 0}),
             "shared down": with_lorpt(share_down=True),
-            "MLP only": with_lorpt(targets=["mlp"]),
-            "attention only": with_lorpt(targets=["attention"]),
-            "clip 0.5": {**base, "optim": {**optim, "clip": 0.5}},
             "Spectron": {**base, "optim": self.best("small", "linear, Spectron")["optim"]},
         }
         from lorpt_fixes import FIXES
 
         alone |= {name: {**base, "fix": name} for name in FIXES}
+        alone |= {
+            "clip 0.5": {**base, "optim": {**optim, "clip": 0.5}},
+            "MLP only": with_lorpt(targets=["mlp"]),
+            "attention only": with_lorpt(targets=["attention"]),
+        }
         return {f"small, published + {name}": setting for name, setting in alone.items()}
 
     def run(self, settings: dict[str, dict]) -> None:

@@ -34,7 +34,7 @@ CASES = {
     "model.num_layers": ([], 5 * MIB),
     "data.seq_len": ([], 8 * MIB),
     "train.micro_batch_size": (["train.global_batch_size=12", "train.activation_checkpointing=none"], 3 * MIB),
-    "model.lorpt.rank": (["model.dim=256", "model.lorpt.rank=8"], 14 * MIB),
+    "model.lorpt.rank": (["model.dim=256", "model.lorpt.rank=8", "model.lorpt.targets=[mlp]"], 14 * MIB),
 }
 
 
@@ -78,10 +78,12 @@ def test_everything_fits():
 
 
 def test_ranks_that_save_nothing_are_not_tried():
-    # 64 x 192: below 48; the narrowest map, 64 x 64, is not low-rank by default
-    found = solve(small_config("model.num_layers=1", "model.lorpt.rank=8", "budget.ram=1GiB"), "model.lorpt.rank")
-    assert found.beyond == 0
-    assert found.value == 40
+    # 64 x 192: below 48; 64 x 64, which attention has: below 32
+    for targets, expected in (("[mlp]", 40), ("[attention, mlp]", 24)):
+        settings = ["model.num_layers=1", "model.lorpt.rank=8", f"model.lorpt.targets={targets}", "budget.ram=1GiB"]
+        found = solve(small_config(*settings), "model.lorpt.rank")
+        assert found.beyond == 0
+        assert found.value == expected
 
 
 @pytest.mark.parametrize("settings, key, message", [
