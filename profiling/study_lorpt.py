@@ -10,6 +10,7 @@ Parts, each adding to results/study_lorpt.json; a run that is there already is n
     seeds     4.8M: the finalists with three seeds
     large     19.3M block parameters dense: dense at two learning rates, the published layer, the finalists
     large_seeds  the best of them and dense with three seeds
+    combinations  4.8M: SiLU and Spectron with one fix more
     ranks     4.8M: the finalist by rank
     grow      4.8M: rank 16 that becomes 64 half-way, against 16 and 64 throughout
     wall      4.8M: the finalist for as long as dense takes, by step times measured in turn, one process at a time
@@ -43,19 +44,23 @@ VARIANTS = {
 TRIED = {  # learning rates besides the one above
     "dense, AdamW": (1e-3, 4e-3),
     "dense, Spectron": (4e-3,),
-    "published": (1e-3, 2e-3, 8e-3),
+    "published": (5e-4, 1e-3, 2e-3, 8e-3),
     "SiLU, AdamW": (8e-3,),
     "linear, Spectron": (5e-3, 1e-2, 4e-2),
     "SiLU, Spectron": (1e-2, 4e-2),
 }
 FINALISTS = ("dense, AdamW", "SiLU, Spectron", "linear, Spectron", "published", "dense, Spectron")
 LARGE = FINALISTS[:4]
+SEEDED = ("dense, AdamW", "SiLU, Spectron", "published")
+RANKS = (16, 32, 64, 96)
 
 
 def main() -> None:
     """Parse the command line, run what is missing, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["small", "large", "seeds", "fixes", "ranks", "grow", "large_seeds", "wall"])
+    parser.add_argument(
+        "--parts", nargs="+", default=["small", "large", "seeds", "fixes", "combinations", "grow", "ranks", "large_seeds", "wall"]
+    )
     parser.add_argument("--text", default="", help="a text file; empty takes the standard library's own text")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--out", type=Path, help="folder of study_lorpt.json")
@@ -90,13 +95,13 @@ class Study:
 
     def seeds(self) -> None:
         """Finalists."""
-        self.run({f"small, {v}, seed {seed}": {**self.best("small", v), "seed": seed} for seed in SEEDS[1:] for v in FINALISTS[:4]})
+        self.run({f"small, {v}, seed {seed}": {**self.best("small", v), "seed": seed} for seed in SEEDS[1:] for v in SEEDED})
 
     def large(self) -> None:
-        """At the learning rate that was best for small; dense also at half of it, which is where wider models tend."""
+        """At the learning rate that was best for small; dense also at a half and a quarter of it, which is where wider models tend."""
         best = {variant: {**self.best("small", variant), "scale": "large"} for variant in LARGE}
-        half = 0.5 * best["dense, AdamW"]["optim"]["lr"]
-        others = {f"large, dense, AdamW, lr {half:g}": {**best["dense, AdamW"], "optim": {"lr": half}}}
+        rates = [share * best["dense, AdamW"]["optim"]["lr"] for share in (0.5, 0.25)]
+        others = {f"large, dense, AdamW, lr {lr:g}": {**best["dense, AdamW"], "optim": {"lr": lr}} for lr in rates}
         self.run({f"large, {variant}": setting for variant, setting in best.items()} | others)
 
     def large_seeds(self) -> None:
@@ -104,10 +109,20 @@ class Study:
         for seed in SEEDS[1:]:
             self.run({f"large, {variant}, seed {seed}": {**self.best("large", variant), "seed": seed} for variant in LARGE[:2]})
 
+    def combinations(self) -> None:
+        """One more change each, from SiLU and Spectron."""
+        best = self.best("small", "SiLU, Spectron")
+        changes = {
+            "original init": {"init": "original"},
+            "spectral init": {"init": "spectral"},
+            "first block dense": {"ranks": {"blocks.0.*": 0}},
+        }
+        self.run({f"small, SiLU, Spectron + {n}": {**best, "lorpt": {**best["lorpt"], **change}} for n, change in changes.items()})
+
     def ranks(self) -> None:
         """SiLU, Spectron by rank of every layer; auto has 64 in square ones and 88 in the feed-forward layers."""
         best = self.best("small", "SiLU, Spectron")
-        self.run({f"small, SiLU, Spectron, rank {r}": {**best, "lorpt": {**best["lorpt"], "rank": r}} for r in (16, 32, 64, 96)})
+        self.run({f"small, SiLU, Spectron, rank {r}": {**best, "lorpt": {**best["lorpt"], "rank": r}} for r in RANKS})
 
     def grow(self) -> None:
         """SiLU, Spectron with a rank that grows."""
@@ -118,18 +133,22 @@ class Study:
         self.run({"small, SiLU, Spectron, rank 64": high})
 
     def wall(self) -> None:
-        """Equal wall-clock: dense against the finalist, whose steps are as many as fit the time."""
-        names = ("dense, AdamW", "dense, Spectron", "SiLU, Spectron")
-        settings = [self.best("small", name) for name in names]
-        timing = self.child({"time": settings}) if "small, step times" not in self.runs else self.runs["small, step times"]
-        self.runs["small, step times"] = timing
-        for name, setting, ratio in zip(names[1:], settings[1:], timing["ratios"][1:], strict=True):
-            steps = round(self.steps / ratio)
-            self.run({f"small, {name}, wall-clock of dense": {**setting, "steps": steps}})
-        for name, setting in zip(names, settings, strict=True):
-            if "peak_bytes" not in self.runs[f"small, {name}"]:
-                self.runs[f"small, {name}"]["peak_bytes"] = self.child({**setting, "steps": 6})["peak_bytes"]
+        """Step times and peak memory of each, quietly; then dense against the others, whose steps are as many as fit its time."""
+        names = ["dense, AdamW", "dense, Spectron", "published", "SiLU, Spectron"]
+        settings = {name: self.best("small", name) for name in names}
+        ranked = {f"SiLU, Spectron, rank {r}" for r in RANKS} & {name.removeprefix("small, ") for name in self.runs}
+        settings |= {name: self.runs[f"small, {name}"]["setting"] for name in sorted(ranked)}
+        large = {f"large, {name}": {**settings[name], "scale": "large"} for name in ("dense, AdamW", "SiLU, Spectron")}
+        for scale, group in (("small", settings), ("large", large)):
+            if f"{scale}, step times" not in self.runs:
+                self.runs[f"{scale}, step times"] = {"names": list(group), **self.child({"time": list(group.values())})}
+            for name, setting in group.items():
+                own = self.runs[name if name in self.runs else f"{scale}, {name}"]
+                own.setdefault("quiet_peak_bytes", self.child({**setting, "steps": 6})["peak_bytes"])
         self._write()
+        ratios = dict(zip(self.runs["small, step times"]["names"], self.runs["small, step times"]["ratios"], strict=True))
+        for name in ("dense, Spectron", "SiLU, Spectron"):
+            self.run({f"small, {name}, wall-clock of dense": {**settings[name], "steps": round(self.steps / ratios[name])}})
 
     def rates(self, scale: str, variant: str) -> dict[str, dict]:
         """Runs of one variant by name: its usual learning rate, and the others."""

@@ -37,7 +37,7 @@ class LocalEngine(Engine):
     """Accumulates the gradients of all micro-batches, clips, updates.
 
     A step or an evaluation that runs out of memory is done again with a smaller micro-batch. The update is not part of that: its states
-    are allocated here, and of the optimizers only lion-pytorch's allocates more.
+    are allocated here, and of the optimizers only lion-pytorch's and Spectron allocate more.
 
     Args:
         model: moved to `device`; its dtype is what is stored.
