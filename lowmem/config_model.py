@@ -25,7 +25,7 @@ class LorptConfig:
     """Rank from a step on, such as {1000: 64, 2000: 128}. Growing leaves the function as it is, shrinking keeps its largest parts;
     optimizer states follow. Layers named in `ranks` keep theirs. May be changed when a run is resumed."""
     grow_to: int = 0
-    """Double the rank, up to this, whenever `grow_patience` evaluations in a row were no better than the best before; 0 never does."""
+    """Double the rank, up to this, whenever `grow_patience` evaluations in a row were not 0.1 % better than the best before; 0 is never."""
     grow_patience: int = 3
     """Evaluations; see `grow_to`."""
     share_down: bool = False

@@ -14,7 +14,7 @@ from lowmem.nn.factory import MixedSplit
 from lowmem.nn.lorpt import LoRPtLinear, LoRPtSplit
 from lowmem.optim.schedule import learning_rate
 
-RESET_EVERY = 200  # steps between refactorisations
+RESETS = 4  # refactorisations in a run, its end included
 GUIDED_SHARE = 0.5  # of the run
 
 
@@ -45,11 +45,11 @@ def decay_on_product(model, optimizer, optim, steps) -> Callable[[int], None]:  
 
 
 def refactorize_and_reset(model, optimizer, optim, steps) -> Callable[[int], None]:  # type: ignore[no-untyped-def]
-    """Every 200 steps: the same product from balanced factors U sqrt(S), sqrt(S) V, and momenta of zero."""
+    """After each quarter of the run: the same product from balanced factors U sqrt(S), sqrt(S) V, and momenta of zero."""
 
     @torch.no_grad()
     def after(step: int) -> None:
-        if step % RESET_EVERY or step == steps:
+        if step % (steps // RESETS) or step == steps:
             return
         for layer in low_rank_layers(model):
             q_up, r_up = torch.linalg.qr(layer.up)

@@ -6,11 +6,11 @@
 Parts, each adding to results/study_lorpt.json; a run that is there already is not repeated:
 
     small     4.8M block parameters dense: learning rates of dense, of the published layer and of the candidates
-    fixes     4.8M: each fix alone, added to the published layer at its best learning rate
+    fixes     4.8M: each fix alone, added to the published layer at its best learning rate, at half the tokens
     seeds     4.8M: the finalists with three seeds
     large     19.3M block parameters dense: dense at two learning rates, the published layer, the finalists
     large_seeds  the best of them and dense with three seeds
-    combinations  4.8M: SiLU and Spectron with one fix more
+    combinations  4.8M: SiLU and Spectron with one fix more, at half the tokens
     ranks     4.8M: the finalist by rank
     grow      4.8M: rank 16 that becomes 64 half-way, against 16 and 64 throughout
     wall      4.8M: the finalist for as long as dense takes, by step times measured in turn, one process at a time
@@ -117,7 +117,8 @@ class Study:
             "spectral init": {"init": "spectral"},
             "first block dense": {"ranks": {"blocks.0.*": 0}},
         }
-        self.run({f"small, SiLU, Spectron + {n}": {**best, "lorpt": {**best["lorpt"], **change}} for n, change in changes.items()})
+        runs = {"nothing": best} | {n: {**best, "lorpt": {**best["lorpt"], **change}} for n, change in changes.items()}
+        self.run({f"small, SiLU, Spectron + {name}": {**setting, "steps": self.steps // 2} for name, setting in runs.items()})
 
     def ranks(self) -> None:
         """SiLU, Spectron by rank of every layer; auto has 64 in square ones and 88 in the feed-forward layers."""
@@ -166,14 +167,15 @@ class Study:
         return setting
 
     def single_fixes(self) -> dict[str, dict]:
-        """One change each, from the published layer."""
-        base = self.best("small", "published")
+        """One change each, from the published layer, all at half the tokens."""
+        base = {**self.best("small", "published"), "steps": self.steps // 2}
         lorpt, optim = base["lorpt"], base["optim"]
 
         def with_lorpt(**changes) -> dict:  # type: ignore[no-untyped-def]
             return {**base, "lorpt": {**lorpt, **changes}}
 
         alone = {
+            "nothing": base,
             "product-variance init": with_lorpt(init="product_variance"),
             "spectral init": with_lorpt(init="spectral"),
             "SiLU bottleneck": with_lorpt(bottleneck="silu"),

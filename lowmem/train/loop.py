@@ -172,7 +172,7 @@ def _evaluate(run: Run) -> bool:
         run.display.on_eval(state.step, loss)
         for logger in run.loggers:
             logger.log(state.step, record)
-    count_evaluation(state, math.isfinite(loss) and (state.best_val_loss is None or loss < state.best_val_loss))
+    count_evaluation(state, loss)
     if not math.isfinite(loss) or (state.best_val_loss is not None and loss >= state.best_val_loss):
         return False
     state.best_val_loss, state.best_step = loss, state.step

@@ -1,11 +1,17 @@
 """When the rank of a LoRPt model changes: at given steps, or when the loss no longer falls."""
 
+import math
+
 from lowmem.config import LorptConfig
 from lowmem.train.state import TrainState
 
+MIN_IMPROVEMENT = 1e-3  # of the best loss: less is a plateau
 
-def count_evaluation(state: TrainState, improved: bool) -> None:
-    """Note whether an evaluation was the best so far."""
+
+def count_evaluation(state: TrainState, loss: float) -> None:
+    """Note an evaluation, before `state.best_val_loss` takes it in: was it a thousandth better than the best?"""
+    best = state.best_val_loss
+    improved = math.isfinite(loss) and (best is None or loss < best * (1 - MIN_IMPROVEMENT))
     state.flat_evaluations = 0 if improved else state.flat_evaluations + 1
 
 

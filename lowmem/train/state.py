@@ -20,7 +20,7 @@ class TrainState:
         skipped_steps: all non-finite steps so far.
         best_val_loss, best_step: of the best evaluation so far.
         rank: that the schedule or a plateau has set last; 0 is the configured one.
-        flat_evaluations: in a row without a new best loss, since the rank last grew.
+        flat_evaluations: in a row that were not 0.1 % better than the best before, since the rank last grew.
         data: position of the training stream.
         data_fingerprint: what the token shards were built from.
         engine: what `Engine.save` returned.

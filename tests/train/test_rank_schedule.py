@@ -69,9 +69,12 @@ def test_when_the_rank_changes():
     state.step = 25
     assert next_rank(lorpt, state, 8) == 2
     growing, state = LorptConfig(rank=4, grow_to=6, grow_patience=2), TrainState()
-    for improved, expected in ((True, 0), (False, 0), (False, 6)):
-        count_evaluation(state, improved)
+    for loss, expected in ((4.0, 0), (3.9961, 0), (float("nan"), 6)):  # 3.9961 is better, but by less than a thousandth
+        count_evaluation(state, loss)
+        state.best_val_loss = 4.0
         assert next_rank(growing, state, 4) == expected
+    count_evaluation(state, 3.99)
+    assert next_rank(growing, state, 4) == 0
     assert next_rank(growing, state, 6) == 0
 
 
