@@ -11,8 +11,8 @@ Parts, each adding to results/study_lorpt.json; a run that is there already is n
     large     19.3M block parameters dense: dense at two learning rates, the published layer, the finalists
     large_seeds  the best of them and dense with three seeds
     combinations  4.8M: SiLU and Spectron with one fix more, at half the tokens
-    ranks     4.8M: the finalist by rank
-    grow      4.8M: rank 16 that becomes 64 half-way, against 16 and 64 throughout
+    ranks     4.8M: the finalist by rank, at half the tokens
+    grow      4.8M: rank 16 that becomes 64 half-way, at half the tokens
     wall      4.8M: the finalist for as long as dense takes, by step times measured in turn, one process at a time
 
 Same tokens, same data order, same initial embeddings per seed. Two runs go on at once, one thread each, except in `wall`.
@@ -52,7 +52,7 @@ TRIED = {  # learning rates besides the one above
 FINALISTS = ("dense, AdamW", "SiLU, Spectron", "linear, Spectron", "published", "dense, Spectron")
 LARGE = FINALISTS[:4]
 SEEDED = ("dense, AdamW", "SiLU, Spectron", "published")
-RANKS = (16, 32, 64, 96)
+RANKS = (16, 32, 64)
 
 
 def main() -> None:
@@ -122,16 +122,17 @@ class Study:
 
     def ranks(self) -> None:
         """SiLU, Spectron by rank of every layer; auto has 64 in square ones and 88 in the feed-forward layers."""
-        best = self.best("small", "SiLU, Spectron")
-        self.run({f"small, SiLU, Spectron, rank {r}": {**best, "lorpt": {**best["lorpt"], "rank": r}} for r in RANKS})
+        self.run({f"small, SiLU, Spectron, rank {rank}": self.of_rank(rank) for rank in RANKS})
 
     def grow(self) -> None:
-        """SiLU, Spectron with a rank that grows."""
+        """A rank that grows half-way, against those of `ranks` that keep it."""
+        half_way = {"at": self.steps // 4, "rank": RANKS[-1]}
+        self.run({f"small, SiLU, Spectron, rank {RANKS[0]} grown to {RANKS[-1]}": {**self.of_rank(RANKS[0]), "grow": half_way}})
+
+    def of_rank(self, rank: int) -> dict:
+        """SiLU, Spectron with this rank in every layer, at half the tokens."""
         best = self.best("small", "SiLU, Spectron")
-        low, high = ({**best, "lorpt": {**best["lorpt"], "rank": rank}} for rank in (16, 64))
-        grown = {**low, "grow": {"at": self.steps // 2, "rank": 64}}
-        self.run({"small, SiLU, Spectron, rank 16": low, "small, SiLU, Spectron, rank 16 grown to 64": grown})
-        self.run({"small, SiLU, Spectron, rank 64": high})
+        return {**best, "lorpt": {**best["lorpt"], "rank": rank}, "steps": self.steps // 2}
 
     def wall(self) -> None:
         """Step times and peak memory of each, quietly; then dense against the others, whose steps are as many as fit its time."""
