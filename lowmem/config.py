@@ -3,64 +3,16 @@
 `lowmem.config_check` finds contradictions between fields, `lowmem.config_load` reads YAML and the command line.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from lowmem.config_data import DataConfig, PhaseConfig
+from lowmem.config_data import SourceConfig as SourceConfig
 from lowmem.config_model import LorptConfig as LorptConfig
 from lowmem.config_model import ModelConfig
 from lowmem.units import parse_count
 
 AUTO_MICRO_BATCH_TOKENS = 4096
-
-
-@dataclass
-class SourceConfig:
-    """One source of text. Exactly one of `path`, `hub`, `stdlib` is set."""
-
-    path: str = ""
-    """A file, a folder or a glob: .txt .jsonl .parquet, each also .gz .bz2 .xz .zst. Relative to the working directory."""
-    hub: str = ""
-    """A Hugging Face dataset by name."""
-    stdlib: bool = False
-    """The sources and docstrings of the running Python's own standard library: tens of megabytes on every machine."""
-    weight: float = 1.0
-    """Share of the training sequences drawn from this source, relative to the other sources' weights."""
-    text_field: str = "text"
-    """Field that holds the text, in .jsonl, .parquet and hub datasets."""
-    subset: str = ""
-    """Configuration name of a hub dataset."""
-    split: str = "train"
-    """Split of a hub dataset."""
-    streaming: bool = False
-    """Stream a hub dataset too large to store: it is tokenised on the fly, its position kept in the checkpoint."""
-    max_bytes: int = 0
-    """Stop after this many bytes of text; 0 reads everything."""
-
-
-@dataclass
-class DataConfig:
-    """Text, tokenizer and sequences."""
-
-    sources: list[SourceConfig] = field(default_factory=lambda: [SourceConfig(stdlib=True)])
-    """Where text comes from; several sources are mixed by weight."""
-    tokenizer: str = "bpe"
-    """bpe | chunk | bytes | chars (trained on the corpus where that applies), a tokenizer.json, a folder with one, or a hub name."""
-    tokenizer_vocab_size: int = 4096
-    """Vocabulary to train, for bpe and chunk; the other tokenizers have a size of their own and refuse another value."""
-    lowercase: bool = True
-    """Chunk tokenizer only: lower-case the text first, as published; false makes it lossless."""
-    seq_len: int = 256
-    """Tokens a training sequence predicts."""
-    decode_errors: Literal["fail", "replace"] = "fail"
-    """Bytes that are not UTF-8: stop naming file and line, or replace them with U+FFFD and count them."""
-    val_fraction: float = 0.01
-    """Share of the text held out for validation: whole blocks of tokens that training never sees."""
-    val_split: Literal["blocks", "tail"] = "blocks"
-    """blocks: blocks spread over the whole text. tail: the last val_fraction of each source, the usual split of small benchmarks."""
-    val_source: str = ""
-    """A file or glob of validation text instead of a held-out share."""
-    cache_dir: str = ""
-    """Where token shards are kept; empty puts them below the user's cache directory."""
 
 
 @dataclass
@@ -124,6 +76,9 @@ class TrainConfig:
     """Tokens to train on, such as 5M or 1.5B; rounded up to whole steps."""
     global_batch_size: int = 32
     """Sequences per optimizer step, over all ranks and micro-batches."""
+    seq_len_schedule: dict[int, int] = field(default_factory=dict)
+    """Length of sequences from given steps on, such as {0: 256, 500: 512, 1000: 1024}; the longest is data.seq_len. Every step has as many
+    tokens, so shorter sequences are more of them: global_batch_size and micro_batch_size count sequences of data.seq_len."""
     micro_batch_size: int | Literal["auto"] = "auto"
     """Sequences computed at once on one rank: memory and speed, never the result. auto: at most 4096 tokens."""
     update: Literal["accumulate", "layerwise"] = "accumulate"
@@ -201,6 +156,8 @@ class RunConfig:
     """Optimizer and schedule."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Length, batch, precision, saving."""
+    phases: list[PhaseConfig] = field(default_factory=list)
+    """Parts of the run, one after the other, such as pretraining and chat; empty is one phase of train.steps on data.sources."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """Local or DeepSpeed."""
     budget: BudgetConfig = field(default_factory=BudgetConfig)
@@ -212,12 +169,23 @@ class RunConfig:
     run_dir: str = "runs/default"
     """Where the run's files go; running the same command again resumes it."""
 
+    def all_phases(self) -> list[PhaseConfig]:
+        """The phases with their names and steps; one where none is given."""
+        given = self.phases or [PhaseConfig(steps=self.train.steps, tokens=self.train.tokens)]
+        per_step = self.train.global_batch_size * self.data.seq_len
+        return [
+            replace(phase, name=phase.name or f"{phase.kind}-{number}", steps=phase.steps or -(-parse_count(phase.tokens) // per_step))
+            for number, phase in enumerate(given, start=1)
+        ]
+
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        if self.train.steps:
-            return self.train.steps
-        tokens_per_step = self.train.global_batch_size * self.data.seq_len
-        return -(-parse_count(self.train.tokens) // tokens_per_step)
+        return sum(phase.steps for phase in self.all_phases())
+
+    def seq_len_at(self, step: int) -> int:
+        """Tokens a sequence of text predicts in the step after `step`."""
+        due = [start for start in self.train.seq_len_schedule if start <= step]
+        return self.train.seq_len_schedule[max(due)] if due else self.data.seq_len
 
     def max_seq_len(self) -> int:
         """Longest sequence the model accepts."""

@@ -1,7 +1,8 @@
 """Contradictions between the fields of a configuration, all of them at once."""
 
 from lowmem.config import DataConfig, LorptConfig, ModelConfig, RunConfig, resolve_micro_batch_size
-from lowmem.units import parse_bytes, parse_count
+from lowmem.config_check_data import length_problems, phase_problems, source_problems
+from lowmem.units import parse_bytes
 
 
 def config_problems(config: RunConfig) -> list[str]:
@@ -10,6 +11,7 @@ def config_problems(config: RunConfig) -> list[str]:
         *_model_problems(config.model, config.data),
         *_data_problems(config.data),
         *_training_problems(config),
+        *phase_problems(config),
         *_place_problems(config),
     ]
 
@@ -78,28 +80,15 @@ def _data_problems(data: DataConfig) -> list[str]:
         problems.append(f"data.val_fraction is {data.val_fraction}, must be in [0, 1)")
     if not data.sources:
         problems.append("data.sources is empty; name a path, a hub dataset or stdlib: true")
-    for index, source in enumerate(data.sources):
-        given = [name for name in ("path", "hub", "stdlib") if getattr(source, name)]
-        if len(given) != 1:
-            problems.append(f"data.sources[{index}] has {' and '.join(given) or 'no source'}; set exactly one of path, hub, stdlib")
-        if not source.weight > 0:
-            problems.append(f"data.sources[{index}].weight is {source.weight}, must be above 0")
-        if source.max_bytes < 0:
-            problems.append(f"data.sources[{index}].max_bytes is {source.max_bytes}, must be 0 or more; 0 reads everything")
-        if source.streaming and not source.hub:
-            problems.append(f"data.sources[{index}].streaming is for hub datasets; files are streamed anyway")
+    problems += source_problems(data.sources, "data.sources", data.exhausted)
     return problems
 
 
 def _training_problems(config: RunConfig) -> list[str]:
     train, optim, engine = config.train, config.optim, config.engine
     problems = []
-    try:
-        tokens = parse_count(train.tokens)
-        if bool(train.steps) == bool(tokens):
-            problems.append(f"train.steps is {train.steps} and train.tokens is {train.tokens}; set exactly one of the two")
-    except ValueError as error:
-        problems.append(f"train.tokens: {error}")
+    if not config.phases:
+        problems += length_problems("train", train.steps, train.tokens)
     problems += [
         f"train.{name} is {getattr(train, name)}, must be at least {least}"
         for name, least in (

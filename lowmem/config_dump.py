@@ -8,8 +8,7 @@ from dataclasses import asdict, fields, is_dataclass
 
 import yaml
 
-from lowmem.config import RunConfig, SourceConfig
-from lowmem.config_schema import docs_of, field_docs
+from lowmem.config_schema import docs_of, hints, item_class
 
 
 class _Dumper(yaml.SafeDumper):
@@ -20,31 +19,36 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]
 _Dumper.add_representer(str, lambda d, s: d.represent_scalar("tag:yaml.org,2002:str", s, style='"' if "\n" in s else None))
 
 
-def dump_run_config(config: RunConfig, comments: bool = False) -> str:
-    """YAML of every field, one a line; `load_run_config` reads it back to an equal configuration.
+def dump_config(config: typing.Any, comments: bool = False) -> str:
+    """YAML of every field of a configuration, one a line; `load_config` reads it back to an equal one.
 
     Args:
-        comments: write each field's docstring above it, those of a source's fields above the list of sources.
+        config: a dataclass, such as `RunConfig`.
+        comments: write each field's docstring above it, those of the fields inside a list above the list.
     """
     return "\n".join(_section_lines(config, "", comments)) + "\n"
 
 
-def _section_lines(section: typing.Any, prefix: str, comments: bool) -> Iterator[str]:
-    pad = "  " * prefix.count(".")
+def _section_lines(section: typing.Any, pad: str, comments: bool) -> Iterator[str]:
     for item in fields(section):
-        key, value = prefix + item.name, getattr(section, item.name)
+        value, inside = getattr(section, item.name), item_class(hints(type(section))[item.name])
         if comments:
-            yield from _comment(field_docs()[key], pad)
-            for name, doc in docs_of(SourceConfig).items() if key == "data.sources" else ():
+            yield from _comment(docs_of(type(section))[item.name], pad)
+            for name, doc in docs_of(inside).items() if inside else ():
                 yield from _comment(f"  {name}: {doc}", pad)
         if is_dataclass(value):
             yield f"{pad}{item.name}:"
-            yield from _section_lines(value, f"{key}.", comments)
-        elif key == "data.sources" and value:
+            yield from _section_lines(value, f"{pad}  ", comments)
+        elif inside and value:
             yield f"{pad}{item.name}:"
-            yield from (f"{pad}- {_inline(asdict(source))}" for source in value)
+            yield from (f"{pad}- {_inline(_without_empty(asdict(entry)))}" for entry in value)
         else:
             yield f"{pad}{item.name}: {_inline(value)}"
+
+
+def _without_empty(entry: dict) -> dict:
+    """The fields of an entry, which stands on one line, without empty lists and maps."""
+    return {name: value for name, value in entry.items() if value not in ({}, [])}
 
 
 def _comment(text: str, pad: str) -> list[str]:

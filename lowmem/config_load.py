@@ -3,21 +3,22 @@
 jsonargparse converts and checks types field by field; unknown keys and every problem are reported together.
 """
 
-import copy
 import difflib
 import typing
-from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, get_loader
 
-from lowmem.config import RunConfig, SourceConfig
+from lowmem.config import RunConfig
 from lowmem.config_check import config_problems
-from lowmem.config_schema import known_keys
+from lowmem.config_schema import hints, item_class, known_keys
 from lowmem.errors import ConfigError
+
+T = typing.TypeVar("T")
 
 
 class _TextLoader(yaml.SafeLoader):
@@ -27,66 +28,75 @@ class _TextLoader(yaml.SafeLoader):
 
 
 def load_run_config(path: str | Path = "", overrides: Sequence[str] = (), *, check: bool = True) -> RunConfig:
-    """A checked configuration.
+    """The checked configuration of a run; see `load_config`.
 
     Args:
+        check: look for contradictions between fields too; unknown keys and wrong types are always refused.
+    """
+    return load_config(RunConfig, path, overrides, find_problems=config_problems if check else lambda config: [])
+
+
+def load_config(cls: type[T], path: str | Path, overrides: Sequence[str], find_problems: Callable[[T], list[str]]) -> T:
+    """A configuration of type `cls`.
+
+    Args:
+        cls: a dataclass whose fields may be sections, and lists of dataclasses.
         path: a YAML file; empty starts from the defaults.
         overrides: "section.key=value", later ones win.
-        check: look for contradictions between fields too; unknown keys and wrong types are always refused.
+        find_problems: contradictions between fields, one line each.
     Raises:
         ConfigError: the file cannot be read, or the configuration has problems; all of them are listed.
     """
-    values, problems = _read_yaml(Path(path)) if path else {}, []
+    values, problems = _read_yaml(Path(path), cls) if path else {}, []
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             problems.append(f"--{override} has no value; write --{key}=VALUE")
             continue
         try:
-            _set_dotted(values, key, _parse_yaml(key, text))
+            _set_dotted(values, key, _parse_yaml(known_keys(cls).get(key), text))
         except (ValueError, yaml.YAMLError) as error:
             problems.append(f"--{key}: {_one_line(error)}")
-    config = None if problems else _build_at_once(values)
+    config = None if problems else _build_at_once(cls, values)
     if config is None:  # something is wrong: look at every key on its own to report all of it
-        known = known_keys()
-        problems += list(_unknown_keys(values, known))
-        problems += [problem for key, value in _leaves(values, known) for problem in _type_problems(key, value)]
-        config = None if problems else _build(values)
-    if config is not None and check:
-        problems = config_problems(config)
+        problems += list(_unknown_keys(values, cls, known_keys(cls)))
+        problems += [problem for leaf in _leaves(values, cls) for problem in leaf.problems()]
+        config = None if problems else _build(cls, values)
+    if config is not None:
+        problems = find_problems(config)
     if problems or config is None:
         where = f"{path}: " if path else ""
         raise ConfigError(where + f"{len(problems)} problem{'s' if len(problems) > 1 else ''}\n" + "\n".join(f"  {p}" for p in problems))
     return config
 
 
-def _build_at_once(values: dict) -> RunConfig | None:
+def _build_at_once(cls: type[T], values: dict) -> T | None:
     """The configuration if every key and type is right, else None."""
     try:
-        has_null = any(value is None for _, value in _leaves(values, known_keys()))
-        return None if has_null else _build(values)
+        return None if any(leaf.value is None for leaf in _leaves(values, cls)) else _build(cls, values)
     except (ArgumentError, TypeError, ValueError, AttributeError):
         return None
 
 
-def _build(values: dict) -> RunConfig:
-    """Dataclasses from checked values. Sources are built one by one: jsonargparse would merge them with the default source."""
-    values = copy.deepcopy(values)  # jsonargparse changes what it is given
-    sources = values.get("data", {}).pop("sources", None)
-    config = _instantiate(RunConfig, values)
-    if sources is not None:
-        config.data.sources = [_instantiate(SourceConfig, source) for source in sources]
-    return config
+def _build(cls: typing.Any, values: dict) -> typing.Any:
+    """A dataclass from checked values. Sections and the entries of lists are built one by one: jsonargparse would merge lists with
+    their defaults."""
+    plain, built = {}, {}
+    for name, value in values.items():
+        kind = hints(cls).get(name)
+        if is_dataclass(kind):
+            built[name] = _build(kind, value)
+        elif item_class(kind):
+            built[name] = [_build(item_class(kind), entry) for entry in value]
+        else:
+            plain[name] = value
+    parsed = _parser(cls).instantiate(_parser(cls).parse_object(plain))
+    return cls(**{item.name: built[item.name] if item.name in built else parsed[item.name] for item in fields(cls)})
 
 
-def _instantiate(cls: type, values: dict) -> typing.Any:
-    parsed = _parser(cls).instantiate(_parser(cls).parse_object(values))
-    return cls(**{item.name: getattr(parsed, item.name) for item in fields(cls)})
-
-
-def _read_yaml(path: Path) -> dict:
+def _read_yaml(path: Path, cls: type) -> dict:
     try:
-        values = _parse_yaml("", path.read_text(encoding="utf-8"))
+        values = _parse_yaml(cls, path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         nearby = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))[:5]) or "none"
         raise ConfigError(f"--config: {path} does not exist; YAML files there: {nearby}") from error
@@ -97,22 +107,21 @@ def _read_yaml(path: Path) -> dict:
     return values
 
 
-def _parse_yaml(key: str, text: str) -> typing.Any:
-    """The value of `key`, or the whole configuration if `key` is empty."""
-    if not text and key in _text_keys():
+def _parse_yaml(kind: typing.Any, text: str) -> typing.Any:
+    """The value of a field of type `kind`, or of a whole configuration."""
+    if not text and kind is str:
         return ""
-    return _keep_text(key, get_loader("yaml")(text), yaml.load(text, _TextLoader))
+    return _keep_text(kind, get_loader("yaml")(text), yaml.load(text, _TextLoader))
 
 
-def _keep_text(key: str, value: typing.Any, as_text: typing.Any) -> typing.Any:
+def _keep_text(kind: typing.Any, value: typing.Any, as_text: typing.Any) -> typing.Any:
     """`value` with numbers and booleans in text fields put back as `as_text`, the same YAML read by _TextLoader, has them."""
-    if key in _text_keys() and isinstance(value, (bool, int, float)):
+    if kind is str and isinstance(value, (bool, int, float)):
         return as_text
-    is_section = not key or key == "data.sources" or is_dataclass(known_keys().get(key))
-    if is_section and isinstance(value, dict) and isinstance(as_text, dict):
-        return {name: _keep_text(f"{key}.{name}".lstrip("."), item, as_text.get(str(name))) for name, item in value.items()}
-    if key == "data.sources" and isinstance(value, list):
-        return [_keep_text(key, *pair) if isinstance(pair[0], dict) else pair[0] for pair in zip(value, as_text, strict=True)]
+    if is_dataclass(kind) and isinstance(value, dict) and isinstance(as_text, dict):
+        return {name: _keep_text(hints(kind).get(name), item, as_text.get(str(name))) for name, item in value.items()}
+    if item_class(kind) and isinstance(value, list):
+        return [_keep_text(item_class(kind), *pair) for pair in zip(value, as_text, strict=True)]
     return value
 
 
@@ -133,26 +142,17 @@ def _parser(cls: type) -> ArgumentParser:
     return parser
 
 
-@cache
-def _text_keys() -> set[str]:
-    """Dotted keys of text fields; those of a source as "data.sources.path"."""
-    known = {**known_keys(), **{f"data.sources.{name}": kind for name, kind in typing.get_type_hints(SourceConfig).items()}}
-    return {key for key, kind in known.items() if kind is str}
-
-
-def _unknown_keys(values: dict, known: dict[str, type], prefix: str = "") -> Iterator[str]:
+def _unknown_keys(values: dict, cls: typing.Any, candidates: typing.Collection[str], prefix: str = "") -> Iterator[str]:
     for key, value in values.items():
-        dotted = f"{prefix}{key}"
-        if dotted not in known:
-            yield f"{dotted} is not a known key{_nearest(dotted, known)}"
-        elif is_dataclass(known[dotted]) and isinstance(value, dict):
-            yield from _unknown_keys(value, known, f"{dotted}.")
-        elif dotted == "data.sources" and isinstance(value, list):
-            names = [item.name for item in fields(SourceConfig)]
-            for index, source in enumerate(value):
-                for name in source if isinstance(source, dict) else ():
-                    if name not in names:
-                        yield f"data.sources[{index}].{name} is not a known key{_nearest(name, names)}"
+        kind, dotted = hints(cls).get(key), f"{prefix}{key}"
+        if kind is None:
+            yield f"{dotted} is not a known key{_nearest(key if '[' in prefix else dotted, candidates)}"
+        elif is_dataclass(kind) and isinstance(value, dict):
+            yield from _unknown_keys(value, kind, candidates, f"{dotted}.")
+        elif (inside := item_class(kind)) and isinstance(value, list):
+            for index, entry in enumerate(value):
+                if isinstance(entry, dict):
+                    yield from _unknown_keys(entry, inside, list(hints(inside)), f"{dotted}[{index}].")
 
 
 def _nearest(key: str, known: typing.Collection[str]) -> str:
@@ -165,47 +165,47 @@ def _nearest(key: str, known: typing.Collection[str]) -> str:
     return f"; the nearest valid key is {close[0]}" if close else "; see --print_config for all keys"
 
 
-def _leaves(values: dict, known: dict[str, type], prefix: str = "") -> Iterator[tuple[str, object]]:
+@dataclass(frozen=True)
+class _Leaf:
+    """A value that is no section: where it stands, and the field that it is for; an entry of a list that is no section has no field."""
+
+    dotted: str
+    cls: typing.Any
+    name: str
+    value: object
+
+    def problems(self) -> list[str]:
+        if not self.name:
+            first = fields(self.cls)[0].name
+            return [f"{self.dotted} is {self.value!r}, expected keys such as {first}: {'FILE' if first == 'path' else first.upper()}"]
+        kind = hints(self.cls)[self.name]
+        if is_dataclass(kind):
+            return [f"{self.dotted} is {self.value!r}, expected a section with keys below it"]
+        try:
+            if self.value is None:  # jsonargparse takes it for any type
+                raise TypeError("null")
+            _parser(self.cls).parse_object({self.name: self.value})
+        except (ArgumentError, TypeError, ValueError):
+            return [f"{self.dotted} is {self.value!r}, expected {_describe(kind)}"]
+        return []
+
+
+def _leaves(values: dict, cls: typing.Any, prefix: str = "") -> Iterator[_Leaf]:
     for key, value in values.items():
-        dotted = f"{prefix}{key}"
-        kind = known.get(dotted)
+        kind, dotted = hints(cls).get(key), f"{prefix}{key}"
         if kind is None:
             continue
+        inside = item_class(kind)
         if is_dataclass(kind) and isinstance(value, dict):
-            yield from _leaves(value, known, f"{dotted}.")
-        elif dotted == "data.sources" and isinstance(value, list):
-            yield from ((f"data.sources[{i}].{k}", v) for i, s in enumerate(value) if isinstance(s, dict) for k, v in s.items())
-            yield from ((f"data.sources[{i}]", s) for i, s in enumerate(value) if not isinstance(s, dict))
+            yield from _leaves(value, kind, f"{dotted}.")
+        elif inside and isinstance(value, list):
+            for index, entry in enumerate(value):
+                if isinstance(entry, dict):
+                    yield from _leaves(entry, inside, f"{dotted}[{index}].")
+                else:
+                    yield _Leaf(f"{dotted}[{index}]", inside, "", entry)
         else:
-            yield dotted, value
-
-
-def _type_problems(key: str, value: object) -> list[str]:
-    if key.startswith("data.sources["):
-        name = key.partition("].")[2]
-        if not name:
-            return [f"{key} is {value!r}, expected keys such as path: FILE"]
-        if name not in {item.name for item in fields(SourceConfig)}:
-            return []  # already reported as unknown
-        parser, nested = _parser(SourceConfig), {name: value}
-    else:
-        parser, nested = _parser(RunConfig), {}
-        _set_dotted(nested, key, value)
-    if is_dataclass(known_keys().get(key)):
-        return [f"{key} is {value!r}, expected a section with keys below it"]
-    try:
-        if value is None:  # jsonargparse takes it for any type
-            raise TypeError("null")
-        parser.parse_object(nested)
-    except (ArgumentError, TypeError, ValueError):
-        return [f"{key} is {value!r}, expected {_describe(_expected_type(key))}"]
-    return []
-
-
-def _expected_type(key: str) -> type:
-    if key.startswith("data.sources["):
-        return typing.get_type_hints(SourceConfig)[key.partition("].")[2]]
-    return known_keys()[key]
+            yield _Leaf(dotted, cls, key, value)
 
 
 def _describe(kind: type) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lowmem.config import RunConfig, SourceConfig, resolve_micro_batch_size
-from lowmem.config_dump import dump_run_config
+from lowmem.config_dump import dump_config
 from lowmem.config_load import load_run_config
 from lowmem.config_schema import field_docs
 from lowmem.errors import ConfigError
@@ -36,7 +36,7 @@ def test_printed_config_reads_back_equal(tmp_path, comments):
     assert config.optim.lr == 1e-4
     assert config.data.sources[0].stdlib is False
     path = tmp_path / "config.yaml"
-    path.write_text(dump_run_config(config, comments=comments))
+    path.write_text(dump_config(config, comments=comments))
     assert load_run_config(path) == config
 
 
@@ -44,7 +44,7 @@ def test_printed_config_reads_back_equal(tmp_path, comments):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_shipped_configs_read_back_equal_one_key_a_line(tmp_path, path, comments):
     config = load_run_config(path)
-    printed = dump_run_config(config, comments=comments)
+    printed = dump_config(config, comments=comments)
     (tmp_path / "config.yaml").write_text(printed)
     assert load_run_config(tmp_path / "config.yaml") == config
     lines = [line.strip() for line in printed.splitlines() if not line.lstrip().startswith("#")]
@@ -61,7 +61,7 @@ def test_awkward_text_reads_back_equal(tmp_path, text):
     config.data.val_source = config.train.tokens = config.data.sources[0].path = text
     config.model.lorpt.ranks = {text: 3, "*.down": 0}
     path = tmp_path / "config.yaml"
-    path.write_text(dump_run_config(config, comments=True), encoding="utf-8")
+    path.write_text(dump_config(config, comments=True), encoding="utf-8")
     read = load_run_config(path, check=False)
     if text in ("0", "2024", "010", "1e-4", "1e9"):  # a count is a count, quoted or not
         assert float(read.train.tokens) == float(text)
@@ -70,7 +70,7 @@ def test_awkward_text_reads_back_equal(tmp_path, text):
 
 
 def test_printed_comments_stand_above_their_keys():
-    lines = dump_run_config(RunConfig(), comments=True).splitlines()
+    lines = dump_config(RunConfig(), comments=True).splitlines()
     assert max(map(len, lines)) <= 140
     key_lines = iter([number for number, line in enumerate(lines) if not line.lstrip().startswith(("#", "- "))])
     for key, doc in field_docs().items():

@@ -25,7 +25,8 @@ FLOORS = [
     {"devices", "fake"},
     {"config_load", "config_dump"},
     {"config_schema", "config_check"},
-    {"config", "config_model", "arguments", "units", "errors"},
+    {"config_check_data"},
+    {"config", "config_data", "config_model", "arguments", "units", "errors"},
 ]
 FLOOR_OF = {name: height for height, names in enumerate(reversed(FLOORS)) for name in names}
 SOURCES = sorted([*(ROOT / "lowmem").rglob("*.py"), *(ROOT / "launch").glob("*.py"), *(ROOT / "profiling").glob("*.py")])

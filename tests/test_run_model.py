@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lowmem.config import ModelConfig, RunConfig
-from lowmem.config_dump import dump_run_config
+from lowmem.config_dump import dump_config
 from lowmem.data.simple_tokenizers import ByteTokenizer
 from lowmem.engine.tensor_file import write_tensors
 from lowmem.errors import CheckpointError, DataError
@@ -21,7 +21,7 @@ def write_run(run_dir, model_config=MODEL, *, dtype=torch.float32, steps=(5, 10)
     config = RunConfig(model=model_config)
     config.train.steps, config.data.seq_len = 10, 32
     run_dir.mkdir(parents=True)
-    (run_dir / "config.yaml").write_text(dump_run_config(config))
+    (run_dir / "config.yaml").write_text(dump_config(config))
     ByteTokenizer().save(run_dir / "tokenizer.json")
     for step in steps:
         folder = run_dir / f"checkpoints/step-{step:08d}"

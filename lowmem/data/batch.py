@@ -14,10 +14,13 @@ class Batch:
     Attributes:
         inputs: (sequences, seq_len) int64 token ids.
         targets: (sequences, seq_len) int64 next tokens; `IGNORE_INDEX` where nothing is predicted.
+        segments: (sequences, seq_len) int32, which conversation of its row a token belongs to: tokens of one see none of another, and
+            positions begin anew. 0 is padding. None where every row is one text.
     """
 
     inputs: np.ndarray
     targets: np.ndarray
+    segments: np.ndarray | None = None
 
     @classmethod
     def from_windows(cls, windows: np.ndarray) -> "Batch":
@@ -30,8 +33,22 @@ class Batch:
 
     def rows(self, start: int, stop: int) -> "Batch":
         """The sequences start..stop-1, without copying."""
-        return Batch(self.inputs[start:stop], self.targets[start:stop])
+        segments = None if self.segments is None else self.segments[start:stop]
+        return Batch(self.inputs[start:stop], self.targets[start:stop], segments)
 
     def target_count(self) -> int:
         """Number of predicted tokens."""
         return int((self.targets != IGNORE_INDEX).sum())
+
+
+def longest_batch(sequences: int, seq_len: int, *, packed: bool = False) -> Batch:
+    """A batch that takes as much memory as any of these lengths.
+
+    Args:
+        packed: with segments, as conversations have them.
+    """
+    batch = Batch.from_windows(np.zeros((sequences, seq_len + 1), dtype=np.int64))
+    if not packed:
+        return batch
+    segments = np.ones((sequences, seq_len), dtype=np.int32)
+    return Batch(batch.inputs, batch.targets, segments)

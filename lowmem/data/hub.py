@@ -37,6 +37,20 @@ def load_hub_dataset(config: SourceConfig) -> Any:
     return dataset.select_columns([config.text_field])
 
 
+def load_hub_rows(config: SourceConfig) -> Iterable[dict[str, Any]]:
+    """The rows of a hub dataset with all columns, for records that are more than a text.
+
+    Raises:
+        DataError: see `load_hub_dataset`.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError("hub datasets need the datasets package: pip install 'lowmem[hub]'") from error
+    what = f"cannot load the dataset {config.hub!r}, split {config.split!r}"
+    return call_hub(what, datasets.load_dataset, config.hub, config.subset or None, split=config.split)
+
+
 def call_hub(what: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a function of the datasets package and report whatever it raises in one line.
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from lowmem.config import DataConfig, SourceConfig
 from lowmem.data.build import build_shards
+from lowmem.data.chat_stream import ChatValidation
+from lowmem.data.chat_template import ChatTemplate
 from lowmem.data.order import keyed_hash
 from lowmem.data.progress import DataProgress, ProgressCallback, ignore_progress
 from lowmem.data.shards import TokenShards
@@ -16,7 +18,7 @@ from lowmem.data.storage import cache_root, json_sha256
 from lowmem.data.text_source import TextSource
 from lowmem.data.tokenizer_build import prepare_tokenizer
 from lowmem.data.tokenizers import Tokenizer
-from lowmem.data.train_stream import TrainStream
+from lowmem.data.train_stream import BatchStream, TrainStream
 from lowmem.data.validation import ValidationSet
 from lowmem.data.windows import StoredWindows, WindowSource
 from lowmem.errors import ConfigError, DataError
@@ -29,14 +31,16 @@ class PreparedData:
     Attributes:
         tokenizer: trained, loaded or built in.
         train: the training sequences.
-        validation: held-out windows; None if nothing is held out.
+        validation: held-out sequences; None if nothing is held out.
         description: JSON-ready facts for the run's records: tokenizer, tokens, bytes and replacements by source.
+        template: how conversations are written; None for text.
     """
 
     tokenizer: Tokenizer
-    train: TrainStream
-    validation: ValidationSet | None
+    train: BatchStream
+    validation: ValidationSet | ChatValidation | None
     description: dict[str, Any]
+    template: ChatTemplate | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -54,7 +58,9 @@ class _Part:
     facts: dict[str, Any]
 
 
-def prepare_data(config: DataConfig, *, seed: int, progress: ProgressCallback | None = None) -> PreparedData:
+def prepare_data(
+    config: DataConfig, *, seed: int, progress: ProgressCallback | None = None, tokenizer: Tokenizer | None = None
+) -> PreparedData:
     """Train or load the tokenizer, build or find the token shards, divide them and set up the streams.
 
     Several processes may call this at once: one does the work, the others wait for it.
@@ -62,6 +68,7 @@ def prepare_data(config: DataConfig, *, seed: int, progress: ProgressCallback | 
     Args:
         seed: of the order of the training sequences; the held-out text does not depend on it.
         progress: called after every bounded piece of work.
+        tokenizer: of an earlier phase; None trains or loads the one that `config` names.
     Raises:
         ConfigError: settings that contradict each other or have no effect.
         DataError: text, tokenizer or shards missing, malformed or too small.
@@ -72,14 +79,15 @@ def prepare_data(config: DataConfig, *, seed: int, progress: ProgressCallback | 
     _check_settings(config)
     cache = cache_root(config.cache_dir)
     sources = [open_source(source, config.decode_errors) for source in config.sources]
-    tokenizer = prepare_tokenizer(config, sources, cache, report)
+    tokenizer = tokenizer or prepare_tokenizer(config, sources, cache, report)
     parts = [
         _streamed_part(config, source_config, tokenizer, cache, report)
         if source_config.streaming
         else _stored_part(config, source, tokenizer, cache, keyed_hash(seed, number), report)
         for number, (source_config, source) in enumerate(zip(config.sources, sources, strict=True))
     ]
-    train = TrainStream([part.windows for part in parts], [source.weight for source in config.sources], seq_len=config.seq_len, seed=seed)
+    weights = [source.weight_at for source in config.sources]
+    train = TrainStream([part.windows for part in parts], weights, seq_len=config.seq_len, seed=seed, exhausted=config.exhausted)
     validation = _validation(config, parts, tokenizer, cache, report)
     description = {
         "tokenizer": {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256()},

@@ -1,76 +1,93 @@
-"""The stream of training sequences: a weighted, deterministic mixture of sources."""
+"""The stream of training sequences of text: windows of several sources, mixed."""
 
 from collections.abc import Sequence
-from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from lowmem.data.order import keyed_hash
+from lowmem.data.batch import Batch
+from lowmem.data.mixture import Exhausted, Mixture, Weight, check_same_data
 from lowmem.data.windows import WindowSource
 from lowmem.errors import CheckpointError
 
-_RANGE = 1 << 64
-_CHOICE = 3  # what a hash is for; windows.py has the others
 
+class BatchStream(Protocol):
+    """What the loop takes global batches from; its state is a few numbers."""
 
-class Mixture:
-    """Which source the sequence at each position comes from.
+    def batch(self, sequences: int, *, seq_len: int, step: int) -> Batch:
+        """The next global batch.
 
-    Args:
-        weights: relative shares, each above 0.
-        seed: another seed draws in another order.
-    """
+        Args:
+            sequences: of the longest length of the run.
+            seq_len: the length of this batch; shorter sequences are more of them.
+            step: of the phase, for weights that change.
+        Raises:
+            EndOfData: the mixture has come to its end.
+        """
 
-    def __init__(self, weights: Sequence[float], seed: int):
-        if not weights or min(weights) <= 0:
-            raise ValueError(f"found weights {list(weights)}, each must be above 0")
-        total = sum(weights)
-        self._seed = seed
-        self._borders = [int(_RANGE * (part / total)) for part in accumulate(weights)]
-        self._borders[-1] = _RANGE
+    def epochs(self) -> list[float | None]:
+        """How often each source has been gone through so far; None for a streamed one."""
 
-    def source_at(self, position: int) -> int:
-        """Number of the source; a function of (seed, position) alone."""
-        value = keyed_hash(self._seed, _CHOICE, position)
-        return next(number for number, border in enumerate(self._borders) if value < border)
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-ready state, enough to go on exactly."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state of the same data."""
 
 
 class TrainStream:
-    """Training sequences without end: each source wraps around to a new epoch of its own when it is exhausted.
+    """Training sequences of text.
 
     What comes next depends only on the state, which is a few numbers (and, for streamed sources, their position).
 
     Args:
         sources: one for each of `weights`.
-        seq_len: tokens that a sequence predicts.
+        weights: see `Mixture`.
+        seq_len: tokens that the longest sequence predicts.
+        exhausted: see `Mixture`.
     """
 
-    def __init__(self, sources: Sequence[WindowSource], weights: Sequence[float], *, seq_len: int, seed: int):
+    def __init__(
+        self, sources: Sequence[WindowSource], weights: Sequence[Weight], *, seq_len: int, seed: int, exhausted: Exhausted = "repeat"
+    ):
         self._sources = list(sources)
-        self._mixture = Mixture(weights, seed)
+        self._mixture = Mixture(weights, [source.windows_per_epoch for source in sources], seed=seed, exhausted=exhausted)
         self._seed = seed
         self._seq_len = seq_len
-        self._drawn = [0] * len(self._sources)
-        self.position = 0
 
-    def next(self, count: int) -> np.ndarray:
-        """The next sequences, each with the token after its last one.
+    def batch(self, sequences: int, *, seq_len: int, step: int) -> Batch:
+        """The next global batch: sequences * longest tokens, cut to sequences of `seq_len`.
+
+        Windows of the longest length are cut into as many as go into one; what is left of a window is passed over until its source
+        comes round again with other borders.
+
+        Raises:
+            EndOfData: see `BatchStream`.
+        Memory: 8 bytes a token.
+        """
+        rows = sequences * self._seq_len // seq_len
+        pieces = self._seq_len // seq_len
+        windows = self.next(-(-rows // pieces), step)
+        cut = [windows[:, piece * seq_len : (piece + 1) * seq_len + 1] for piece in range(pieces)]
+        return Batch.from_windows(np.concatenate(cut)[:rows] if pieces > 1 else windows[:rows])
+
+    def next(self, count: int, step: int = 0) -> np.ndarray:
+        """The next sequences of the longest length, each with the token after its last one.
 
         Args:
             count: how many.
+            step: of the phase.
         Returns:
             (count, seq_len + 1) int64.
         Raises:
+            EndOfData: fewer are left.
             DataError: a shard was damaged meanwhile, or the network failed under a streamed source.
         Memory: 8 * count * (seq_len + 1) bytes.
         """
         windows = np.empty((count, self._seq_len + 1), dtype=np.int64)
         for row in range(count):
-            number = self._mixture.source_at(self.position)
-            windows[row] = self._sources[number].window(self._drawn[number])
-            self._drawn[number] += 1
-            self.position += 1
+            number = self._mixture.choose(step)
+            windows[row] = self._sources[number].window(self._mixture.take(number))
         return windows
 
     def tokens_per_epoch(self) -> int | None:
@@ -80,19 +97,11 @@ class TrainStream:
 
     def epochs(self) -> list[float | None]:
         """How often each source has been gone through so far; None for a streamed one."""
-        return [
-            drawn / source.windows_per_epoch if source.windows_per_epoch else None
-            for drawn, source in zip(self._drawn, self._sources, strict=True)
-        ]
+        return self._mixture.epochs()
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-ready state, enough to go on exactly."""
-        return {
-            **self._fixed(),
-            "position": self.position,
-            "drawn": list(self._drawn),
-            "sources": [source.state_dict() for source in self._sources],
-        }
+        return {**self._fixed(), **self._mixture.state_dict(), "sources": [source.state_dict() for source in self._sources]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state of the same data.
@@ -100,19 +109,11 @@ class TrainStream:
         Raises:
             CheckpointError: the state was made with other data, another seed or sequence length, or is malformed.
         """
-        try:
-            found = {key: state[key] for key in self._fixed()}
-            position, drawn, sources = int(state["position"]), [int(count) for count in state["drawn"]], list(state["sources"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the data position in the checkpoint is malformed ({type(error).__name__}: {error})") from error
-        for key, expected in self._fixed().items():
-            if found[key] != expected:
-                raise CheckpointError(
-                    f"the checkpoint was made with other data: {key} was {found[key]}, is {expected}; "
-                    "restore data.* and train.seed as they were, or start another run"
-                )
-        self.position, self._drawn = position, drawn
-        for source, source_state in zip(self._sources, sources, strict=True):
+        check_same_data(state, self._fixed())
+        self._mixture.load_state_dict(state)
+        if not isinstance(state.get("sources"), list) or len(state["sources"]) != len(self._sources):
+            raise CheckpointError("the data position in the checkpoint is malformed: the state of a source is missing")
+        for source, source_state in zip(self._sources, state["sources"], strict=True):
             source.load_state_dict(source_state)
 
     def _fixed(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from lowmem.data.batch import Batch
 from lowmem.data.shards import TokenShards
 from lowmem.data.windows import windows_in
 
@@ -49,6 +50,10 @@ class ValidationSet:
         chosen = [number * total // count for number in range(count)]
         for first in range(0, count, batch_size):
             yield np.stack([self._window(number) for number in chosen[first : first + batch_size]])
+
+    def batches(self, limit: int = 0) -> Iterator[Batch]:
+        """`windows` as batches."""
+        return (Batch.from_windows(part) for part in self.windows(limit))
 
     def _window(self, number: int) -> np.ndarray:
         return self._shards[self._owners[number]].read(int(self._starts[number]), self._seq_len + 1)

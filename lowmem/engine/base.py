@@ -38,6 +38,7 @@ class Engine(ABC):
         device: where this rank computes.
         rank, world_size: this process among those that share the global batch.
         micro_batch_size: sequences computed at once on this rank; lowered when memory runs out.
+        longest_seq_len: tokens of the sequences that micro_batch_size counts; 0 is the length of each batch.
         failed_micro_batch_size: the smallest size known to run out of memory; 0 if none is.
         messages: what a person should know of recoveries; whoever shows them empties the list.
     """
@@ -48,10 +49,19 @@ class Engine(ABC):
     world_size: int = 1
     micro_batch_size: int = 1
     failed_micro_batch_size: int = 0
+    longest_seq_len: int = 0
     messages: list[str]
 
     def __init__(self) -> None:
         self.messages = []
+
+    def rows_at_once(self, seq_len: int, sequences: int = 0) -> int:
+        """Rows of `seq_len` tokens computed at once: of shorter sequences more fit.
+
+        Args:
+            sequences: of the longest length; 0 takes the micro-batch.
+        """
+        return (sequences or self.micro_batch_size) * max(1, self.longest_seq_len // seq_len)
 
     @abstractmethod
     def step(self, batch: Batch, lr: float) -> StepResult:

@@ -56,17 +56,21 @@ def build_local_engine(
     Args:
         teacher: what `train.distill` names, on `device`.
     """
+    engine: LocalEngine
     if config.train.update == "layerwise":
-        return LayerwiseEngine(model, config.optim, config.train, device=device, precision=precision, micro_batch_size=micro_batch_size)
-    return LocalEngine(
-        model,
-        config.optim,
-        device=device,
-        precision=precision,
-        micro_batch_size=micro_batch_size,
-        seed=config.train.seed,
-        teacher=None if teacher is None else Teacher(teacher, config.train.distill),
-    )
+        engine = LayerwiseEngine(model, config.optim, config.train, device=device, precision=precision, micro_batch_size=micro_batch_size)
+    else:
+        engine = LocalEngine(
+            model,
+            config.optim,
+            device=device,
+            precision=precision,
+            micro_batch_size=micro_batch_size,
+            seed=config.train.seed,
+            teacher=None if teacher is None else Teacher(teacher, config.train.distill),
+        )
+    engine.longest_seq_len = config.data.seq_len
+    return engine
 
 
 def _is_zero(size: str) -> bool:

@@ -34,6 +34,7 @@ from lowmem.engine.deepspeed_weights import load_weights, save_weights
 from lowmem.engine.distributed import destroy_process_group, import_deepspeed, init_process_group, local_rank
 from lowmem.engine.random_state import random_state, restore_random_state
 from lowmem.engine.recovery import cannot_be_repeated, first_line, release_memory, repeat_with_smaller_micro_batches
+from lowmem.engine.transfer import on_device
 from lowmem.errors import CheckpointError
 from lowmem.memory.budget import is_out_of_memory
 from lowmem.models.base import LanguageModel
@@ -60,7 +61,7 @@ class DeepSpeedEngine(Engine):
         init_process_group(device)
         deepspeed = import_deepspeed(device.type)
         self.rank, self.world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
-        self.device, self.micro_batch_size = device, micro_batch_size
+        self.device, self.micro_batch_size, self.longest_seq_len = device, micro_batch_size, config.data.seq_len
         self.max_norm, self.config = config.optim.clip, config
         document = build_deepspeed_config(config, world_size=self.world_size, micro_batch_size=micro_batch_size)
         self.zero_stage = zero_stage(document)
@@ -164,12 +165,13 @@ class DeepSpeedEngine(Engine):
         denominator = max(1, batch.target_count()) / self.world_size
         share = len(batch) // self.world_size
         rows = batch.rows(self.rank * share, (self.rank + 1) * share)
-        last = share - self.micro_batch_size
+        at_once = self.rows_at_once(batch.inputs.shape[1])
+        last = (share - 1) // at_once * at_once
         recoverable = self.zero_stage == 0 and self.world_size == 1
         losses: list[torch.Tensor] = []
-        for start in range(0, share, self.micro_batch_size):
+        for start in range(0, share, at_once):
             self._engine.set_gradient_accumulation_boundary(start == last)
-            loss = self._loss_everywhere(rows.rows(start, start + self.micro_batch_size), denominator)
+            loss = self._loss_everywhere(rows.rows(start, start + at_once), denominator)
             losses.append(loss.detach())
             weight = 1.0
             if start == last:
@@ -238,12 +240,13 @@ class DeepSpeedEngine(Engine):
 
     def _evaluate_share(self, batch: Batch) -> float:
         """Summed loss of every `world_size`-th micro-batch; each rank runs as many, because ZeRO 3 gathers weights together."""
-        starts = range(0, len(batch), self.micro_batch_size)
+        at_once = self.rows_at_once(batch.inputs.shape[1])
+        starts = range(0, len(batch), at_once)
         total = 0.0
         for round_start in range(0, len(starts), self.world_size):
             mine = round_start + self.rank
             start = starts[min(mine, len(starts) - 1)]
-            loss = self._loss_everywhere(batch.rows(start, start + self.micro_batch_size), denominator=1.0).item()
+            loss = self._loss_everywhere(batch.rows(start, start + at_once), denominator=1.0).item()
             total += loss if mine < len(starts) else 0.0
         return total
 
@@ -273,9 +276,8 @@ class DeepSpeedEngine(Engine):
         return loss
 
     def _loss(self, batch: Batch, denominator: float) -> torch.Tensor:
-        inputs = torch.from_numpy(batch.inputs).to(self.device, non_blocking=True)
-        targets = torch.from_numpy(batch.targets).to(self.device, non_blocking=True)
-        return self._engine(inputs, targets, denominator)
+        inputs, targets, segments = on_device(batch, self.device)
+        return self._engine(inputs, targets, denominator, segments_BT=segments)
 
     def _sum_over_ranks(self, value: float) -> float:
         total = torch.tensor(value, dtype=torch.float64, device=self.device)

@@ -25,6 +25,7 @@ from lowmem.engine.local import HALF_APPLIED, LocalEngine
 from lowmem.engine.loss_scale import LossScale
 from lowmem.engine.random_state import random_state, restore_random_state
 from lowmem.engine.recovery import cannot_be_repeated, first_line, once_more, release_memory, smaller_micro_batch
+from lowmem.engine.transfer import Tensors, on_device
 from lowmem.fake import representative
 from lowmem.memory.budget import is_out_of_memory
 from lowmem.models.base import LanguageModel
@@ -101,8 +102,9 @@ class LayerwiseEngine(LocalEngine):
 
     def _pass(self, batch: Batch) -> tuple[float, bool]:
         """Forward, and backward with updates; the loss, and whether it was finite."""
-        tokens, targets = (torch.from_numpy(part).to(self.device, non_blocking=True) for part in (batch.inputs, batch.targets))
-        boundaries, graphs, loss, first_update = self._repeat(partial(self._to_first_update, tokens, targets, max(1, batch.target_count())))
+        tensors, denominator = on_device(batch, self.device), max(1, batch.target_count())
+        boundaries, graphs, loss, first_update = self._repeat(partial(self._to_first_update, tensors, denominator))
+        tokens, _, segments = tensors
         if first_update is None:
             return loss, False
         with cannot_be_repeated(self, "in a rehearsal" if self.rehearsing else HALF_APPLIED):
@@ -110,34 +112,33 @@ class LayerwiseEngine(LocalEngine):
             del first_update
             for index in reversed(range(len(self.model.blocks))):
                 if grad is not None:
-                    grad = self._block(index, boundaries, graphs.pop(index, []), grad)
+                    grad = self._block(index, boundaries, graphs.pop(index, []), grad, segments)
             if grad is not None:
-                self._embedding(tokens, grad, tied)
+                self._embedding(tokens, segments, grad, tied)
         return loss, True
 
-    def _to_first_update(
-        self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor, denominator: float
-    ) -> tuple[Boundaries, dict[int, Graphs], float, FirstUpdate | None]:
+    def _to_first_update(self, tensors: Tensors, denominator: float) -> tuple[Boundaries, dict[int, Graphs], float, FirstUpdate | None]:
         """The part of a step that can be done again from its beginning."""
+        tokens_BT, targets_BT, segments_BT = tensors
         boundaries = Boundaries(len(tokens_BT), self.device, dtype=self.boundary_dtype, offload=self.boundary_offload)
-        graphs = self._forward(tokens_BT, boundaries)
+        graphs = self._forward(tokens_BT, segments_BT, boundaries)
         last = len(self.model.blocks)
         hidden = boundaries.read(last, slice(0, len(targets_BT))).detach().requires_grad_()
         boundaries.free(last)
         return boundaries, graphs, *self.head.differentiate(hidden, targets_BT, denominator)
 
-    def _forward(self, tokens_BT: torch.Tensor, boundaries: Boundaries) -> dict[int, Graphs]:
+    def _forward(self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None, boundaries: Boundaries) -> dict[int, Graphs]:
         """Write every boundary; the graphs of all blocks, unless they are to be computed again."""
         with torch.no_grad(), self.autocast():
-            for rows in representative(self._slices(len(tokens_BT), self.micro_batch_size), tokens_BT):
-                boundaries.write(0, rows, self.model.embed(tokens_BT[rows]))
+            for rows in representative(self._slices(tokens_BT, self.micro_batch_size), tokens_BT):
+                boundaries.write(0, rows, self.model.embed(tokens_BT[rows], segments_BT=_part(segments_BT, rows)))
         mode = self.model.activation_checkpointing
         graphs: dict[int, Graphs] = {}
-        for index, block in enumerate(self.model.blocks):
-            slices = self._slices(len(tokens_BT), self.block_micro_batches[index])
+        for index in range(len(self.model.blocks)):
+            slices = self._slices(tokens_BT, self.block_micro_batches[index])
             pairs = list(zip(slices, [*slices[1:], None], strict=True))
             for rows, following in representative(pairs, tokens_BT, distinct=2 if mode == "block" else len(pairs)):
-                hidden = boundaries.read(index, rows)
+                hidden, block = boundaries.read(index, rows), self.model.block(index, _part(segments_BT, rows))
                 if following is not None:
                     boundaries.prefetch(index, following)
                 if mode == "block":
@@ -151,7 +152,9 @@ class LayerwiseEngine(LocalEngine):
                 boundaries.write(index + 1, rows, output.detach())
         return graphs
 
-    def _block(self, index: int, boundaries: Boundaries, graphs: Graphs, grad: torch.Tensor) -> torch.Tensor | None:
+    def _block(
+        self, index: int, boundaries: Boundaries, graphs: Graphs, grad: torch.Tensor, segments_BT: torch.Tensor | None
+    ) -> torch.Tensor | None:
         """Update block `index`; the gradient of what it was given, or None if its own was not finite.
 
         When memory runs out the gradients so far are dropped, and the block is done again with a smaller micro-batch.
@@ -159,7 +162,7 @@ class LayerwiseEngine(LocalEngine):
         parameters = [p for p in self.model.blocks[index].parameters() if p.requires_grad]
         while True:
             try:
-                grad_input, gradients = self._differentiate(index, boundaries, graphs, parameters, grad)
+                grad_input, gradients = self._differentiate(index, boundaries, graphs, parameters, grad, segments_BT)
                 break
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -176,7 +179,13 @@ class LayerwiseEngine(LocalEngine):
         return grad_input if self.apply(list(zip(parameters, gradients, strict=True))) else None
 
     def _differentiate(
-        self, index: int, boundaries: Boundaries, graphs: Graphs, parameters: list[nn.Parameter], grad: torch.Tensor
+        self,
+        index: int,
+        boundaries: Boundaries,
+        graphs: Graphs,
+        parameters: list[nn.Parameter],
+        grad: torch.Tensor,
+        segments_BT: torch.Tensor | None,
     ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
         """Gradients of one block over the whole global batch: of its input, and of its parameters.
 
@@ -184,7 +193,7 @@ class LayerwiseEngine(LocalEngine):
         """
         grad_input = torch.empty_like(grad)
         sums: list[torch.Tensor] = []
-        slices = self._slices(len(grad), self.block_micro_batches[index])
+        slices = self._slices(grad, self.block_micro_batches[index])
         kept = bool(graphs)
         for position, rows in representative(list(enumerate(slices)), grad, distinct=len(slices) if kept else 2):
             if kept:
@@ -194,17 +203,17 @@ class LayerwiseEngine(LocalEngine):
                 if position + 1 < len(slices):
                     boundaries.prefetch(index, slices[position + 1])
                 with self.autocast():
-                    output = self.model.blocks[index](hidden)
+                    output = self.model.block(index, _part(segments_BT, rows))(hidden)
             grad_input[rows], *gradients = torch.autograd.grad(output, [hidden, *parameters], grad[rows].to(output.dtype))
             del hidden, output
             sums = _add(sums, gradients, more=len(slices) > 1)
             del gradients  # else one more gradient of the block would live until the next is there
         return grad_input, sums
 
-    def _embedding(self, tokens_BT: torch.Tensor, grad: torch.Tensor, tied: Tied) -> None:
+    def _embedding(self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None, grad: torch.Tensor, tied: Tied) -> None:
         def gradients() -> Pairs:
             with self.autocast():
-                hidden = self.model.embed(tokens_BT)
+                hidden = self.model.embed(tokens_BT, segments_BT=segments_BT)
             found = torch.autograd.grad(hidden, self._embed_parameters, grad)
             pairs = [(parameter, gradient.contiguous()) for parameter, gradient in zip(self._embed_parameters, found, strict=True)]
             for parameter, gradient in pairs:
@@ -247,9 +256,9 @@ class LayerwiseEngine(LocalEngine):
         super().set_micro_batch_size(size)
         self.block_micro_batches = [min(block, size) for block in self.block_micro_batches]
 
-    @staticmethod
-    def _slices(sequences: int, micro_batch_size: int) -> list[slice]:
-        return [slice(start, min(start + micro_batch_size, sequences)) for start in range(0, sequences, micro_batch_size)]
+    def _slices(self, rows_BT: torch.Tensor, micro_batch_size: int) -> list[slice]:
+        rows, at_once = len(rows_BT), self.rows_at_once(rows_BT.shape[1], micro_batch_size)
+        return [slice(start, min(start + at_once, rows)) for start in range(0, rows, at_once)]
 
     def save(self, directory: Any) -> dict:
         more = {
@@ -274,6 +283,10 @@ def _import_autograd() -> None:
     """torch imports sympy when a gradient is first given to torch.autograd.grad; an import that runs out of memory leaves ruins behind."""
     number = torch.zeros((), requires_grad=True)
     torch.autograd.grad(number * 1, number, torch.zeros(()))
+
+
+def _part(segments_BT: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+    return None if segments_BT is None else segments_BT[rows]
 
 
 def _add(sums: list[torch.Tensor], gradients: list[torch.Tensor], more: bool) -> list[torch.Tensor]:

@@ -19,6 +19,7 @@ from lowmem.engine.random_state import random_state, restore_random_state
 from lowmem.engine.recovery import cannot_be_repeated, repeat_with_smaller_micro_batches
 from lowmem.engine.teacher import Teacher
 from lowmem.engine.tensor_file import load_into, read_tensors, tensor_shapes, write_tensors
+from lowmem.engine.transfer import on_device
 from lowmem.fake import representative
 from lowmem.models.base import LanguageModel
 from lowmem.models.counting import move_to
@@ -219,22 +220,21 @@ class LocalEngine(Engine):
         return math.fsum(loss.item() for loss in losses)
 
     def _loss(self, batch: Batch, denominator: float) -> torch.Tensor:
-        inputs = torch.from_numpy(batch.inputs).to(self.device, non_blocking=True)
-        targets = torch.from_numpy(batch.targets).to(self.device, non_blocking=True)
+        inputs, targets, segments = on_device(batch, self.device)
         with self.autocast():
             if self.teacher is None or not self.model.training:
-                return self.model(inputs, targets, denominator)
+                return self.model(inputs, targets, denominator, segments_BT=segments)
             usual = self.model.loss_options
-            self.model.loss_options = replace(usual, soft_targets=self.teacher.soft_targets(inputs))
+            self.model.loss_options = replace(usual, soft_targets=self.teacher.soft_targets(inputs, segments))
             try:
-                return self.model(inputs, targets, denominator)
+                return self.model(inputs, targets, denominator, segments_BT=segments)
             finally:
                 self.model.loss_options = usual
 
     def _micro_batches(self, batch: Batch) -> Iterable[Batch]:
-        starts = range(0, len(batch), self.micro_batch_size)
-        like = next(self.model.parameters())
-        return (batch.rows(start, start + self.micro_batch_size) for start in representative(starts, like, distinct=2))
+        at_once, like = self.rows_at_once(batch.inputs.shape[1]), next(self.model.parameters())
+        starts = range(0, len(batch), at_once)
+        return (batch.rows(start, start + at_once) for start in representative(starts, like, distinct=2))
 
     def autocast(self) -> AbstractContextManager:
         """Compute in the precision of the run."""

@@ -24,11 +24,11 @@ class Teacher:
         self.model, self.distill = model.eval().requires_grad_(False), distill
 
     @torch.no_grad()
-    def soft_targets(self, tokens_BT: torch.Tensor) -> SoftTargets:
+    def soft_targets(self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None = None) -> SoftTargets:
         """What the model predicts after each token, to be multiplied out chunk by chunk."""
-        hidden = self.model.embed(tokens_BT)
-        for block in self.model.blocks:
-            hidden = block(hidden)
+        hidden = self.model.embed(tokens_BT, segments_BT=segments_BT)
+        for index in range(len(self.model.blocks)):
+            hidden = self.model.block(index, segments_BT)(hidden)
         return SoftTargets(*self.model.head_product(hidden), self.distill.weight, self.distill.temperature)
 
 

@@ -1,7 +1,9 @@
 """What every model of lowmem offers to engines, generation and reports."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -36,7 +38,12 @@ class LanguageModel(nn.Module, ABC):
 
     The parts are separate so that an engine may drive them one by one:
     `hidden = embed(tokens)`, then each of `blocks`, then `head_loss(hidden, targets, denominator)`.
+
+    Attributes:
+        keeps_segments_apart: whether a row may hold several segments.
     """
+
+    keeps_segments_apart: bool = True
 
     blocks: nn.ModuleList
     norm: nn.Module
@@ -53,6 +60,7 @@ class LanguageModel(nn.Module, ABC):
         targets_BT: torch.Tensor | None = None,
         denominator: float | torch.Tensor = 1.0,
         cache: Any = None,
+        segments_BT: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Loss if `targets_BT` is given, else logits.
 
@@ -61,13 +69,19 @@ class LanguageModel(nn.Module, ABC):
             targets_BT: (batch, time) int64, IGNORE_INDEX where nothing is predicted. The loss is the sum over predicted
                 tokens divided by `denominator`: micro-batches of one global batch share its denominator.
             cache: from `new_cache`; tokens_BT continue what it holds, and it is extended in place.
+            segments_BT: int32; tokens of one number see none of another, and positions begin anew. Not together with a cache.
         Returns:
             fp32 scalar loss, or (batch, time, vocab) logits.
         """
 
     @abstractmethod
-    def embed(self, tokens_BT: torch.Tensor, start: int = 0) -> torch.Tensor:
-        """(batch, time) -> (batch, time, width), for positions from `start` on."""
+    def embed(self, tokens_BT: torch.Tensor, start: int = 0, segments_BT: torch.Tensor | None = None) -> torch.Tensor:
+        """(batch, time) -> (batch, time, width), for positions from `start` on, or from 0 in each segment."""
+
+    def block(self, index: int, segments_BT: torch.Tensor | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Block number `index` as a function of its input alone."""
+        block = self.blocks[index]
+        return block if segments_BT is None else partial(block, segments_BT=segments_BT)
 
     @abstractmethod
     def head_loss(self, hidden_BTC: torch.Tensor, targets_BT: torch.Tensor, denominator: float | torch.Tensor = 1.0) -> torch.Tensor:

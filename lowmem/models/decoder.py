@@ -66,9 +66,9 @@ class DecoderBlock(nn.Module):
         hidden_dim = config.hidden_dim or default_hidden_dim(config.activation, config.dim)
         self.mlp = make_mlp(config.activation, config.dim, hidden_dim, factory, f"{name}.mlp", out_std=out_std)
 
-    def forward(self, hidden_BTC: torch.Tensor, cache: LayerCache | None = None) -> torch.Tensor:
-        """(B, T, C) -> (B, T, C); with a cache, the tokens continue what it holds."""
-        hidden_BTC = hidden_BTC + self.attention(cheap(self.attention_norm, hidden_BTC), cache)
+    def forward(self, hidden_BTC: torch.Tensor, cache: LayerCache | None = None, segments_BT: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, T, C) -> (B, T, C); with a cache, the tokens continue what it holds; segments are kept apart."""
+        hidden_BTC = hidden_BTC + self.attention(cheap(self.attention_norm, hidden_BTC), cache, segments_BT)
         return hidden_BTC + self.mlp(cheap(self.mlp_norm, hidden_BTC))
 
 
@@ -122,14 +122,14 @@ class Decoder(LanguageModel):
         self.head = store_as(head, dtype)
         factory.check_patterns()
 
-    def embed(self, tokens_BT: torch.Tensor, start: int = 0) -> torch.Tensor:
-        """(B, T) -> (B, T, C), for positions from `start` on.
+    def embed(self, tokens_BT: torch.Tensor, start: int = 0, segments_BT: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, T) -> (B, T, C), for positions from `start` on, or from 0 in each segment.
 
         Raises:
             ConfigError: learned positions end before the last token.
         """
         hidden_BTC = self.embedding(tokens_BT)
-        return hidden_BTC if self.positions is None else self.positions(hidden_BTC, start)
+        return hidden_BTC if self.positions is None else self.positions(hidden_BTC, start, segments_BT)
 
     def head_loss(self, hidden_BTC: torch.Tensor, targets_BT: torch.Tensor, denominator: float | torch.Tensor = 1.0) -> torch.Tensor:
         """Loss from the last block's output; see `forward`."""
@@ -151,12 +151,12 @@ class Decoder(LanguageModel):
     def _head_weights(self) -> tuple[torch.Tensor, ...]:
         return (self.embedding.weight,) if self.config.tie_embeddings else ()
 
-    def forward(self, tokens_BT, targets_BT=None, denominator=1.0, cache=None):  # type: ignore[no-untyped-def, override]
+    def forward(self, tokens_BT, targets_BT=None, denominator=1.0, cache=None, segments_BT=None):  # type: ignore[no-untyped-def, override]
         """See `LanguageModel.forward`."""
-        hidden = self.embed(tokens_BT, 0 if cache is None else cache.length)
+        hidden = self.embed(tokens_BT, 0 if cache is None else cache.length, segments_BT)
         mode = self.activation_checkpointing if self.training else "none"
         for index, block in enumerate(self.blocks):
-            hidden = run_block(block, hidden, mode) if cache is None else block(hidden, cache.layers[index])
+            hidden = run_block(self.block(index, segments_BT), hidden, mode) if cache is None else block(hidden, cache.layers[index])
         return self.logits(hidden) if targets_BT is None else self.head_loss(hidden, targets_BT, denominator)
 
     def new_cache(self, batch_size: int, max_len: int) -> DecoderCache:

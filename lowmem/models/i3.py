@@ -14,6 +14,7 @@ from torch import nn
 
 from lowmem.config import LorptConfig, ModelConfig
 from lowmem.errors import ConfigError
+from lowmem.fake import is_fake
 from lowmem.models.base import LanguageModel
 from lowmem.models.counting import attention_flops, head_loss_options, matrix_parameters, parameters_by_component, store_as
 from lowmem.nn.attention import LowRankAttention
@@ -114,8 +115,8 @@ class I3Block(nn.Module):
         self.mlp_norm = LayerNorm(config.dim)
         self.mlp = GELUMLP(config.dim, config.hidden_dim, factory, f"{name}.mlp", out_std=out_std, bias=True)
 
-    def forward(self, hidden_BTC: torch.Tensor, cache: I3LayerCache | None = None) -> torch.Tensor:
-        """(B, T, C) -> (B, T, C); with a cache, the tokens continue what it holds."""
+    def forward(self, hidden_BTC: torch.Tensor, cache: I3LayerCache | None = None, segments_BT: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, T, C) -> (B, T, C); with a cache, the tokens continue what it holds. Segments are one a row: padding comes after."""
         normed = cheap(self.hybrid_norm, hidden_BTC)
         hidden_BTC = hidden_BTC + (self.hybrid(normed) if cache is None else self.hybrid.step(normed, cache.hybrid))
         latents = None if cache is None else cache.attention
@@ -137,6 +138,7 @@ class I3(LanguageModel):
     """
 
     blocks: nn.ModuleList
+    keeps_segments_apart = False
 
     def __init__(self, config: ModelConfig, *, vocab_size: int, max_seq_len: int, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -152,12 +154,17 @@ class I3(LanguageModel):
         self.head = store_as(make_head(config.dim, vocab_size, True, factory), dtype)
         factory.check_patterns()
 
-    def embed(self, tokens_BT: torch.Tensor, start: int = 0) -> torch.Tensor:
+    def embed(self, tokens_BT: torch.Tensor, start: int = 0, segments_BT: torch.Tensor | None = None) -> torch.Tensor:
         """(B, T) -> (B, T, C), for positions from `start` on.
 
+        Args:
+            segments_BT: one segment a row, and padding.
         Raises:
             ConfigError: the positions end before the last token.
+            ValueError: several segments in a row, which the recurrent state would mix.
         """
+        if segments_BT is not None and not is_fake(segments_BT) and int(segments_BT.max()) > 1:
+            raise ValueError("i3 takes one segment a row; its recurrent state would carry one over into the next")
         return self.positions(self.embedding(tokens_BT), start)
 
     def head_loss(self, hidden_BTC: torch.Tensor, targets_BT: torch.Tensor, denominator: float | torch.Tensor = 1.0) -> torch.Tensor:
@@ -168,12 +175,12 @@ class I3(LanguageModel):
         """(B, T, C) -> (B, T, V)."""
         return self.head(self.norm(hidden_BTC))
 
-    def forward(self, tokens_BT, targets_BT=None, denominator=1.0, cache=None):  # type: ignore[no-untyped-def, override]
+    def forward(self, tokens_BT, targets_BT=None, denominator=1.0, cache=None, segments_BT=None):  # type: ignore[no-untyped-def, override]
         """See `LanguageModel.forward`."""
-        hidden = self.embed(tokens_BT, 0 if cache is None else cache.length)
+        hidden = self.embed(tokens_BT, 0 if cache is None else cache.length, segments_BT)
         mode = self.activation_checkpointing if self.training else "none"
         for index, block in enumerate(self.blocks):
-            hidden = run_block(block, hidden, mode) if cache is None else block(hidden, cache.layers[index])
+            hidden = run_block(self.block(index, segments_BT), hidden, mode) if cache is None else block(hidden, cache.layers[index])
         return self.logits(hidden) if targets_BT is None else self.head_loss(hidden, targets_BT, denominator)
 
     def new_cache(self, batch_size: int, max_len: int) -> I3Cache:

@@ -62,12 +62,12 @@ class Attention(nn.Module):
         """Numbers per token that the cache keeps."""
         return self.dim, self.dim
 
-    def forward(self, x_BTC: torch.Tensor, cache: LayerCache | None = None) -> torch.Tensor:
-        """(B, T, C) -> (B, T, C); with a cache, x continues what it holds."""
+    def forward(self, x_BTC: torch.Tensor, cache: LayerCache | None = None, segments_BT: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, T, C) -> (B, T, C); with a cache, x continues what it holds; tokens of one segment attend none of another."""
         if cache is not None:
             return self.out(self.attend_cached(x_BTC, cache))
         q, k, v = self.project(x_BTC)
-        return self.out(causal_attention(self.positioned(q), self.positioned(k), self.heads(v).transpose(1, 2), self.slopes))
+        return self.out(causal_attention(self.positioned(q), self.positioned(k), self.heads(v).transpose(1, 2), self.slopes, segments_BT))
 
     def attend_cached(self, x_BTC: torch.Tensor, cache: LayerCache) -> torch.Tensor:
         """Attention over everything in the cache; keys are stored already rotated."""

@@ -20,28 +20,43 @@ MIN_BLOCK, MAX_BLOCK = 32, 512
 MAX_SCORES = 1 << 19  # scores alive at once: they stay in a core's cache
 
 
-def causal_attention(q_BHTD: torch.Tensor, k_BHTD: torch.Tensor, v_BHTD: torch.Tensor, slopes: tuple[float, ...] = ()) -> torch.Tensor:
+def causal_attention(
+    q_BHTD: torch.Tensor,
+    k_BHTD: torch.Tensor,
+    v_BHTD: torch.Tensor,
+    slopes: tuple[float, ...] = (),
+    segments_BT: torch.Tensor | None = None,
+) -> torch.Tensor:
     """softmax(q k^T / sqrt(D) + bias) v, each token attending itself and what came before.
 
     Args:
         q_BHTD, k_BHTD, v_BHTD: same shape and dtype.
         slopes: H ALiBi slopes; empty for none.
+        segments_BT: tokens attend only those with their own number; None lets them attend all.
     Returns:
         (B, T, H * D), contiguous.
     Memory: saves q, k and v; the scores of one block are alive at once, in forward and in backward.
     """
     batch, heads, time, width = q_BHTD.shape
     with torch.autocast(autocast_kind(q_BHTD), enabled=False):
+        if segments_BT is not None:
+            return blocked_attention(q_BHTD, k_BHTD, v_BHTD, slopes, segments_BT)
         if _prefers_fused(q_BHTD, slopes):
             out_BHTD = _fused(q_BHTD, k_BHTD, v_BHTD, slopes)
             return out_BHTD.transpose(1, 2).reshape(batch, time, heads * width)
         return blocked_attention(q_BHTD, k_BHTD, v_BHTD, slopes)
 
 
-def blocked_attention(q_BHTD: torch.Tensor, k_BHTD: torch.Tensor, v_BHTD: torch.Tensor, slopes: tuple[float, ...] = ()) -> torch.Tensor:
+def blocked_attention(
+    q_BHTD: torch.Tensor,
+    k_BHTD: torch.Tensor,
+    v_BHTD: torch.Tensor,
+    slopes: tuple[float, ...] = (),
+    segments_BT: torch.Tensor | None = None,
+) -> torch.Tensor:
     """`causal_attention` by blocks of queries, on any device and in any dtype."""
     q, k, v = (follow(torch.Tensor.contiguous, x) for x in (q_BHTD, k_BHTD, v_BHTD))
-    return _BlockedAttention.apply(q, k, v, slopes)
+    return _BlockedAttention.apply(q, k, v, slopes, segments_BT)
 
 
 def cached_attention(q_BHTD: torch.Tensor, k_BHKD: torch.Tensor, v_BHKD: torch.Tensor, slopes: tuple[float, ...] = ()) -> torch.Tensor:
@@ -92,15 +107,16 @@ def _fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slopes: tuple[floa
 class _Blocks:
     """The order in which blocks of scores are visited, the same in forward and backward."""
 
-    def __init__(self, like: torch.Tensor, slopes: tuple[float, ...]):
+    def __init__(self, like: torch.Tensor, slopes: tuple[float, ...], segments: torch.Tensor | None):
         batch, heads, self.time, width = like.shape
+        self.segments = segments
         self.scale = width**-0.5
         wanted = -(-self.time // BLOCKS)
         self.size = min(max(-(-wanted // 16) * 16, MIN_BLOCK), MAX_BLOCK)
         self.count = -(-self.time // self.size)
         room = max(1, MAX_SCORES // (self.size * self.time))
-        # with slopes a group of heads lies within one sequence, so that it finds its slopes
-        total = heads if slopes else batch * heads
+        # with slopes or segments a group of heads lies within one sequence, so that it finds its own
+        total = heads if slopes or segments is not None else batch * heads
         self.group = max(size for size in range(1, min(room, total) + 1) if total % size == 0)
         self.heads, self.slopes = heads, slopes
         self.future = like.new_full((self.size, self.size), float("-inf")).triu_(1)
@@ -124,6 +140,9 @@ class _Blocks:
             torch.baddbmm(scores, q[group, start:stop], keys, beta=0, alpha=self.scale, out=scores)
         rows = stop - start
         scores[:, :, start:] += self.future[:rows, :rows]
+        if self.segments is not None:
+            mine = self.segments[group.start // self.heads]
+            scores.masked_fill_(mine[start:stop, None] != mine[None, :stop], float("-inf"))
         return torch.softmax(scores, dim=-1)
 
 
@@ -131,11 +150,11 @@ class _BlockedAttention(torch.autograd.Function):
     """Saves q, k, v; the probabilities are computed again in backward, block by block."""
 
     @staticmethod
-    def forward(ctx, q, k, v, slopes):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(q, k, v)
+    def forward(ctx, q, k, v, slopes, segments):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(q, k, v, segments)
         ctx.slopes = slopes
         batch, heads, time, width = q.shape
-        blocks = _Blocks(q, slopes)
+        blocks = _Blocks(q, slopes, segments)
         out = q.new_empty(batch, time, heads, width)
         result = q.new_empty(batch * heads, time, width)
         q, k, v = (x.view(-1, time, width) for x in (q, k, v))
@@ -149,9 +168,9 @@ class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_BTC):  # type: ignore[no-untyped-def]
-        q, k, v = ctx.saved_tensors
+        q, k, v, segments = ctx.saved_tensors
         batch, heads, time, width = shape = q.shape
-        blocks = _Blocks(q, ctx.slopes)
+        blocks = _Blocks(q, ctx.slopes, segments)
         grad = grad_BTC.view(batch, time, heads, width).transpose(1, 2).contiguous().view(-1, time, width)
         q, k, v = (x.view(-1, time, width) for x in (q, k, v))
         # few 16-bit terms may be summed in 16 bits, many may not
@@ -169,7 +188,7 @@ class _BlockedAttention(torch.autograd.Function):
                 torch.baddbmm(target, grad_scores, k[group, :stop], beta=0, alpha=blocks.scale, out=target)
                 _accumulate(grad_k[group, :stop], grad_scores.transpose(1, 2), q[group, start:stop], blocks.scale, first=stop == time)
         grads = (grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype))
-        return *(x.view(shape) for x in grads), None
+        return *(x.view(shape) for x in grads), None, None
 
 
 def _accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, alpha: float, first: bool) -> None:

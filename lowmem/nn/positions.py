@@ -124,8 +124,8 @@ class LearnedPositions(nn.Module):
         self.weight = nn.Parameter(torch.empty(max_seq_len, dim))
         nn.init.normal_(self.weight, std=std)
 
-    def forward(self, hidden_BTD: torch.Tensor, start: int) -> torch.Tensor:
-        """Add the vectors of positions start .. start + T - 1.
+    def forward(self, hidden_BTD: torch.Tensor, start: int, segments_BT: torch.Tensor | None = None) -> torch.Tensor:
+        """Add the vectors of positions start .. start + T - 1, or of those that begin anew with each segment.
 
         Raises:
             ConfigError: a position lies beyond the table.
@@ -136,4 +136,14 @@ class LearnedPositions(nn.Module):
                 f"a sequence of {stop} tokens, but the learned positions end at model.max_seq_len = {length}; "
                 "shorten it, train with a larger model.max_seq_len, or use positions rope or alibi"
             )
+        if segments_BT is not None:
+            return hidden_BTD + torch.nn.functional.embedding(segment_positions(segments_BT), self.weight)
         return hidden_BTD + self.weight[start:stop]
+
+
+def segment_positions(segments_BT: torch.Tensor) -> torch.Tensor:
+    """(B, T) int64: how far each token is from the beginning of its segment."""
+    index = torch.arange(segments_BT.shape[1], device=segments_BT.device).expand(segments_BT.shape)
+    begins = torch.zeros_like(index)
+    begins[:, 1:] = torch.where(segments_BT[:, 1:] != segments_BT[:, :-1], index[:, 1:], 0)
+    return index - begins.cummax(1).values

@@ -4,11 +4,10 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 
 from lowmem.config import RunConfig, resolve_micro_batch_size
-from lowmem.data.batch import Batch
+from lowmem.data.batch import longest_batch
 from lowmem.engine.build import build_configured_model, build_local_engine
 from lowmem.engine.local import LocalEngine
 from lowmem.engine.teacher import teacher_config
@@ -52,15 +51,18 @@ def trace_run(config: RunConfig, world_size: int = 1) -> tuple[Trace, LanguageMo
             trace.mark(teacher.parameters(), "teacher")
         _mark_gradients(trace, model, engine)
         trace.mark(_optimizer_tensors(engine), "optimizer_states")
-        batch = _batch(config.train.global_batch_size, config.data.seq_len)
+        kinds = sorted({phase.kind for phase in config.all_phases()}, reverse=True)
+        batches = [longest_batch(config.train.global_batch_size, config.data.seq_len, packed=kind == "chat") for kind in kinds]
         for phase in ("first_step", "steady_steps"):
             with trace.phase(phase):
-                engine.step(batch, config.optim.lr)
+                for batch in batches:
+                    engine.step(batch, config.optim.lr)
         if config.train.eval_every:
             with trace.phase("evaluation"):
-                engine.evaluate([_batch(min(EVALUATION_BATCH, config.train.eval_sequences or EVALUATION_BATCH), config.data.seq_len)])
+                sequences = min(EVALUATION_BATCH, config.train.eval_sequences or EVALUATION_BATCH)
+                engine.evaluate([longest_batch(sequences, config.data.seq_len)])
         with trace.phase("save"):  # tensors are written from where they are
-            del batch
+            del batch, batches
     trace.name_storages(model.vocab_size)
     return trace, model
 
@@ -98,7 +100,3 @@ def _mark_gradients(trace: Trace, model: LanguageModel, engine: LocalEngine) -> 
 
 def _optimizer_tensors(engine: LocalEngine) -> Iterable[torch.Tensor]:
     return (value for state in engine.optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor))
-
-
-def _batch(sequences: int, seq_len: int) -> Batch:
-    return Batch.from_windows(np.zeros((sequences, seq_len + 1), dtype=np.int64))

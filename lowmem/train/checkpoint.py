@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,13 @@ class CheckpointStore:
         self.root = run_dir / "checkpoints"
         self.keep_last = keep_last
 
-    def save(self, step: int, engine: Engine, state: dict[str, Any], *, best_step: int) -> None:
+    def save(self, step: int, engine: Engine, state: dict[str, Any], *, best_step: int, keep: Collection[int] = ()) -> None:
         """Write the checkpoint of `step`; every rank calls it, rank 0 publishes it.
 
         Args:
             state: JSON-ready; `engine` is added to it.
             best_step: the step whose checkpoint is kept besides the newest ones; 0 is none.
+            keep: other steps whose checkpoints are kept.
         Raises:
             StorageError: the disk is full or not writable; older checkpoints are intact.
         """
@@ -57,7 +59,7 @@ class CheckpointStore:
                 self._point("latest", name)
                 if best_step:
                     self._point("best", f"step-{best_step:08d}")
-                self._prune()
+                self._prune(keep)
             engine.barrier()
         except OSError as error:
             shutil.rmtree(writing, ignore_errors=True)
@@ -138,9 +140,10 @@ class CheckpointStore:
         temporary.replace(self.root / pointer)
         _sync_directory(self.root)
 
-    def _prune(self) -> None:
+    def _prune(self, keep: Collection[int]) -> None:
         best = self.root / "best"
         kept = {best.read_text().strip()} if best.exists() else set()
+        kept |= {self.path(step).name for step in keep}
         for step in self.steps()[: -self.keep_last]:
             if self.path(step).name not in kept:
                 # renamed first: a half-deleted folder must not look like a damaged checkpoint

@@ -2,50 +2,18 @@
 
 import math
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
-from lowmem.config import RunConfig
 from lowmem.data.batch import Batch
-from lowmem.data.prepare import PreparedData
-from lowmem.engine.base import Engine, StepResult
+from lowmem.engine.base import StepResult
 from lowmem.errors import EXIT_INTERRUPTED, DivergedError, StoppedBySignal
 from lowmem.memory.measure import cuda_allocated_bytes, host_peak_bytes
-from lowmem.memory.phases import PhasePeaks
 from lowmem.nn.rank_change import following_layers
 from lowmem.optim.kernels.scalars import mix_key
-from lowmem.optim.schedule import learning_rate
-from lowmem.train.checkpoint import CheckpointStore
-from lowmem.train.loggers import MetricsLogger
-from lowmem.train.progress import ProgressDisplay
+from lowmem.train.phase_steps import count_speed, describe_speed, end_of_data, enter_next_phase, next_batch, phase_learning_rate
 from lowmem.train.rank_schedule import count_evaluation, next_rank
-from lowmem.train.run_dir import RunDir
+from lowmem.train.run import Run
 from lowmem.train.signals import StopRequest
-from lowmem.train.state import TrainState
-
-
-@dataclass
-class Run:
-    """All parts of a run, put together by `lowmem.train.setup`.
-
-    Attributes:
-        config: resolved.
-        run_dir: rank 0 only, None elsewhere.
-        loggers: rank 0 only, empty elsewhere.
-        resumed: whether it goes on from a checkpoint.
-        phases: the peak memory of each phase.
-    """
-
-    config: RunConfig
-    engine: Engine
-    data: PreparedData
-    state: TrainState
-    checkpoints: CheckpointStore
-    display: ProgressDisplay
-    run_dir: RunDir | None
-    loggers: list[MetricsLogger]
-    resumed: bool = False
-    phases: PhasePeaks = field(default_factory=PhasePeaks)
 
 
 def train(run: Run) -> None:
@@ -58,37 +26,45 @@ def train(run: Run) -> None:
     """
     config, state, engine = run.config, run.state, run.engine
     total = config.total_steps()
-    if state.step >= total:
+    if run.is_complete():
         run.display.message(f"the run is complete at step {state.step}; raise train.steps to go on, or start over with --fresh")
         return
     _show_messages(run)
     run.display.start(total, state.step)
     phase = "first_step"  # of this process: it is the one that makes room for gradients and optimizer states
     with StopRequest() as stop:
-        while state.step < total:
+        while not run.is_complete():
             started = time.perf_counter()
             _follow_rank_schedule(run)
-            lr = learning_rate(config.optim, state.step + 1, total)
             with run.phases(phase):
-                batch = Batch.from_windows(run.data.train.next(config.train.global_batch_size))
+                batch = next_batch(run)
+                if batch is None:
+                    end_of_data(run, evaluate=_evaluate, save=save)
+                    continue
+                lr = phase_learning_rate(run)
                 result = engine.step(batch, lr)
             phase = "steady_steps"
             _show_messages(run)
             _count(run, batch, result)
             _report_step(run, batch, result, lr, time.perf_counter() - started)
             _check_divergence(run, result)
-            improved = _due(config.train.eval_every, state.step, total) and _evaluate(run)
+            ended = run.phase_step >= run.phase.steps
+            improved = _due(config.train.eval_every, state.step, ended) and _evaluate(run)
             _show_messages(run)
             stopping = engine.any_rank(bool(stop.exit_code))
             # within a bad streak the weights may be broken already: they must not push out the last good checkpoint
-            due = _due(config.train.save_every, state.step, total) and not state.bad_steps
-            if stopping or improved or due or state.step == total:
+            due = _due(config.train.save_every, state.step, ended) and not state.bad_steps
+            if ended:
+                enter_next_phase(run)
+            if stopping or improved or due or ended:
                 save(run)
-            if stopping and state.step < total:
+            if stopping and not run.is_complete():
                 raise StoppedBySignal(
                     f"stopped at step {state.step} of {total}, checkpoint saved; run the same command again to go on",
                     stop.exit_code or EXIT_INTERRUPTED,
                 )
+    if len(run.speeds) > 1:
+        run.display.message(describe_speed(run, next(reversed(run.speeds))))
     run.display.message(f"done; to let it write: lowmem generate --run {config.run_dir} --interactive")
 
 
@@ -101,12 +77,13 @@ def _show_messages(run: Run) -> None:
 def save(run: Run) -> None:
     """Write a checkpoint of the current state; every rank calls it."""
     run.state.data = run.data.train.state_dict()
+    state = run.state
     with run.phases("save"):
-        run.checkpoints.save(run.state.step, run.engine, run.state.to_json(), best_step=run.state.best_step)
+        run.checkpoints.save(state.step, run.engine, state.to_json(), best_step=state.best_step, keep=state.phase_ends)
 
 
-def _due(every: int, step: int, total: int) -> bool:
-    return bool(every) and (step % every == 0 or step == total)
+def _due(every: int, step: int, ended: bool) -> bool:
+    return bool(every) and (step % every == 0 or ended)
 
 
 def _count(run: Run, batch: Batch, result: StepResult) -> None:
@@ -134,6 +111,7 @@ def _check_divergence(run: Run, result: StepResult) -> None:
 
 
 def _report_step(run: Run, batch: Batch, result: StepResult, lr: float, seconds: float) -> None:
+    count_speed(run, batch.inputs.shape[1], batch.inputs.size / seconds)
     if run.run_dir is None:
         return
     record: dict[str, Any] = {
@@ -149,6 +127,10 @@ def _report_step(run: Run, batch: Batch, result: StepResult, lr: float, seconds:
         "host_peak_bytes": host_peak_bytes(),
         "cuda_allocated_bytes": cuda_allocated_bytes(),
     }
+    if run.config.phases:
+        record["phase"] = run.phase.name
+    if batch.segments is not None:
+        record["target_tokens"] = batch.target_count()
     if result.skipped:
         record["skipped"] = result.skipped
     run.run_dir.append_metrics(record)
@@ -162,9 +144,8 @@ def _evaluate(run: Run) -> bool:
     validation = run.data.validation
     if validation is None:
         return False
-    windows = validation.windows(run.config.train.eval_sequences)
     with run.phases("evaluation"):
-        loss = run.engine.evaluate(Batch.from_windows(part) for part in windows)
+        loss = run.engine.evaluate(validation.batches(run.config.train.eval_sequences))
     state = run.state
     if run.run_dir is not None:
         record = {"step": state.step, "val_loss": _json_number(loss)}

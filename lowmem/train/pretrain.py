@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem.arguments import dotted_overrides
 from lowmem.config import RunConfig
-from lowmem.config_dump import dump_run_config
+from lowmem.config_dump import dump_config
 from lowmem.config_load import load_run_config
 from lowmem.config_schema import field_docs
 from lowmem.engine import distributed
@@ -36,7 +36,7 @@ def pretrain_main(argv: Sequence[str]) -> int:
         overrides.append("engine.name=deepspeed")
     config = load_run_config(flags.config, overrides, check=not flags.print_config)
     if flags.print_config:
-        sys.stdout.write(dump_run_config(config, comments=True))
+        sys.stdout.write(dump_config(config, comments=True))
         return 0
     if flags.dry_run:
         return _dry_run(config, as_json=flags.json)
@@ -170,7 +170,7 @@ def _dry_run(config: RunConfig, *, as_json: bool) -> int:
     if as_json:
         print(json.dumps(prediction.report(), indent=1))
     else:
-        sys.stdout.write(dump_run_config(prediction.config, comments=True))
+        sys.stdout.write(dump_config(prediction.config, comments=True))
         print("\n".join(f"# {line}" for line in prediction.lines()))
     problem = refusal(prediction, distributed.local_world_size())
     if problem:
@@ -194,6 +194,8 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--json", action="store_true", help="with --dry_run: one JSON object on standard output")
     parser.add_argument("--fresh", action="store_true", help="start over; the run that is there is kept beside the new one")
     parser.add_argument("--resume", choices=["auto", "last_valid"], default="auto", help="last_valid passes over damaged checkpoints")
+    parser.add_argument("--grow_plan", default="", metavar="LENGTHS", help='train.seq_len_schedule, such as "256,512,768"')
+    parser.add_argument("--grow_every_steps", type=int, default=0, metavar="N", help="with --grow_plan: steps at each length but the last")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("--local_rank", type=int, default=None, help="set by DeepSpeed's launcher")
@@ -201,4 +203,21 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         flags, rest = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
         raise ConfigError(f"lowmem pretrain: {error}") from error
-    return flags, dotted_overrides(rest, "lowmem pretrain")
+    return flags, [*_grow_overrides(flags), *dotted_overrides(rest, "lowmem pretrain")]
+
+
+def _grow_overrides(flags: argparse.Namespace) -> list[str]:
+    """--grow_plan and --grow_every_steps as train.seq_len_schedule; the longest length is data.seq_len."""
+    if not flags.grow_plan and not flags.grow_every_steps:
+        return []
+    try:
+        lengths = [int(length) for length in flags.grow_plan.split(",")]
+    except ValueError:
+        lengths = []
+    if not lengths or min(lengths) < 1 or flags.grow_every_steps < 1:
+        raise ConfigError(
+            f"--grow_plan is {flags.grow_plan!r} and --grow_every_steps is {flags.grow_every_steps}; give both: lengths such as "
+            '"256,512,768", and the steps at each of them but the last'
+        )
+    schedule = {number * flags.grow_every_steps: length for number, length in enumerate(lengths)}
+    return [f"data.seq_len={max(lengths)}", f"train.seq_len_schedule={json.dumps(schedule).replace(chr(34), '')}"]

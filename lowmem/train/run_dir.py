@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.config import RunConfig
-from lowmem.config_dump import dump_run_config
+from lowmem.config_dump import dump_config
 from lowmem.config_load import load_run_config
 from lowmem.errors import ConfigError
 from lowmem.train.checkpoint import storage_error
@@ -23,6 +23,9 @@ FREE_KEYS = {
 }  # fmt: skip
 # Keys that setup fills in: compared once both sides are resolved.
 RESOLVED_KEYS = {"model.vocab_size", "model.max_seq_len", "model.hidden_dim", "train.precision"}
+
+
+_MAPS = ("ranks", "schedule", "seq_len_schedule")  # values that are maps, no sections
 
 
 class RunDir:
@@ -67,7 +70,9 @@ class RunDir:
             raise ConfigError(
                 f"{self.path} has checkpoints but no config.yaml, so it cannot be resumed safely; put it back, or use --fresh"
             )
-        saved, wanted = _flat(asdict(load_run_config(saved_path, check=False))), _flat(asdict(config))
+        saved, wanted = (_flat(asdict(each)) for each in (load_run_config(saved_path, check=False), config))
+        for values in (saved, wanted):  # the run may become longer
+            values["phases"] = [*values["phases"][:-1], *({**last, "steps": 0, "tokens": 0} for last in values["phases"][-1:])]
         free = FREE_KEYS if resolved else FREE_KEYS | RESOLVED_KEYS
         changed = [key for key in wanted if key not in free and wanted[key] != saved.get(key)]
         if changed:
@@ -79,7 +84,7 @@ class RunDir:
 
     def write_config(self, config: RunConfig) -> None:
         """Write config.yaml, resolved and commented."""
-        self._replace("config.yaml", dump_run_config(config, comments=True))
+        self._replace("config.yaml", dump_config(config, comments=True))
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file atomically."""
@@ -139,7 +144,7 @@ class RunDir:
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict) and key not in ("ranks", "schedule"):
+        if isinstance(value, dict) and key not in _MAPS:
             flat |= _flat(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value

@@ -4,13 +4,14 @@ import copy
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 
 from lowmem.config import RunConfig, resolve_micro_batch_size
-from lowmem.data.batch import Batch
-from lowmem.data.prepare import PreparedData, prepare_data
-from lowmem.data.storage import compiled_root
+from lowmem.data.batch import longest_batch
+from lowmem.data.chat_template import save_chat_template
+from lowmem.data.phases import prepare_phases
+from lowmem.data.prepare import PreparedData
+from lowmem.data.storage import compiled_root, json_sha256
 from lowmem.data.tokenizers import check_vocab, load_tokenizer
 from lowmem.devices import resolve_precision, usable_cores
 from lowmem.engine import distributed
@@ -29,8 +30,8 @@ from lowmem.optim.low_bit import LowBitOptimizer
 from lowmem.run_model import load_run_model
 from lowmem.train.checkpoint import CheckpointStore
 from lowmem.train.loggers import open_loggers
-from lowmem.train.loop import Run
 from lowmem.train.progress import ProgressDisplay
+from lowmem.train.run import Run
 from lowmem.train.run_dir import RunDir
 from lowmem.train.state import TrainState
 from lowmem.units import format_bytes, format_count, parse_bytes
@@ -69,7 +70,8 @@ def _assemble(
     if run_dir is not None:
         _check_run_dir(run_dir, config, fresh, display)
     torch.manual_seed(config.train.seed + distributed.rank())
-    data = prepare_data(config.data, seed=config.train.seed, progress=display)
+    phase_data = prepare_phases(config, display)
+    data = phase_data[0]
     release_host_memory()  # a tokenizer that was trained here leaves much behind
     config = resolve(config, data, device)
     model = build_configured_model(config)
@@ -79,7 +81,8 @@ def _assemble(
     for rank in [*lorpt.schedule.values(), *([lorpt.grow_to] if lorpt.grow_to else [])]:
         check_rank(list(following_layers(model, lorpt.ranks)), rank)
     checkpoints = CheckpointStore(Path(config.run_dir), config.train.keep_last)
-    run = Run(config, engine, data, TrainState(data_fingerprint=data.fingerprint), checkpoints, display, run_dir, loggers=[])
+    state = TrainState(data_fingerprint=_fingerprint(phase_data))
+    run = Run(config, engine, phase_data, state, checkpoints, display, run_dir, loggers=[])
     _resume(run, skip_damaged)
     release_memory(device)  # weights are initialised in fp32, whatever they are kept in
     if config.budget.ram or config.budget.vram or device.type == "cuda":
@@ -87,9 +90,16 @@ def _assemble(
     if run_dir is not None:
         run_dir.write_config(config)
         data.tokenizer.save(run_dir.path / "tokenizer.json")
+        for template in [part.template for part in phase_data if part.template is not None][-1:]:
+            save_chat_template(template, run_dir.path)
         run.loggers = open_loggers(config.loggers, run_dir.path, config, resume_step=run.state.step)
         display.message(_description(run))
     return run
+
+
+def _fingerprint(phase_data: list[PreparedData]) -> str:
+    prints = [data.fingerprint for data in phase_data]
+    return prints[0] if len(prints) == 1 else json_sha256(prints)
 
 
 def _check_teacher(config: RunConfig, data: PreparedData) -> None:
@@ -153,9 +163,11 @@ def load_teacher(config: RunConfig, device: torch.device) -> LanguageModel | Non
 
 def _try_worst_case(run: Run) -> None:
     """Meet a lack of memory before the first step rather than after hours: the longest sequences, an evaluation."""
-    longest = np.zeros((run.config.train.global_batch_size, run.config.data.seq_len + 1), dtype=np.int64)
-    if run.state.step < run.config.total_steps():
-        run.engine.rehearse(Batch.from_windows(longest))
+    if run.is_complete():
+        return
+    kinds = {phase.kind for phase in run.config.all_phases()[run.state.phase :]}
+    for kind in sorted(kinds, reverse=True):
+        run.engine.rehearse(longest_batch(run.config.train.global_batch_size, run.config.data.seq_len, packed=kind == "chat"))
 
 
 def _resume(run: Run, skip_damaged: bool) -> None:
@@ -166,14 +178,15 @@ def _resume(run: Run, skip_damaged: bool) -> None:
         state = TrainState.from_json(values)
         if run.run_dir is not None:
             run.run_dir.check_compatible(run.config, resolved=True)
-        if state.data_fingerprint != run.data.fingerprint:
+        if state.data_fingerprint != run.state.data_fingerprint:
             raise ConfigError(
-                f"{path} was trained on other text or another tokenizer ({state.data_fingerprint[:12]}, now {run.data.fingerprint[:12]}); "
+                f"{path} was trained on other text or another tokenizer ({state.data_fingerprint[:12]}, now "
+                f"{run.state.data_fingerprint[:12]}); "
                 "restore the files it was trained on, choose another run_dir, or start over with --fresh"
             )
         run.engine.load(path, state.engine)
-        run.data.train.load_state_dict(state.data)
         run.state, run.resumed = state, True
+        run.data.train.load_state_dict(state.data)
     run.engine.barrier()  # everyone has read before rank 0 tidies up
     if run.run_dir is not None:
         for name in run.checkpoints.set_aside_after(run.state.step):

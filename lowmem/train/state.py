@@ -6,7 +6,7 @@ from typing import Any
 from lowmem.errors import CheckpointError
 
 FORMAT_VERSION = 1
-_NEWER = {"rank", "flat_evaluations"}  # checkpoints from before these existed lack them
+_NEWER = {"rank", "flat_evaluations", "phase", "phase_start", "phase_ends", "data_ended"}  # checkpoints from before these existed lack them
 
 
 @dataclass
@@ -21,7 +21,10 @@ class TrainState:
         best_val_loss, best_step: of the best evaluation so far.
         rank: that the schedule or a plateau has set last; 0 is the configured one.
         flat_evaluations: in a row that were not 0.1 % better than the best before, since the rank last grew.
-        data: position of the training stream.
+        phase, phase_start: number of the present phase, and the steps before it.
+        phase_ends: steps after which a phase ended and another began; their checkpoints are kept.
+        data_ended: the last phase has no data left.
+        data: position of the present phase's stream.
         data_fingerprint: what the token shards were built from.
         engine: what `Engine.save` returned.
     """
@@ -34,6 +37,10 @@ class TrainState:
     best_step: int = 0
     rank: int = 0
     flat_evaluations: int = 0
+    phase: int = 0
+    phase_start: int = 0
+    phase_ends: list[int] = field(default_factory=list)
+    data_ended: bool = False
     data: dict[str, Any] = field(default_factory=dict)
     data_fingerprint: str = ""
     engine: dict[str, Any] = field(default_factory=dict)

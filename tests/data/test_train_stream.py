@@ -1,12 +1,12 @@
 """The mixture and its state."""
 
 import json
-from collections import Counter
 
 import numpy as np
 import pytest
 
-from lowmem.data.train_stream import Mixture, TrainStream
+from lowmem.data.mixture import EndOfData
+from lowmem.data.train_stream import TrainStream
 from lowmem.data.windows import StoredWindows
 from lowmem.errors import CheckpointError
 from tests.data.fake_shards import CountingShards
@@ -14,22 +14,12 @@ from tests.data.fake_shards import CountingShards
 SEQ_LEN = 8
 
 
-def make(weights=(3.0, 1.0), totals=(1000, 300), seed=0, seq_len=SEQ_LEN):
+def make(weights=(3.0, 1.0), totals=(1000, 300), seed=0, seq_len=SEQ_LEN, exhausted="repeat"):
     sources = [
         StoredWindows(CountingShards(total), np.array([[0, total]]), seq_len=seq_len, key=number, label=str(number))
         for number, total in enumerate(totals)
     ]
-    return TrainStream(sources, weights, seq_len=seq_len, seed=seed)
-
-
-def test_shares_match_the_weights():
-    draws, weights = 20_000, (5.0, 3.0, 2.0)
-    mixture = Mixture(weights, seed=7)
-    counts = Counter(mixture.source_at(position) for position in range(draws))
-    for number, weight in enumerate(weights):
-        share = weight / sum(weights)
-        # five standard deviations of a binomial: one failure in about 10^6 seeds, and the seed is fixed
-        assert abs(counts[number] - draws * share) < 5 * (draws * share * (1 - share)) ** 0.5
+    return TrainStream(sources, weights, seq_len=seq_len, seed=seed, exhausted=exhausted)
 
 
 def test_sources_wrap_around_on_their_own():
@@ -86,6 +76,27 @@ def test_a_malformed_state_is_refused():
         make().load_state_dict(state)
 
 
-def test_weights_must_be_positive():
-    with pytest.raises(ValueError, match="above 0"):
-        Mixture([1.0, 0.0], seed=0)
+@pytest.mark.parametrize("length, rows", [(8, 6), (4, 12), (2, 24), (3, 16)])
+def test_shorter_sequences_are_more_of_them_and_the_same_text(length, rows):
+    """Six windows of 8 hold 48 tokens at every length; where a length divides 8, they are the very tokens of those windows."""
+    windows, batch = make().next(6), make().batch(6, seq_len=length, step=0)
+    assert batch.inputs.shape == batch.targets.shape == (rows, length)
+    assert np.array_equal(batch.inputs[:, 1:], batch.targets[:, :-1])
+    if 8 % length == 0:
+        assert sorted(batch.inputs.ravel().tolist()) == sorted(windows[:, :-1].ravel().tolist())
+        assert sorted(batch.targets.ravel().tolist()) == sorted(windows[:, 1:].ravel().tolist())
+
+
+def test_a_change_of_length_does_not_change_what_comes_after_it():
+    one, other = make(), make()
+    one.batch(6, seq_len=8, step=0)
+    other.batch(6, seq_len=2, step=0)
+    assert np.array_equal(one.next(20), other.next(20))
+
+
+def test_a_stopped_mixture_gives_each_window_of_the_first_source_once():
+    stream = make(weights=(1.0,), totals=(1000,), exhausted="stop")
+    windows = stream.next(124)
+    assert len(np.unique(windows[:, 0])) == 124
+    with pytest.raises(EndOfData):
+        stream.next(1)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.config_dump import dump_run_config
+from lowmem.config_dump import dump_config
 from lowmem.config_load import load_run_config
 from lowmem.errors import ConfigError
 from lowmem.planning import base_cost
@@ -32,7 +32,7 @@ def runs(monkeypatch) -> list[list[str]]:
         folder = Path(next(word for word in overrides if word.startswith("run_dir=")).partition("=")[2])
         folder.mkdir()
         (folder / "memory.json").write_text(json.dumps({"measured": {"host_peak_bytes": MEASURED}}))
-        (folder / "config.yaml").write_text(dump_run_config(load_run_config(overrides=overrides)))
+        (folder / "config.yaml").write_text(dump_config(load_run_config(overrides=overrides)))
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(platform, "processor", lambda: "a processor")  # asks `uname`, a process too

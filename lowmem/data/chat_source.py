@@ -1,0 +1,151 @@
+"""Conversations of a source: read, rendered as text for a tokenizer to learn from, and kept as tokens in the cache."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowmem.config import SourceConfig
+from lowmem.data.chat_records import Message, chat_format, parse_record, read_conversations
+from lowmem.data.chat_template import ChatTemplate
+from lowmem.data.pieces import Piece, document_pieces, utf8_size
+from lowmem.data.progress import DataProgress, ProgressCallback
+from lowmem.data.storage import exclusive_lock, file_sha256, json_sha256, make_directory, storage_errors, write_json
+from lowmem.data.text_files import file_stamps
+from lowmem.data.text_source import ReadCounters, TextSource
+from lowmem.data.tokenizers import Tokenizer
+from lowmem.errors import DataError
+
+_FORMAT = 1
+_SAID = 1 << 31  # the bit of a token that the assistant says
+_INDEX = "index.json"
+_REPORT_CONVERSATIONS = 256
+
+
+class ChatSource(TextSource):
+    """Files or a hub dataset of conversations, each rendered as one document.
+
+    Args:
+        config: with path or hub.
+        template: how they are written.
+    Raises:
+        DataError: no such file or dataset.
+    """
+
+    def __init__(self, config: SourceConfig, template: ChatTemplate):
+        self.label = config.path or config.hub
+        self.template = template
+        self._config = config
+        self._files = _chat_files(config.path) if config.path else []
+        self.total_bytes = sum(file.stat().st_size for file in self._files) or None
+
+    def identity(self) -> dict[str, Any]:
+        template = [self.template.source, self.template.bos_token]
+        if self._config.path:
+            return {"kind": "chat", "files": file_stamps(self._files), "template": template}
+        return {"kind": "chat", "hub": self._config.hub, "subset": self._config.subset, "split": self._config.split, "template": template}
+
+    def pieces(self, counters: ReadCounters) -> Iterator[Piece]:
+        for messages in self.conversations():
+            text = self.template.render(messages)
+            counters.input_bytes += utf8_size(text)
+            yield from document_pieces(text)
+
+    def conversations(self) -> Iterator[list[Message]]:
+        """The conversations in the order of the files.
+
+        Raises:
+            DataError: malformed, naming file and record.
+        """
+        for file in self._files:
+            yield from read_conversations(file)
+        if self._config.hub:
+            from lowmem.data.hub import load_hub_rows
+
+            for number, row in enumerate(load_hub_rows(self._config), start=1):
+                yield parse_record(row, f"{self.label}: row {number}")
+
+
+class ChatTokens:
+    """Tokenised conversations on disk.
+
+    Memory: mapped files: pages that were read, which the kernel may take back.
+    """
+
+    def __init__(self, folder: Path, label: str):
+        self.label = label
+        self.sha256 = file_sha256(folder / "tokens.bin")
+        self._tokens = np.memmap(folder / "tokens.bin", dtype=np.uint32, mode="r")
+        self._ends = np.fromfile(folder / "ends.bin", dtype=np.int64)
+
+    def __len__(self) -> int:
+        """Conversations."""
+        return len(self._ends)
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens,) int64, and (tokens,) bool where the assistant says them."""
+        start = self._ends[number - 1] if number else 0
+        packed = np.asarray(self._tokens[start : self._ends[number]])
+        return (packed & ~np.uint32(_SAID)).astype(np.int64), packed >= _SAID
+
+    def tokens(self) -> int:
+        """Of all conversations."""
+        return len(self._tokens)
+
+
+def build_chat_tokens(source: ChatSource, tokenizer: Tokenizer, cache: Path, progress: ProgressCallback) -> ChatTokens:
+    """The tokens of a source, from the cache if they are there and unchanged.
+
+    Raises:
+        DataError: malformed records, or none.
+        StorageError: the cache cannot be written.
+    Memory: one conversation, and 8 bytes for each.
+    """
+    identity = {"format": _FORMAT, "tokenizer": tokenizer.sha256(), "source": source.identity()}
+    folder = cache / "chat" / json_sha256(identity)[:32]
+    make_directory(folder.parent)
+    if not (folder / _INDEX).exists():
+        message = f"another process prepares {source.label}; waiting for it"
+        with exclusive_lock(folder.with_suffix(".lock"), lambda: progress(DataProgress("waiting", source.label, message=message))):
+            if not (folder / _INDEX).exists():
+                _write(source, tokenizer, folder, progress)
+    return ChatTokens(folder, source.label)
+
+
+def _write(source: ChatSource, tokenizer: Tokenizer, folder: Path, progress: ProgressCallback) -> None:
+    unfinished = folder.with_suffix(".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    make_directory(unfinished)
+    ends, total = [], 0
+    with storage_errors(unfinished), open(unfinished / "tokens.bin", "wb") as file:
+        for messages in source.conversations():
+            tokens, said = source.template.encode(tokenizer, messages)
+            file.write((tokens.astype(np.uint32) | np.where(said, _SAID, 0).astype(np.uint32)).tobytes())
+            total += len(tokens)
+            ends.append(total)
+            if len(ends) % _REPORT_CONVERSATIONS == 0:
+                progress(DataProgress("tokens", source.label, tokens=total))
+        if not ends:
+            raise DataError(f"{source.label} holds no conversation")
+        file.flush()
+        os.fsync(file.fileno())
+    with storage_errors(unfinished):
+        np.array(ends, dtype=np.int64).tofile(unfinished / "ends.bin")
+    write_json(unfinished / _INDEX, {"conversations": len(ends), "tokens": total})
+    with storage_errors(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+
+
+def _chat_files(path: str) -> list[Path]:
+    place = Path(path).expanduser()
+    if place.is_dir():
+        files = sorted(file for file in place.rglob("*") if file.is_file() and chat_format(file))
+    else:
+        files = [place] if place.is_file() else sorted(file for file in place.parent.glob(place.name) if file.is_file())
+    if not files:
+        raise DataError(f"no chat records at {path}; expected .json, .jsonl, .txt or .parquet, relative to the working directory")
+    return files
