@@ -16,6 +16,7 @@ from lowmem.errors import MemoryBudgetError, StorageError
 from lowmem.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
+    from lowmem.planning.generation_memory import GenerationMemory
     from lowmem.planning.hardware import Hardware
     from lowmem.planning.predict import Prediction
 
@@ -59,9 +60,23 @@ def plan_main(argv: Sequence[str]) -> int:
         raise MemoryBudgetError(_nothing_fits(found))
     if not flags.json:
         print("\n".join(_table([found.prediction, *found.alternatives])))
+        print(f"afterwards, {_writing(found.prediction.config)}")
     if flags.write:
         _write(flags.write, found.prediction)
     return 0
+
+
+def _writing(config: RunConfig) -> "GenerationMemory":
+    """What `lowmem generate` will need for one text as long as the sequences of training."""
+    import torch
+
+    from lowmem.engine.build import build_configured_model
+    from lowmem.generation import PREFILL_TOKENS
+    from lowmem.planning.generation_memory import generation_memory
+
+    with torch.device("meta"):
+        model = build_configured_model(config).eval()
+    return generation_memory(model, 1, config.model.max_seq_len, PREFILL_TOKENS, config.device)
 
 
 def _planned(config: RunConfig, path: str) -> Any:

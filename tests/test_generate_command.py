@@ -1,17 +1,23 @@
+import copy
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from lowmem import generate as command
-from lowmem.config import LorptConfig, ModelConfig, RunConfig
+from lowmem.cli import run_command
+from lowmem.config import ModelConfig, RunConfig
+from lowmem.data.chat_template import DEFAULT_TEMPLATE
 from lowmem.data.simple_tokenizers import ByteTokenizer
-from lowmem.errors import CheckpointError, ConfigError, StoppedBySignal
-from lowmem.generation import generate, position_window
+from lowmem.errors import CheckpointError, ConfigError, DataError, StoppedBySignal
+from lowmem.generation import GenerationResult, generate, memory
 from lowmem.models.registry import build_model
+from lowmem.planning.generation_memory import generation_memory
+from lowmem.planning.hardware import Hardware
 from lowmem.run_model import RunModel
 from lowmem.sampling import SamplingOptions
 
@@ -36,32 +42,15 @@ def run(monkeypatch, tmp_path):
     """Commands find this run whatever --run says."""
     run = RunModel(tiny_model(), ByteTokenizer(), RunConfig(), 10, tmp_path)
     asked = []
-    monkeypatch.setattr(command, "load_run_model", lambda *arguments: asked.append(arguments) or run)
+
+    def load(*arguments, outline=False):
+        if outline:
+            return replace(run, model=copy.deepcopy(run.model).to("meta"))
+        asked.append(arguments)
+        return run
+
+    monkeypatch.setattr(command, "load_run_model", load)
     return run, asked
-
-
-I3 = {
-    "name": "i3", "hidden_dim": 0, "num_layers": 11, "num_heads": 1, "attention_rank": 8, "lorpt": LorptConfig(rank=8),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "changes", [{}, {"positions": "alibi"}, {"positions": "learned"}, {"attention_rank": 8}, {"tie_embeddings": True}, I3]
-)
-def test_real_models_write_the_same_with_and_without_a_cache(changes):
-    model = tiny_model(**changes)
-    window = position_window(model)
-    assert window == (16 if changes.get("positions") == "learned" or "name" in changes else None)
-    result = generate(model, ByteTokenizer(), "hello", SamplingOptions(temperature=0), 24)
-    view, expected = list(b"hello"), []
-    with torch.no_grad():
-        while len(expected) < len(result.token_ids):
-            if window and len(view) > window:
-                view = view[-window // 2 :]
-            expected.append(int(model(torch.tensor([view]))[0, -1].argmax()))
-            view.append(expected[-1])
-    assert result.token_ids == expected
-    assert len(result.token_ids) == 24 or result.stop_reason == "eos"
 
 
 def test_json_is_one_object_and_alone_on_stdout(run, capsys):
@@ -149,6 +138,15 @@ def test_ctrl_c_ends_one_text_in_a_conversation_and_the_command_otherwise(run, c
         (["--run", "r", "--prompt", "x", "--temp", "1"], "unrecognized arguments: --temp 1"),
         (["--run", "r", "--interactive", "--json"], "--interactive and --json exclude each other"),
         (["--run", "r", "--interactive", "--prompt", "-"], "--prompt cannot be -"),
+        (["--run", "r", "--prompt", "x", "--preset", "wild"], "argument --preset: invalid choice: 'wild'"),
+        (["--run", "r", "--prompt", "x", "--stop", ""], 'a stop string is ""; give at least one character'),
+        (["--run", "r", "--prompt", "x", "--batch_size", "0"], "batch_size is 0; allowed: 1 or more"),
+        (["--run", "r", "--prompt", "x", "--presence_penalty", "3"], "presence_penalty is 3.0; allowed: -2 to 2"),
+        (["--run", "r", "--prompt", "x", "--system", "s"], "--system is for --chat"),
+        (["--run", "r", "--interactive", "--chat"], "--interactive and --chat exclude each other"),
+        (["--run", "r", "--interactive", "--prompt", "x", "--prompt", "y"], "--interactive takes one --prompt"),
+        (["--run", "r", "--prompt", "-", "--prompt", "-"], "--prompt - is given twice"),
+        (["--run", "r", "--chat", "--json"], "--chat with --json needs --prompt"),
         (["--run", "r", "--prompt", "x", "--device", "tpu"], "device is 'tpu'; allowed: auto, cpu, cuda"),
     ],
 )
@@ -156,6 +154,126 @@ def test_bad_usage_is_refused(arguments, message, run):
     with pytest.raises(ConfigError, match=message):
         command.generate_main(arguments)
     assert run[1] == []  # before anything is loaded
+
+
+def test_several_prompts_are_one_json_object_each(run, capsys, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "one\\u2028line"}\n\n{"prompt": ""}\n')
+    arguments = ["--run", "r", "--prompt", "ab", "--prompts_file", str(tmp_path / "prompts.jsonl"), "--json", "--seed", "3"]
+    assert command.generate_main([*arguments, "--max_new_tokens", "6", "--batch_size", "2", "--preset", "creative", "--top_k", "4"]) == 0
+    reports = [json.loads(line) for line in capsys.readouterr().out.split("\n")[:-1]]
+    assert [report["prompt"] for report in reports] == ["ab", "one\u2028line", ""]
+    for report in reports:
+        options = SamplingOptions(
+            temperature=1.1, min_p=0.05, presence_penalty=0.3, frequency_penalty=0.3, top_k=4, seed=report["sampling"]["seed"]
+        )
+        assert report["sampling"] == options.__dict__
+        assert generate(run[0].model, run[0].tokenizer, report["prompt"], options, 6).token_ids == report["token_ids"]
+    assert len({report["sampling"]["seed"] for report in reports}) == 3
+
+
+def test_several_prompts_as_text_stand_in_their_order(run, capsys, tmp_path):
+    (tmp_path / "prompts.txt").write_text("first\r\n\nsecond\nthird")
+    command.generate_main(
+        ["--run", "r", "--prompts_file", str(tmp_path / "prompts.txt"), "--max_new_tokens", "2", "--batch_size", "2", "--temperature", "0"]
+    )
+    output = capsys.readouterr()
+    texts = [
+        generate(run[0].model, run[0].tokenizer, prompt, SamplingOptions(temperature=0), 2).text for prompt in ("first", "second", "third")
+    ]
+    assert output.out == f"first{texts[0]}\n\nsecond{texts[1]}\n\nthird{texts[2]}\n"
+    assert [line.split(",")[0] for line in output.err.splitlines()] == ["[text 1 of 3", "[text 2 of 3", "[text 3 of 3"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.txt", b"\n \n", "holds no prompt"), ("p.txt", b"\xff\n", "is not UTF-8"), ("p.txt", None, "cannot be read"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', 'p.jsonl:2: no object with a text as "prompt"'),
+        ("p.jsonl", b"\nab\n", "p.jsonl:2: no JSON"),
+    ],
+)  # fmt: skip
+def test_bad_files_of_prompts_are_refused(name, text, message, run, tmp_path):
+    if text is not None:
+        (tmp_path / name).write_bytes(text)
+    with pytest.raises(DataError, match=message):
+        command.generate_main(["--run", "r", "--prompts_file", str(tmp_path / name)])
+    assert run[1] == []
+
+
+def test_a_conversation_remembers_until_it_is_reset(run, capsys, monkeypatch, tmp_path):
+    (tmp_path / "chat_template.jinja").write_text(DEFAULT_TEMPLATE)
+    asked = []
+
+    def write(model, tokenizer, ids, options, max_new_tokens, on_text=None, *, stop=()):
+        asked.append((tokenizer.decode(ids), stop))
+        for piece in (" ", " fine", "!"):
+            on_text(piece)
+        return GenerationResult("  fine!", [1, 2], len(ids), "eos", 0, 0, 1.0)
+
+    monkeypatch.setattr(command, "generate", write)
+    run[0].model.max_seq_len = 70
+    answer(monkeypatch, "hello", "again", "/reset", "new", "/set max_new_tokens 3", "x" * 60, "/wrong", "/exit", "never")
+    arguments = ["--run", str(tmp_path), "--chat", "--system", "S", "--stop", "STOP", "--max_new_tokens", "4"]
+    assert command.generate_main(arguments) == 0
+    assert [text for text, _ in asked] == [
+        "S\n[INST] hello [/INST]",
+        "S\n[INST] hello [/INST] fine!<|endoftext|>[INST] again [/INST]",
+        "S\n[INST] new [/INST]",
+        f"S\n[INST] {'x' * 60} [/INST]",
+    ]
+    assert asked[0][1] == ["<|endoftext|>", "STOP"]
+    output = capsys.readouterr()
+    assert output.out == "fine!\n" * 4
+    assert "the conversation begins anew" in output.err
+    assert output.err.count("the oldest turns are forgotten") == 1
+    assert output.err.count("say something; /set") == 2  # at the beginning, and for the command that is none
+
+
+def test_turns_of_a_conversation_can_be_given(run, capsys, tmp_path):
+    (tmp_path / "chat_template.jinja").write_text(DEFAULT_TEMPLATE)
+    arguments = ["--run", str(tmp_path), "--chat", "--prompt", "hi", "--prompt", "yo", "--json", "--max_new_tokens", "3", "--seed", "1"]
+    run[0].model.max_seq_len = 100
+    command.generate_main(arguments)
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (first["prompt"], second["prompt"]) == ("hi", "yo")
+    assert first["prompt_tokens"] == len("[INST] hi [/INST]")
+    assert second["prompt_tokens"] > first["prompt_tokens"] + len("[INST] yo [/INST]")
+
+
+def test_a_run_without_a_template_cannot_chat(run, tmp_path):
+    with pytest.raises(DataError, match="has no chat template"):
+        command.generate_main(["--run", str(tmp_path), "--chat", "--prompt", "x"])
+    assert run[1] == []
+
+
+def test_a_dry_run_tells_the_memory_and_reads_no_weights(run, capsys):
+    arguments = ["--run", "r", "--prompt", "abc", "--prompt", "a", "--max_new_tokens", "20", "--dry_run", "--device", "cpu"]
+    command.generate_main([*arguments, "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert (report["predicted"]["batch_size"], report["predicted"]["context"], report["fits"]) == (2, 23, True)
+    assert report["predicted"]["cache_bytes"] == run[0].model.new_cache(2, 23).nbytes()
+    command.generate_main(arguments)
+    assert capsys.readouterr().out.startswith("writing 2 texts of 23 tokens: ")
+    command.generate_main(["--run", "r", "--dry_run", "--batch_size", "4", "--max_new_tokens", "20", "--device", "cpu"])
+    assert capsys.readouterr().out.startswith("writing 4 texts of 36 tokens: ")  # prompts as long as the model's sequences, 16
+    assert run[1] == []
+
+
+def test_what_does_not_fit_is_refused_in_one_line_before_weights_are_read(run, capsys, monkeypatch):
+    need = generation_memory(copy.deepcopy(run[0].model).to("meta"), 4, 21, 256).ram_bytes
+    monkeypatch.setattr(memory, "this_hardware", lambda: Hardware(need, 0))
+    arguments = ["--run", "r", *["--prompt", "a"] * 4, "--max_new_tokens", "20", "--device", "cpu", "--json"]
+    assert command.generate_main(arguments) == 0
+    capsys.readouterr()
+    loaded = len(run[1])
+    arguments += ["--prompt", "a"] * 60
+    assert run_command(command.generate_main, [*arguments, "--batch_size", "64"]) == 3
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("lowmem: error: writing 64 texts of 21 tokens: ")
+    assert "set --batch_size 4\n" in error
+    assert len(run[1]) == loaded
+    assert run_command(command.generate_main, [*arguments, "--batch_size", "64", "--force"]) == 0
 
 
 def test_a_folder_without_a_run_is_reported(tmp_path: Path):

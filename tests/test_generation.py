@@ -10,6 +10,7 @@ from lowmem.data.simple_tokenizers import ByteTokenizer
 from lowmem.errors import CheckpointError, ConfigError
 from lowmem.generation import PREFILL_TOKENS, generate
 from lowmem.models.base import LanguageModel
+from lowmem.nn.kv_cache import LayerCache, ModelCache
 from lowmem.sampling import SamplingOptions
 
 GREEDY = SamplingOptions(temperature=0)
@@ -26,16 +27,18 @@ class SumModel(LanguageModel):
         self.table.data[:, 256:] = -1000.0  # neither eos nor a row without token, unless told so
         if favourite is not None:
             self.table.data[:, favourite] = 1000.0
-        self.caches: list[dict] = []
+        self.caches: list[ModelCache] = []
 
     def forward(self, tokens_BT, targets_BT=None, denominator=1.0, cache=None):
-        tokens = tokens_BT[0].tolist()
-        tokens, start = (cache["tokens"] + tokens, len(cache["tokens"])) if cache is not None else (tokens, 0)
+        starts, held = [0] * len(tokens_BT), tokens_BT
         if cache is not None:
-            assert len(tokens) <= cache["max_len"]
-            cache["tokens"] = tokens
-        weights = torch.arange(1.0, len(tokens) + 1)[:, None]
-        return (self.table[tokens] * weights).cumsum(0)[start:][None]
+            starts = cache.lengths.tolist()
+            held = cache.layers[0].append(tokens_BT.unsqueeze(-1))[0][..., 0]
+        rows = []
+        for start, row in zip(starts, held, strict=True):
+            tokens = row[: start + tokens_BT.shape[1]]
+            rows.append((self.table[tokens] * torch.arange(1.0, len(tokens) + 1)[:, None]).cumsum(0)[start:])
+        return torch.stack(rows)
 
     def embed(self, tokens_BT, start=0):
         raise AssertionError("generation calls forward")
@@ -44,7 +47,7 @@ class SumModel(LanguageModel):
         raise AssertionError("generation calls forward")
 
     def new_cache(self, batch_size, max_len):
-        self.caches.append({"tokens": [], "max_len": max_len})
+        self.caches.append(ModelCache([LayerCache(batch_size, max_len, (1,), torch.int64, torch.device("cpu"))]))
         return self.caches[-1]
 
     def flops_per_token(self, seq_len):
@@ -76,7 +79,7 @@ def test_cached_text_equals_text_recomputed_for_every_token(prompt, window):
     assert (result.prompt_tokens, result.stop_reason) == (len(prompt), "length")
     assert result.text == bytes(result.token_ids).decode(errors="replace") or "\ufffd" in result.text
     assert (result.window_slides > 0) is (window is not None and len(prompt) + 30 - 1 > window)
-    assert all(cache["max_len"] == min(len(prompt) + 30, window or 1000) for cache in model.caches)
+    assert all(cache.layers[0].buffers[0].shape[1] == min(len(prompt) + 30, window or 1000) for cache in model.caches)
 
 
 def test_a_long_prompt_is_computed_in_pieces():

@@ -9,6 +9,7 @@ their contribution is added with powers of w and A. Nothing is divided, so w and
 Shapes: B batch, T time, C channels, S state width, K chunks of L steps, T = K * L.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -36,6 +37,21 @@ class HybridState:
     def nbytes(self) -> int:
         """Bytes held."""
         return self.h_BC.nbytes + self.s_BS.nbytes
+
+    def rows(self, start: int, stop: int) -> "HybridState":
+        """Some of the sequences, sharing memory with this state."""
+        return HybridState(self.h_BC[start:stop], self.s_BS[start:stop])
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Move the sequences `rows`, ascending, to the front, in place."""
+        for new, old in enumerate(rows):
+            if new != old:
+                self.h_BC[new], self.s_BS[new] = self.h_BC[old], self.s_BS[old]
+
+    def reset(self) -> None:
+        """Back to the zero state, in place."""
+        self.h_BC.zero_()
+        self.s_BS.zero_()
 
 
 def hybrid_loop(x_BTC, w_mix, transition, w_in, w_out, skip, *, state: HybridState | None = None):  # type: ignore[no-untyped-def]
@@ -200,7 +216,8 @@ class HybridCell(nn.Module):
         with torch.autocast(autocast_kind(x_BTC), enabled=False):
             weights = [weight.to(wide) for weight in self._weights()]
             y, after = hybrid_loop(x_BTC.to(wide), *weights, state=state)
-        state.h_BC, state.s_BS = after.h_BC, after.s_BS
+        state.h_BC.copy_(after.h_BC)
+        state.s_BS.copy_(after.s_BS)
         return y.to(x_BTC.dtype)
 
     def new_state(self, batch_size: int) -> HybridState:

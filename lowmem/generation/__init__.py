@@ -1,0 +1,7 @@
+"""Writing text with a model: one text, several at once, or a conversation."""
+
+from lowmem.generation.batch import generate, generate_batch
+from lowmem.generation.context import PREFILL_TOKENS, position_window
+from lowmem.generation.row import GenerationResult
+
+__all__ = ["PREFILL_TOKENS", "GenerationResult", "generate", "generate_batch", "position_window"]

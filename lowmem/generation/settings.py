@@ -1,0 +1,76 @@
+"""What a person can set about the texts: by flags, by a preset, and in the middle of a conversation."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+from lowmem.errors import ConfigError
+from lowmem.sampling import PRESETS, SamplingOptions
+
+SETTINGS: dict[str, type] = {
+    "temperature": float, "top_k": int, "top_p": float, "min_p": float, "repetition_penalty": float, "presence_penalty": float,
+    "frequency_penalty": float, "seed": int, "max_new_tokens": int,
+}  # fmt: skip
+"""Every setting and how its text is read."""
+HELP = {
+    "temperature": "logits are divided by it; 0 always takes the most likely token",
+    "top_k": "keep only the k most likely tokens; 0 keeps all",
+    "top_p": "keep the most likely tokens that together reach this probability; 1 keeps all",
+    "min_p": "drop tokens less likely than this share of the most likely one; 0 keeps all",
+    "repetition_penalty": "above 1 makes tokens that occurred, also in the prompt, less likely",
+    "presence_penalty": "above 0 makes tokens that were written less likely, -2 to 2",
+    "frequency_penalty": "above 0 makes tokens less likely each time they are written, -2 to 2",
+    "seed": "of the random draws; default: a fresh one, which is reported",
+    "max_new_tokens": "most tokens to write",
+}
+DEFAULTS: dict[str, Any] = {**asdict(SamplingOptions()), "max_new_tokens": 200}
+
+
+class Settings:
+    """Checked values of all of `SETTINGS`.
+
+    Args:
+        preset: a name in `PRESETS`; "" for the defaults.
+        given: what was asked for explicitly; it wins over the preset, and None is "not asked for".
+    Raises:
+        ConfigError: values that cannot be; the message lists them.
+    """
+
+    def __init__(self, preset: str = "", given: Mapping[str, Any] | None = None):
+        explicit = {name: value for name, value in (given or {}).items() if value is not None}
+        self._values = _checked({**DEFAULTS, **(PRESETS[preset] if preset else {}), **explicit})
+
+    @property
+    def options(self) -> SamplingOptions:
+        """How tokens are drawn."""
+        return SamplingOptions(**{item.name: self._values[item.name] for item in fields(SamplingOptions)})
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Most tokens to write."""
+        return self._values["max_new_tokens"]
+
+    def change(self, name: str, text: str) -> str:
+        """Set one value from text; returns it as "name=value".
+
+        Raises:
+            ConfigError: an unknown name or a value that cannot be; the settings stay as they were.
+        """
+        if name not in SETTINGS:
+            raise ConfigError(f"{name!r} is no setting; known: {', '.join(SETTINGS)}")
+        try:
+            value = SETTINGS[name](text)
+        except ValueError as error:
+            raise ConfigError(f"{name} is {text!r}; expected a {'number' if SETTINGS[name] is float else 'whole number'}") from error
+        self._values = _checked({**self._values, name: value})
+        return f"{name}={value}"
+
+    def __str__(self) -> str:
+        return "  ".join(f"{name}={self._values[name]}" for name in SETTINGS)
+
+
+def _checked(values: dict[str, Any]) -> dict[str, Any]:
+    if values["max_new_tokens"] < 1:
+        raise ConfigError(f"max_new_tokens is {values['max_new_tokens']}; allowed: 1 or more")
+    SamplingOptions(**{item.name: values[item.name] for item in fields(SamplingOptions)})
+    return values
