@@ -51,6 +51,9 @@ class ModelConfig:
     """Number of blocks."""
     num_heads: int = 4
     """Attention heads; must divide dim. i3 uses one."""
+    num_kv_heads: int = 0
+    """Heads of keys and values, each of which serves as many query heads as the others (grouped-query attention): fewer keep a smaller
+    cache. Must divide num_heads; 0 takes num_heads."""
     vocab_size: int = 0
     """Rows of the embedding; 0 takes the tokenizer's size. Larger than the tokenizer's is allowed, smaller is not."""
     max_seq_len: int = 0
@@ -61,8 +64,12 @@ class ModelConfig:
     """Base of the rotary frequencies."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     """Normalisation before each sub-layer."""
-    activation: Literal["swiglu", "gelu"] = "swiglu"
-    """swiglu has three matrices in the MLP, gelu two."""
+    norm_eps: float = 0.0
+    """Added to the variance; 0 takes 1e-6 for rmsnorm and 1e-5 for layernorm."""
+    activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
+    """swiglu has three matrices in the MLP, gelu two; gelu_tanh is gelu by tanh, as in GPT-2."""
+    bias: bool = False
+    """Biases in the linear layers of the blocks, as in GPT-2; i3 always has them."""
     tie_embeddings: bool = False
     """Use the embedding matrix as the output head."""
     attention_rank: int = 0

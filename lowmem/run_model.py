@@ -1,6 +1,8 @@
 """The model and the tokenizer of a finished or running run, read back from its run directory."""
 
 import re
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,10 +13,11 @@ from lowmem.config import RunConfig
 from lowmem.config_load import load_run_config
 from lowmem.data.tokenizers import Tokenizer, load_tokenizer
 from lowmem.devices import device_has_native_bf16
-from lowmem.engine.tensor_file import read_tensors, tensor_shapes
+from lowmem.engine.tensor_file import meta_tensors, read_tensors, tensor_shapes
 from lowmem.errors import CheckpointError
 from lowmem.models.base import LanguageModel
 from lowmem.models.registry import build_model
+from lowmem.nn.quantized import CODES, dequantized
 from lowmem.nn.rank_change import adopt_ranks
 
 _STEP_NAME = re.compile(r"step-(\d{8,})")
@@ -39,18 +42,23 @@ class RunModel:
 
 
 def load_run_model(
-    run_dir: Path | str, checkpoint: int | Literal["latest", "best"] = "latest", device: torch.device | None = None
+    run_dir: Path | str,
+    checkpoint: int | Literal["latest", "best"] = "latest",
+    device: torch.device | None = None,
+    *,
+    outline: bool = False,
 ) -> RunModel:
     """The model of a run directory.
 
     Args:
         checkpoint: the newest, the one with the lowest validation loss, or a step.
         device: where the model goes; the CPU if None.
+        outline: leave the model on the meta device: shapes and dtypes as they would be there, and no numbers.
     Raises:
         CheckpointError: something is missing or damaged, or weights do not fit the run's configuration; the message names it.
         ConfigError: the run's config.yaml cannot be read.
         DataError: the run's tokenizer.json is malformed.
-    Memory: the weights, and one tensor more while they are read.
+    Memory: the weights, and one tensor more while they are read; of an outline nothing.
     """
     run_dir, device = Path(run_dir), device or torch.device("cpu")
     for name in ("config.yaml", "tokenizer.json"):
@@ -66,9 +74,11 @@ def load_run_model(
             f"{run_dir}: config.yaml says model.vocab_size {shape.vocab_size} and model.max_seq_len {shape.max_seq_len}, the tokenizer "
             f"has {tokenizer.vocab_size} tokens; the files belong to different runs"
         )
-    model = build_model(shape, vocab_size=shape.vocab_size, max_seq_len=shape.max_seq_len, seed=config.train.seed)
-    load_weights(path / "model.safetensors", model, keep_bf16=device_has_native_bf16(device))
-    return RunModel(model.to(device).eval(), tokenizer, config, int(path.name.removeprefix("step-")), path)
+    with torch.device("meta") if outline else nullcontext():
+        model = build_model(shape, vocab_size=shape.vocab_size, max_seq_len=shape.max_seq_len, seed=config.train.seed)
+    read = meta_tensors if outline else read_tensors
+    load_weights(path / "model.safetensors", model, keep_bf16=device_has_native_bf16(device), read=read)
+    return RunModel((model if outline else model.to(device)).eval(), tokenizer, config, int(path.name.removeprefix("step-")), path)
 
 
 def checkpoint_path(run_dir: Path, checkpoint: int | Literal["latest", "best"]) -> Path:
@@ -96,21 +106,26 @@ def checkpoint_path(run_dir: Path, checkpoint: int | Literal["latest", "best"]) 
     return root / name
 
 
-def load_weights(path: Path, model: LanguageModel, *, keep_bf16: bool) -> None:
-    """Read a model.safetensors into `model`, which takes on the dtypes of the file.
+def load_weights(
+    path: Path, model: LanguageModel, *, keep_bf16: bool, read: Callable[[Path], Iterable[tuple[str, torch.Tensor]]] = read_tensors
+) -> None:
+    """Read a model.safetensors into `model`, which takes on the dtypes of the file, or fp32 where the file has quantised weights.
 
     Args:
         keep_bf16: leave bf16 weights as they are; false widens them to fp32, which loses nothing and is faster without bf16 hardware.
+        read: gives the tensors of a file, on the device of `model`.
     Raises:
         CheckpointError: the file is missing or damaged, or lacks tensors, or has others, or other shapes; the message names them.
     Memory: the file's tensors take the place of the model's one by one.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; choose another checkpoint with --checkpoint=STEP")
-    adopt_ranks(model, tensor_shapes(path))
+    shapes = tensor_shapes(path)
+    adopt_ranks(model, shapes)
     targets = model.state_dict(keep_vars=True)
+    quantized = any(name.endswith(CODES) for name in shapes)
     problems, missing = [], set(targets)
-    for name, tensor in read_tensors(path):
+    for name, tensor in dequantized(read(path), {name: target.shape for name, target in targets.items()}):
         target = targets.get(name)
         if target is None:
             problems.append(f"{name} is unknown")
@@ -119,7 +134,7 @@ def load_weights(path: Path, model: LanguageModel, *, keep_bf16: bool) -> None:
         if target.shape != tensor.shape:
             problems.append(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(target.shape)}")
         else:
-            widen = tensor.dtype == torch.bfloat16 and not keep_bf16
+            widen = quantized or (tensor.dtype == torch.bfloat16 and not keep_bf16)
             target.data = tensor.float() if widen else tensor
     problems += [f"{name} is missing" for name in sorted(missing)]
     if problems:

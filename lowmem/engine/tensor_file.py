@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,17 +38,19 @@ class LazyTensor:
     get: Callable[[], torch.Tensor]
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor | LazyTensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor | LazyTensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file and flush it to the disk.
 
     Args:
         tensors: by name; any device, strides and shape. Lazy ones are made one by one, sorted by element size, then name.
+        metadata: for other readers; transformers asks for {"format": "pt"}.
     Raises:
         OSError: disk full or not writable.
         TypeError: a dtype that safetensors has no name for.
     Memory: one contiguous host copy of a tensor that is not already contiguous on the host.
     """
-    header, offset = {}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # large elements first keeps all aligned
     for name in order:
         shape, dtype = tuple(tensors[name].shape), tensors[name].dtype
@@ -95,6 +98,22 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); resume from an older checkpoint with --resume=last_valid") from error
+
+
+def meta_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each tensor of a safetensors file on the meta device: its shape and dtype; nothing else is read.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    dtypes = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                yield name, torch.empty(part.get_shape(), dtype=dtypes[part.get_dtype()], device="meta")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); resume from an older checkpoint with --resume=last_valid") from error
 

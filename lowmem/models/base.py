@@ -11,6 +11,7 @@ from torch import nn
 
 from lowmem.nn.distill import SoftTargets
 from lowmem.nn.head import LoRPtHead
+from lowmem.nn.kv_cache import ModelCache
 
 Checkpointing = Literal["none", "block", "selective", "low_rank"]
 
@@ -75,8 +76,9 @@ class LanguageModel(nn.Module, ABC):
         """
 
     @abstractmethod
-    def embed(self, tokens_BT: torch.Tensor, start: int = 0, segments_BT: torch.Tensor | None = None) -> torch.Tensor:
-        """(batch, time) -> (batch, time, width), for positions from `start` on, or from 0 in each segment."""
+    def embed(self, tokens_BT: torch.Tensor, start: int | tuple[int, ...] = 0, segments_BT: torch.Tensor | None = None) -> torch.Tensor:
+        """(batch, time) -> (batch, time, width), for positions from `start` on (one for all sequences, or one for each), or from 0 in
+        each segment."""
 
     def block(self, index: int, segments_BT: torch.Tensor | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
         """Block number `index` as a function of its input alone."""
@@ -88,8 +90,8 @@ class LanguageModel(nn.Module, ABC):
         """Loss from the last block's output; see `forward`."""
 
     @abstractmethod
-    def new_cache(self, batch_size: int, max_len: int) -> Any:
-        """State for decoding up to `max_len` tokens; its memory is allocated here."""
+    def new_cache(self, batch_size: int, max_len: int) -> ModelCache[Any]:
+        """State for decoding `batch_size` sequences of up to `max_len` tokens each; its memory is allocated here."""
 
     @abstractmethod
     def flops_per_token(self, seq_len: int) -> int:
@@ -126,6 +128,7 @@ class LanguageModel(nn.Module, ABC):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def component_bytes(self) -> dict[str, int]:
-        """Bytes of the weights by component, in the dtype they have now."""
-        size = next(self.parameters()).element_size()
-        return {name: count * size for name, count in self.component_parameters().items()}
+        """Bytes of the weights by component, as they are stored now."""
+        from lowmem.models.counting import bytes_by_component  # which needs this module
+
+        return bytes_by_component(self)

@@ -4,17 +4,30 @@ import torch
 from torch import nn
 
 from lowmem.models.base import LanguageModel
+from lowmem.nn.lorpt import LoRPtLinear
 from lowmem.nn.loss import CrossEntropyOptions
+from lowmem.nn.quantized import MIN_QUANTIZED_NUMEL, WeightFormat, quantize, stored_bytes
 
+_MATRICES = {nn.Linear: ("weight",), nn.Embedding: ("weight",), LoRPtLinear: ("down", "up")}  # what may be quantised
 COMPONENTS = ("embedding", "positions", "attention", "hybrid", "mlp", "norm", "head")
 
 
-def store_as(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """`module` with its parameters in `dtype`; unlike Module.to it also works on fake tensors."""
+def store_as(module: nn.Module, stored: torch.dtype | WeightFormat) -> nn.Module:
+    """`module` with its parameters in another dtype or format; unlike Module.to it also works on fake tensors.
+
+    Memory: one parameter more at a time.
+    """
+    form = stored if isinstance(stored, WeightFormat) else WeightFormat(stored)
     for part in module.modules():
+        matrices = {name for kind, names in _MATRICES.items() if isinstance(part, kind) for name in names}
         for name, parameter in part.named_parameters(recurse=False):
-            if parameter.dtype != dtype:
-                setattr(part, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=parameter.requires_grad))
+            if form.bits and name in matrices and parameter.numel() >= MIN_QUANTIZED_NUMEL:
+                value: torch.Tensor = quantize(parameter.detach().to(form.dtype), form.bits)
+            elif parameter.dtype != form.dtype:
+                value = parameter.detach().to(form.dtype)
+            else:
+                continue
+            setattr(part, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
     return module
 
 
@@ -30,6 +43,14 @@ def parameters_by_component(model: nn.Module) -> dict[str, int]:
         component = _component(name)
         counts[component] = counts.get(component, 0) + parameter.numel()
     return counts
+
+
+def bytes_by_component(model: nn.Module) -> dict[str, int]:
+    """Bytes of the weights as they are stored, by component."""
+    sizes: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        sizes[_component(name)] = sizes.get(_component(name), 0) + stored_bytes([parameter])
+    return sizes
 
 
 def _component(name: str) -> str:

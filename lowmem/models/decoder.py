@@ -3,7 +3,6 @@
 Shapes: B batch, T time, C width, V vocabulary.
 """
 
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -16,10 +15,11 @@ from lowmem.models.counting import attention_flops, head_loss_options, matrix_pa
 from lowmem.nn.attention import Attention, LowRankAttention
 from lowmem.nn.factory import LinearFactory
 from lowmem.nn.head import DenseHead, TiedHead, make_head
-from lowmem.nn.kv_cache import LayerCache
+from lowmem.nn.kv_cache import LayerCache, ModelCache
 from lowmem.nn.mlp import default_hidden_dim, make_mlp
 from lowmem.nn.norm import make_norm
 from lowmem.nn.positions import LearnedPositions, RotaryTable, alibi_slopes
+from lowmem.nn.quantized import WeightFormat
 from lowmem.nn.recompute import cheap, run_block
 
 INIT_STD = 0.02
@@ -36,6 +36,11 @@ def check_decoder(config: ModelConfig) -> None:
         problems.append(f"model.state_dim is {config.state_dim}, but only i3 has a recurrent state; remove it or use model.name=i3")
     if config.positions != "rope" and config.rope_theta != ModelConfig.rope_theta:
         problems.append(f"model.rope_theta is {config.rope_theta}, but model.positions is {config.positions}; remove it or use rope")
+    if config.attention_rank and config.num_kv_heads not in (0, config.num_heads):
+        problems.append(
+            f"model.num_kv_heads is {config.num_kv_heads}, but model.attention_rank is {config.attention_rank}: low-rank attention has "
+            "num_heads of each; drop one of the two"
+        )
     if config.tie_embeddings and config.lorpt.rank and "head" in config.lorpt.targets:
         problems.append("model.lorpt.targets has head, but model.tie_embeddings is true: a tied head has no factors; drop one of the two")
     if problems:
@@ -52,19 +57,27 @@ class DecoderBlock(nn.Module):
         super().__init__()
         out_std = INIT_STD / (2 * config.num_layers) ** 0.5
         slopes = alibi_slopes(config.num_heads) if config.positions == "alibi" else ()
-        self.attention_norm = make_norm(config.norm, config.dim)
+        self.attention_norm = make_norm(config.norm, config.dim, config.norm_eps)
         attention = (config.dim, config.num_heads, factory, f"{name}.attention")
         if config.attention_rank:
             # two factors of this std multiply to a map of std INIT_STD
             factor_std = INIT_STD**0.5 * config.attention_rank**-0.25
             self.attention: Attention = LowRankAttention(
-                *attention, rank=config.attention_rank, factor_std=factor_std, rotary=rotary, slopes=slopes, out_std=out_std
+                *attention,
+                rank=config.attention_rank,
+                factor_std=factor_std,
+                rotary=rotary,
+                slopes=slopes,
+                out_std=out_std,
+                bias=config.bias,
             )
         else:
-            self.attention = Attention(*attention, rotary=rotary, slopes=slopes, out_std=out_std)
-        self.mlp_norm = make_norm(config.norm, config.dim)
+            self.attention = Attention(
+                *attention, rotary=rotary, slopes=slopes, out_std=out_std, bias=config.bias, num_kv_heads=config.num_kv_heads
+            )
+        self.mlp_norm = make_norm(config.norm, config.dim, config.norm_eps)
         hidden_dim = config.hidden_dim or default_hidden_dim(config.activation, config.dim)
-        self.mlp = make_mlp(config.activation, config.dim, hidden_dim, factory, f"{name}.mlp", out_std=out_std)
+        self.mlp = make_mlp(config.activation, config.dim, hidden_dim, factory, f"{name}.mlp", out_std=out_std, bias=config.bias)
 
     def forward(self, hidden_BTC: torch.Tensor, cache: LayerCache | None = None, segments_BT: torch.Tensor | None = None) -> torch.Tensor:
         """(B, T, C) -> (B, T, C); with a cache, the tokens continue what it holds; segments are kept apart."""
@@ -72,27 +85,11 @@ class DecoderBlock(nn.Module):
         return hidden_BTC + self.mlp(cheap(self.mlp_norm, hidden_BTC))
 
 
-@dataclass
-class DecoderCache:
-    """One `LayerCache` per block."""
-
-    layers: list[LayerCache]
-
-    @property
-    def length(self) -> int:
-        """Tokens held."""
-        return self.layers[0].length
-
-    def nbytes(self) -> int:
-        """Bytes allocated."""
-        return sum(layer.nbytes() for layer in self.layers)
-
-
 class Decoder(LanguageModel):
     """Embedding, blocks, norm, head.
 
     With rope, rmsnorm, swiglu and dense layers its weights are Llama's: `qkv` and `gate_up` are the separate matrices one
-    below the other, and no layer has a bias.
+    below the other, and no layer has a bias. With learned positions, layernorm, gelu_tanh and biases they are GPT-2's.
 
     Args:
         config: the shape; `vocab_size` and `max_seq_len` are given apart because 0 there means "decided elsewhere".
@@ -106,7 +103,7 @@ class Decoder(LanguageModel):
 
     blocks: nn.ModuleList
 
-    def __init__(self, config: ModelConfig, *, vocab_size: int, max_seq_len: int, dtype: torch.dtype = torch.float32):
+    def __init__(self, config: ModelConfig, *, vocab_size: int, max_seq_len: int, dtype: torch.dtype | WeightFormat = torch.float32):
         super().__init__()
         check_decoder(config)
         self.config, self.vocab_size, self.max_seq_len = config, vocab_size, max_seq_len
@@ -117,12 +114,12 @@ class Decoder(LanguageModel):
         store_as(self.embedding, dtype)
         self.positions = store_as(LearnedPositions(max_seq_len, config.dim), dtype) if config.positions == "learned" else None
         self.blocks = nn.ModuleList(store_as(DecoderBlock(config, factory, f"blocks.{i}", rotary), dtype) for i in range(config.num_layers))
-        self.norm = store_as(make_norm(config.norm, config.dim), dtype)
+        self.norm = store_as(make_norm(config.norm, config.dim, config.norm_eps), dtype)
         head = TiedHead() if config.tie_embeddings else make_head(config.dim, vocab_size, False, factory)
         self.head = store_as(head, dtype)
         factory.check_patterns()
 
-    def embed(self, tokens_BT: torch.Tensor, start: int = 0, segments_BT: torch.Tensor | None = None) -> torch.Tensor:
+    def embed(self, tokens_BT: torch.Tensor, start: int | tuple[int, ...] = 0, segments_BT: torch.Tensor | None = None) -> torch.Tensor:
         """(B, T) -> (B, T, C), for positions from `start` on, or from 0 in each segment.
 
         Raises:
@@ -153,21 +150,21 @@ class Decoder(LanguageModel):
 
     def forward(self, tokens_BT, targets_BT=None, denominator=1.0, cache=None, segments_BT=None):  # type: ignore[no-untyped-def, override]
         """See `LanguageModel.forward`."""
-        hidden = self.embed(tokens_BT, 0 if cache is None else cache.length, segments_BT)
+        hidden = self.embed(tokens_BT, 0 if cache is None else cache.start, segments_BT)
         mode = self.activation_checkpointing if self.training else "none"
         for index, block in enumerate(self.blocks):
             hidden = run_block(self.block(index, segments_BT), hidden, mode) if cache is None else block(hidden, cache.layers[index])
         return self.logits(hidden) if targets_BT is None else self.head_loss(hidden, targets_BT, denominator)
 
-    def new_cache(self, batch_size: int, max_len: int) -> DecoderCache:
+    def new_cache(self, batch_size: int, max_len: int) -> ModelCache[LayerCache]:
         """State for decoding up to `max_len` tokens.
 
-        Memory: layers * batch_size * max_len * 2 * dim (or 2 * attention_rank) elements of the weights' dtype.
+        Memory: layers * batch_size * max_len * 2 * dim * num_kv_heads / num_heads (or 2 * attention_rank) elements of the weights' dtype.
         """
         weight = self.embedding.weight
         blocks = cast("list[DecoderBlock]", self.blocks)
         layers = [LayerCache(batch_size, max_len, block.attention.cache_widths, weight.dtype, weight.device) for block in blocks]
-        return DecoderCache(layers)
+        return ModelCache(layers)
 
     def flops_per_token(self, seq_len: int) -> int:
         """6 per weight of every matrix product, and attention over the (seq_len + 1) / 2 keys a token sees on average."""

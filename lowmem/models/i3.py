@@ -6,9 +6,11 @@ At vocabulary 4,466, width 512, 12 layers, sequence 256 it has the published 12,
 Shapes: B batch, T time, C width, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal, cast
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -20,10 +22,11 @@ from lowmem.models.counting import attention_flops, head_loss_options, matrix_pa
 from lowmem.nn.attention import LowRankAttention
 from lowmem.nn.factory import LinearFactory
 from lowmem.nn.head import make_head
-from lowmem.nn.kv_cache import LayerCache
+from lowmem.nn.kv_cache import LayerCache, ModelCache
 from lowmem.nn.mlp import GELUMLP
 from lowmem.nn.norm import LayerNorm
 from lowmem.nn.positions import LearnedPositions
+from lowmem.nn.quantized import WeightFormat
 from lowmem.nn.recompute import cheap, run_block
 from lowmem.nn.recurrent import HybridCell, HybridState
 
@@ -37,6 +40,9 @@ FIXED: dict[str, object] = {
     "activation": "gelu",
     "tie_embeddings": False,
     "rope_theta": None,
+    "norm_eps": None,
+    "num_kv_heads": None,
+    "bias": True,
 }
 FIXED_TARGETS: list[Literal["attention", "mlp", "head"]] = ["mlp", "head"]
 
@@ -82,21 +88,28 @@ class I3LayerCache:
     hybrid: HybridState
     attention: LayerCache
 
-
-@dataclass
-class I3Cache:
-    """One `I3LayerCache` per block."""
-
-    layers: list[I3LayerCache]
-
     @property
-    def length(self) -> int:
-        """Tokens held."""
-        return self.layers[0].attention.length
+    def lengths(self) -> np.ndarray:
+        """(B,) int64: tokens that each sequence holds."""
+        return self.attention.lengths
 
     def nbytes(self) -> int:
         """Bytes allocated."""
-        return sum(layer.hybrid.nbytes() + layer.attention.nbytes() for layer in self.layers)
+        return self.hybrid.nbytes() + self.attention.nbytes()
+
+    def rows(self, start: int, stop: int) -> "I3LayerCache":
+        """Some of the sequences, sharing memory with this cache."""
+        return I3LayerCache(self.hybrid.rows(start, stop), self.attention.rows(start, stop))
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Move the sequences `rows`, ascending, to the front, in place."""
+        self.hybrid.keep(rows)
+        self.attention.keep(rows)
+
+    def reset(self) -> None:
+        """Forget every sequence."""
+        self.hybrid.reset()
+        self.attention.reset()
 
 
 class I3Block(nn.Module):
@@ -140,7 +153,7 @@ class I3(LanguageModel):
     blocks: nn.ModuleList
     keeps_segments_apart = False
 
-    def __init__(self, config: ModelConfig, *, vocab_size: int, max_seq_len: int, dtype: torch.dtype = torch.float32):
+    def __init__(self, config: ModelConfig, *, vocab_size: int, max_seq_len: int, dtype: torch.dtype | WeightFormat = torch.float32):
         super().__init__()
         config = resolve_i3(config)
         self.config, self.vocab_size, self.max_seq_len = config, vocab_size, max_seq_len
@@ -154,7 +167,7 @@ class I3(LanguageModel):
         self.head = store_as(make_head(config.dim, vocab_size, True, factory), dtype)
         factory.check_patterns()
 
-    def embed(self, tokens_BT: torch.Tensor, start: int = 0, segments_BT: torch.Tensor | None = None) -> torch.Tensor:
+    def embed(self, tokens_BT: torch.Tensor, start: int | tuple[int, ...] = 0, segments_BT: torch.Tensor | None = None) -> torch.Tensor:
         """(B, T) -> (B, T, C), for positions from `start` on.
 
         Args:
@@ -177,20 +190,20 @@ class I3(LanguageModel):
 
     def forward(self, tokens_BT, targets_BT=None, denominator=1.0, cache=None, segments_BT=None):  # type: ignore[no-untyped-def, override]
         """See `LanguageModel.forward`."""
-        hidden = self.embed(tokens_BT, 0 if cache is None else cache.length, segments_BT)
+        hidden = self.embed(tokens_BT, 0 if cache is None else cache.start, segments_BT)
         mode = self.activation_checkpointing if self.training else "none"
         for index, block in enumerate(self.blocks):
             hidden = run_block(self.block(index, segments_BT), hidden, mode) if cache is None else block(hidden, cache.layers[index])
         return self.logits(hidden) if targets_BT is None else self.head_loss(hidden, targets_BT, denominator)
 
-    def new_cache(self, batch_size: int, max_len: int) -> I3Cache:
+    def new_cache(self, batch_size: int, max_len: int) -> ModelCache[I3LayerCache]:
         """State for decoding up to `max_len` tokens.
 
         Memory: layers * batch_size * max_len * 2 * attention_rank elements of the weights' dtype, and dim + state_dim
         fp32 numbers per layer and sequence.
         """
         weight = self.embedding.weight
-        return I3Cache(
+        return ModelCache(
             [
                 I3LayerCache(
                     block.hybrid.new_state(batch_size),

@@ -6,11 +6,14 @@ from lowmem.config import ModelConfig
 from lowmem.models.base import LanguageModel
 from lowmem.models.decoder import Decoder
 from lowmem.models.i3 import I3
+from lowmem.nn.quantized import WeightFormat
 
 MODELS: dict[str, type[LanguageModel]] = {"decoder": Decoder, "i3": I3}
 
 
-def build_model(config: ModelConfig, *, vocab_size: int, max_seq_len: int, seed: int, dtype: torch.dtype = torch.float32) -> LanguageModel:
+def build_model(
+    config: ModelConfig, *, vocab_size: int, max_seq_len: int, seed: int, dtype: torch.dtype | WeightFormat = torch.float32
+) -> LanguageModel:
     """A model whose initial weights depend on `seed` alone.
 
     Args:
@@ -18,7 +21,7 @@ def build_model(config: ModelConfig, *, vocab_size: int, max_seq_len: int, seed:
         vocab_size: rows of the embedding.
         max_seq_len: longest sequence, in tokens.
         seed: of the initial weights; the global generator is left as it was.
-        dtype: what is stored; values are drawn in fp32 and rounded, whatever it is.
+        dtype: what is stored; values are drawn in fp32 and rounded, whatever it is. A format may quantise matrices.
     Raises:
         ConfigError: the configuration contradicts itself or the model it names.
     Memory: the weights, and one block, head or embedding in fp32, on the CPU unless a device context says otherwise.

@@ -58,24 +58,41 @@ class SwiGLU(nn.Module):
 class GELUMLP(nn.Module):
     """down(gelu(up(x))).
 
+    Args:
+        tanh: gelu by tanh, as in GPT-2.
     Memory: saves C + 2 * F numbers per token, F where `selective` recomputation is on.
     """
 
-    def __init__(self, dim: int, hidden_dim: int, factory: LinearFactory, name: str, *, out_std: float = 0.02, bias: bool = False):
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        factory: LinearFactory,
+        name: str,
+        *,
+        out_std: float = 0.02,
+        bias: bool = False,
+        tanh: bool = False,
+    ):
         super().__init__()
+        self.gelu = _gelu_tanh if tanh else F.gelu
         self.up = factory.linear(dim, hidden_dim, bias, group="mlp", name=f"{name}.up")
         self.down = factory.linear(hidden_dim, dim, bias, group="mlp", name=f"{name}.down", dense_std=out_std)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., C) -> (..., C)."""
-        return self.down(cheap(F.gelu, self.up(x)))
+        return self.down(cheap(self.gelu, self.up(x)))
 
 
-def default_hidden_dim(activation: Literal["swiglu", "gelu"], dim: int) -> int:
+def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def default_hidden_dim(activation: Literal["swiglu", "gelu", "gelu_tanh"], dim: int) -> int:
     """8/3 * dim rounded up to a multiple of 64 for swiglu, 4 * dim for gelu."""
     return -(-8 * dim // (3 * 64)) * 64 if activation == "swiglu" else 4 * dim
 
 
-def make_mlp(activation: Literal["swiglu", "gelu"], *args, **choices) -> nn.Module:  # type: ignore[no-untyped-def]
+def make_mlp(activation: Literal["swiglu", "gelu", "gelu_tanh"], *args, **choices) -> nn.Module:  # type: ignore[no-untyped-def]
     """The feed-forward layer of that name."""
-    return (SwiGLU if activation == "swiglu" else GELUMLP)(*args, **choices)
+    return SwiGLU(*args, **choices) if activation == "swiglu" else GELUMLP(*args, **choices, tanh=activation == "gelu_tanh")

@@ -95,6 +95,7 @@ class LayerNorm(nn.Module):
             return F.layer_norm(x, (self.dim,), self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps).to(dtype)
 
 
-def make_norm(kind: Literal["rmsnorm", "layernorm"], dim: int) -> nn.Module:
-    """The normalisation layer of that name."""
-    return RMSNorm(dim) if kind == "rmsnorm" else LayerNorm(dim)
+def make_norm(kind: Literal["rmsnorm", "layernorm"], dim: int, eps: float = 0.0) -> nn.Module:
+    """The normalisation layer of that name; eps 0 takes its own default."""
+    chosen = {"eps": eps} if eps else {}
+    return RMSNorm(dim, **chosen) if kind == "rmsnorm" else LayerNorm(dim, **chosen)

@@ -12,7 +12,7 @@ from lowmem.data.chat_template import save_chat_template
 from lowmem.data.phases import prepare_phases
 from lowmem.data.prepare import PreparedData
 from lowmem.data.storage import compiled_root, json_sha256
-from lowmem.data.tokenizers import check_vocab, load_tokenizer
+from lowmem.data.tokenizers import Tokenizer, check_vocab, load_tokenizer
 from lowmem.devices import resolve_precision, usable_cores
 from lowmem.engine import distributed
 from lowmem.engine.base import Engine
@@ -21,13 +21,15 @@ from lowmem.engine.layerwise import LayerwiseEngine
 from lowmem.engine.local import LocalEngine
 from lowmem.engine.recovery import release_memory
 from lowmem.engine.teacher import teacher_config
+from lowmem.engine.tensor_file import meta_tensors, read_tensors
 from lowmem.errors import ConfigError
 from lowmem.memory.block_cache import release_host_memory, set_up_host_memory
 from lowmem.memory.budget import limit_cuda_memory, limit_host_memory
 from lowmem.models.base import LanguageModel
+from lowmem.nn.quantized import assign, dequantized
 from lowmem.nn.rank_change import check_rank, following_layers
 from lowmem.optim.low_bit import LowBitOptimizer
-from lowmem.run_model import load_run_model
+from lowmem.run_model import checkpoint_path, load_run_model
 from lowmem.train.checkpoint import CheckpointStore
 from lowmem.train.loggers import open_loggers
 from lowmem.train.progress import ProgressDisplay
@@ -75,6 +77,8 @@ def _assemble(
     release_host_memory()  # a tokenizer that was trained here leaves much behind
     config = resolve(config, data, device)
     model = build_configured_model(config)
+    if config.train.init_from and (fresh or not CheckpointStore(Path(config.run_dir), 1).steps()):
+        load_initial_weights(config.train.init_from, model, data.tokenizer)
     _check_teacher(config, data)
     engine = _build_engine(config, model, device)
     lorpt = config.model.lorpt
@@ -95,6 +99,37 @@ def _assemble(
         run.loggers = open_loggers(config.loggers, run_dir.path, config, resume_step=run.state.step)
         display.message(_description(run))
     return run
+
+
+def load_initial_weights(source: str, model: LanguageModel, tokenizer: Tokenizer) -> None:
+    """Copy the newest weights of another run into `model`, in the form in which that keeps them.
+
+    Raises:
+        ConfigError: another shape or another tokenizer; the message says which tensor differs.
+        CheckpointError: its weights are missing or damaged.
+    Memory: one tensor.
+    """
+    path = Path(source) / "tokenizer.json"
+    if not path.is_file():
+        raise ConfigError(f"train.init_from is {source}, which is no run directory: it has no tokenizer.json")
+    if load_tokenizer(path).sha256() != tokenizer.sha256():
+        raise ConfigError(f"train.init_from is {source}, which has another tokenizer than this run; set data.tokenizer={path}")
+    weights, targets = checkpoint_path(Path(source), "latest") / "model.safetensors", model.state_dict()
+    wanted = {name: target.shape for name, target in targets.items()}
+    found = {name: tensor.shape for name, tensor in dequantized(meta_tensors(weights), wanted)}
+    if found != wanted:
+        name = next(name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name))
+        raise ConfigError(
+            f"train.init_from is {source}, a model of another shape: {name} is {_sizes(found.get(name))} there, "
+            f"{_sizes(wanted.get(name))} here; take model.* from {source}/config.yaml"
+        )
+    with torch.no_grad():
+        for name, tensor in dequantized(read_tensors(weights), wanted):
+            assign(targets[name], tensor)
+
+
+def _sizes(shape: torch.Size | None) -> str:
+    return "missing" if shape is None else str(tuple(shape))
 
 
 def _fingerprint(phase_data: list[PreparedData]) -> str:
@@ -123,7 +158,7 @@ def resolve(config: RunConfig, data: PreparedData, device: torch.device) -> RunC
     config.model.max_seq_len = config.max_seq_len()
     config.train.precision = resolve_precision(config.train.precision, device)
     stored = config.train.weight_dtype
-    if stored != "fp32" and config.train.precision != stored:
+    if stored in ("bf16", "fp16") and config.train.precision != stored:
         raise ConfigError(
             f"train.weight_dtype={stored} needs a device that computes in {stored}, {device.type} here resolves to "
             f"{config.train.precision}; use train.weight_dtype=fp32, or train.precision={stored} to accept slow emulation"

@@ -1,0 +1,1 @@
+"""Models of lowmem as directories of Hugging Face transformers, and back."""
