@@ -12,6 +12,9 @@ USAGE = """usage: lowmem COMMAND [options]
   plan       the fastest settings that fit a memory budget       lowmem plan --budget.ram=4GiB --budget.vram=6GiB
   profile    measured against predicted memory, as a report      lowmem profile configs/cpu/demo.yaml --steps 10 --out report
   generate   write text with a trained model                     lowmem generate --run runs/demo --prompt "def "
+  finetune   adapt a model to conversations, by LoRA and kin      lowmem finetune --base runs/demo --data chat.jsonl --method lora
+  export     a directory that transformers loads                 lowmem export --run runs/demo --format hf --out demo-hf
+  import     a Llama or GPT-2 directory as a run                 lowmem import gpt2-small --out runs/gpt2
   doctor     what this machine can do, and what will be slow     lowmem doctor
 
 `lowmem COMMAND --help` lists the options."""
@@ -85,7 +88,25 @@ def _commands() -> dict[str, Callable[[Sequence[str]], int]]:
 
         return doctor_main(argv)
 
-    return {"pretrain": pretrain, "plan": plan, "profile": profile, "generate": generate, "doctor": doctor}
+    def finetune(argv: Sequence[str]) -> int:
+        from lowmem.finetune.command import finetune_main
+
+        return finetune_main(argv)
+
+    def export(argv: Sequence[str]) -> int:
+        from lowmem.export.command import export_main
+
+        return export_main(argv)
+
+    def import_(argv: Sequence[str]) -> int:
+        from lowmem.export.import_command import import_main
+
+        return import_main(argv)
+
+    return {
+        "pretrain": pretrain, "plan": plan, "profile": profile, "generate": generate, "finetune": finetune, "export": export,
+        "import": import_, "doctor": doctor,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ FLOORS = [
     {"doctor_table"},
     {"machine"},
     {"profile", "plan"},
-    {"train", "finetune", "export", "generate", "reporting"},
+    {"finetune"},
+    {"train", "export", "generate", "reporting"},
     {"generation"},
     {"run_model", "sampling"},
     {"planning"},
@@ -26,7 +27,7 @@ FLOORS = [
     {"config_load", "config_dump"},
     {"config_schema", "config_check"},
     {"config_check_data"},
-    {"config", "config_data", "config_model", "arguments", "units", "errors"},
+    {"config", "config_data", "config_finetune", "config_model", "arguments", "units", "errors"},
 ]
 FLOOR_OF = {name: height for height, names in enumerate(reversed(FLOORS)) for name in names}
 SOURCES = sorted([*(ROOT / "lowmem").rglob("*.py"), *(ROOT / "launch").glob("*.py"), *(ROOT / "profiling").glob("*.py")])

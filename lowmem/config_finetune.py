@@ -1,0 +1,99 @@
+"""The configuration of `lowmem finetune`. Imports no torch; the names of a method's settings are PEFT's."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lowmem.config import BudgetConfig, OptimConfig
+
+Method = Literal["lora", "qlora", "dora", "lora_plus", "rslora", "prefix", "ia3", "head", "last_k", "full"]
+
+
+@dataclass
+class AdapterConfig:
+    """What is trained besides or instead of the base's weights."""
+
+    r: int = 8
+    """Rank of LoRA and its kin."""
+    lora_alpha: float = 16.0
+    """Scale: the adapter counts alpha / r, with rslora alpha / sqrt(r)."""
+    lora_dropout: float = 0.0
+    """Dropout on what enters the adapter."""
+    target_modules: list[str] = field(default_factory=list)
+    """Names of the layers that get an adapter; empty is every linear layer but the head."""
+    loraplus_lr_ratio: float = 16.0
+    """lora_plus only: the learning rate of B is so many times that of A; at least 1."""
+    num_virtual_tokens: int = 16
+    """prefix only: trained keys and values before the text."""
+    last_k: int = 1
+    """last_k only: blocks that are trained, counted from the end, with the final norm."""
+    double_quant: bool = True
+    """qlora only: keep the scales of the 4-bit base in 8 bits, too."""
+
+
+@dataclass
+class FinetuneConfig:
+    """Everything that determines a fine-tuning run."""
+
+    base: str = ""
+    """Run directory of lowmem, or a directory of a causal language model of transformers."""
+    data: str = ""
+    """Chat records: .json .jsonl .txt .parquet in the usual shapes."""
+    method: Method = "lora"
+    """lora, qlora (base in 4-bit NF4), dora, lora_plus, rslora, prefix, ia3; or without adapter: head, last_k, full."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """Settings of the method."""
+    template: str = ""
+    """Jinja file; empty takes the base's own, else lowmem's."""
+    add_tokens: list[str] = field(default_factory=list)
+    """New tokens. Their rows begin at the mean of the old ones, are trained, and are saved with the adapter."""
+    seq_len: int = 256
+    """Longest conversation; longer ones are cut and counted."""
+    truncation: Literal["cut", "drop"] = "cut"
+    """Cut long conversations, or leave them out."""
+    val_fraction: float = 0.05
+    """Share of the conversations held out."""
+    steps: int = 100
+    """Optimizer steps."""
+    batch_size: int = 8
+    """Rows per step; conversations are packed into rows."""
+    micro_batch_size: int = 1
+    """Rows computed at once; divides batch_size."""
+    update: Literal["accumulate", "layerwise"] = "accumulate"
+    """layerwise: each gradient is applied and freed as soon as it is there; needs micro_batch_size = batch_size, clips by the last norm."""
+    gradient_checkpointing: bool = True
+    """Keep each block's input only and compute the block again."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, weight_decay=0.0, warmup_steps=10, betas=(0.9, 0.999)))
+    """Optimizer and schedule; state_bits 8 and 4 work here, too."""
+    eval_every: int = 50
+    """Steps between evaluations on the held-out conversations; 0 never."""
+    save_every: int = 50
+    """Steps between checkpoints; 0 only at the end."""
+    seed: int = 0
+    """Of the adapter and of the order of the data."""
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    """Memory limits."""
+    out: str = "runs/finetuned"
+    """Folder: base/ for a lowmem run, adapter/, merged/, metrics.jsonl. The same command goes on where it was."""
+
+
+def finetune_problems(config: FinetuneConfig) -> list[str]:
+    """Contradictions, one line each."""
+    adapter, optim = config.adapter, config.optim
+    problems = [f"{name} is empty; name it" for name in ("base", "data", "out") if not getattr(config, name)]
+    least = {"seq_len": 8, "steps": 1, "batch_size": 1, "micro_batch_size": 1, "eval_every": 0, "save_every": 0}
+    problems += [f"{key} is {getattr(config, key)}, must be at least {low}" for key, low in least.items() if getattr(config, key) < low]
+    if min(adapter.r, adapter.num_virtual_tokens, adapter.last_k) < 1:
+        problems.append("adapter.r, num_virtual_tokens and last_k must be at least 1")
+    if not adapter.loraplus_lr_ratio >= 1:
+        problems.append(f"adapter.loraplus_lr_ratio is {adapter.loraplus_lr_ratio}, must be at least 1: it is B that learns faster than A")
+    if config.micro_batch_size > 0 and config.batch_size % config.micro_batch_size:
+        problems.append(f"micro_batch_size is {config.micro_batch_size}, which does not divide batch_size ({config.batch_size})")
+    if config.update == "layerwise" and config.micro_batch_size != config.batch_size:
+        problems.append("update=layerwise applies gradients as they come: set micro_batch_size to batch_size, or use update=accumulate")
+    if not 0 <= config.val_fraction < 1:
+        problems.append(f"val_fraction is {config.val_fraction}, must be in [0, 1)")
+    if optim.name == "spectron" or optim.backend != "lowmem":
+        problems.append("optim.name must be adamw or lion and optim.backend lowmem here")
+    if config.add_tokens and config.method in ("prefix", "ia3", "head", "last_k"):
+        problems.append(f"add_tokens needs a method that trains rows: lora and its kin, or full; found {config.method}")
+    return problems

@@ -1,0 +1,1 @@
+"""Fine-tuning: adapters of PEFT, on models of lowmem and of transformers."""

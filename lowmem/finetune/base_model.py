@@ -1,0 +1,158 @@
+"""The base of a fine-tuning run as a model of transformers, in full or in 4-bit NF4, read tensor by tensor."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowmem.data.storage import make_directory
+from lowmem.engine.tensor_file import read_tensors
+from lowmem.errors import CheckpointError, ConfigError
+from lowmem.run_model import load_run_model
+
+NF4_BLOCK = 64  # numbers that share a scale
+NF4_SCALE_BLOCK = 256  # scales that share one, with double quantisation
+
+
+def base_directory(base: str, out: Path) -> Path:
+    """`base` itself if it is a directory of transformers; else the run, exported once to `out`/base.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    place = Path(base)
+    if (place / "config.json").is_file():
+        return place
+    if not (place / "config.yaml").is_file():
+        raise ConfigError(f"base is {base}, which has neither config.json (transformers) nor config.yaml (a lowmem run); give one of them")
+    exported = out / "base"
+    if not (exported / "model.safetensors").is_file():
+        from lowmem.export.hf import export_run_model
+
+        make_directory(out)
+        export_run_model(load_run_model(place), exported, overwrite=True, run_dir=place)
+    return exported
+
+
+def load_base(directory: Path, *, nf4: bool, double_quant: bool = True) -> Any:
+    """The model on the CPU, or on the GPU where there is one, in fp32 as far as it is not quantised.
+
+    Args:
+        nf4: keep the weights of linear layers, except the head, in NF4 of bitsandbytes.
+    Raises:
+        ConfigError: transformers or bitsandbytes is missing, or the directory needs code that is not lowmem's own.
+        CheckpointError: weights are missing.
+    Memory: the weights as they are kept, and one tensor in fp32.
+    """
+    model = _empty(directory)
+    if nf4:
+        _make_nf4(model, double_quant)
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{directory} has no .safetensors; save the model with save_pretrained")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for file in files:
+        for name, tensor in read_tensors(file):
+            _set(model, name, tensor, device)
+    model.tie_weights()
+    _fresh_buffers(model, device)
+    if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise CheckpointError(f"{directory} lacks the weights {', '.join(missing[:5])}; restore its files")
+    return model
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Keep each block's input only; transformers renames the switch in version 5."""
+    new = getattr(model, "activation_checkpointing_enable", None)
+    if new is not None:
+        new(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+
+
+def _empty(directory: Path) -> Any:
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError as error:
+        raise ConfigError("fine-tuning needs transformers and peft; pip install 'lowmem[finetune]'") from error
+    _register()
+    try:
+        config = AutoConfig.from_pretrained(directory)
+        config.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{directory} is no causal language model that transformers knows ({' '.join(str(error).split())[:200]})"
+        ) from error
+    model.config.name_or_path = model.name_or_path = str(directory)
+    return model
+
+
+def _register() -> None:
+    """lowmem's own model class, so that its directories need no trust_remote_code here."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from lowmem.export.modeling_lowmem import LowmemConfig, LowmemForCausalLM
+
+    AutoConfig.register("lowmem", LowmemConfig, exist_ok=True)
+    AutoModelForCausalLM.register(LowmemConfig, LowmemForCausalLM, exist_ok=True)
+
+
+def _make_nf4(model: Any, double_quant: bool) -> None:
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ConfigError("method=qlora needs bitsandbytes; pip install 'lowmem[bnb]'") from error
+    head = model.get_output_embeddings()
+    for name, layer in list(model.named_modules()):
+        if type(layer) is nn.Linear and layer is not head:
+            with torch.device("meta"):
+                new = bitsandbytes.nn.Linear4bit(
+                    layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=torch.float32,
+                    compress_statistics=double_quant, quant_type="nf4",
+                )  # fmt: skip
+            # an evaluation would repack the weights for a kernel without gradients, and later steps would silently train on nothing
+            new.support_avx512bf16_for_cpu = False
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, new)
+    if not any(type(layer).__name__ == "Linear4bit" for layer in model.modules()):
+        raise ConfigError(
+            "method=qlora quantises linear layers, and this model has none (GPT-2 of transformers keeps its own Conv1D); use lora"
+        )
+    model.is_loaded_in_4bit = True  # what PEFT asks for
+
+
+def _set(model: Any, name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    owner, _, last = name.rpartition(".")
+    try:
+        module = model.get_submodule(owner)
+    except AttributeError:
+        print(f"lowmem: {name} is in the file and not in the model; it is left out", file=sys.stderr)
+        return
+    wide = tensor.float() if tensor.is_floating_point() else tensor
+    if type(module).__name__ == "Linear4bit" and last == "weight":
+        import bitsandbytes
+
+        old = module.weight
+        packed: Any = bitsandbytes.nn.Params4bit(
+            wide, requires_grad=False, quant_type="nf4", compress_statistics=old.compress_statistics, blocksize=NF4_BLOCK, module=module
+        )
+        module.weight = packed.to(device)
+    else:
+        setattr(module, last, nn.Parameter(wide.to(device), requires_grad=False))
+
+
+def _fresh_buffers(model: Any, device: torch.device) -> None:
+    """Buffers that no file holds, such as rotary frequencies, computed anew."""
+    for owner in {name.rpartition(".")[0] for name, buffer in model.named_buffers() if buffer.is_meta}:
+        module = model.get_submodule(owner)
+        with torch.device(device):
+            fresh = type(module)(model.config)
+        for name, buffer in fresh.named_buffers(recurse=False):
+            module.register_buffer(name, buffer, persistent=False)
+            if hasattr(module, f"original_{name}"):
+                setattr(module, f"original_{name}", buffer)

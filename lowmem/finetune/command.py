@@ -1,0 +1,81 @@
+"""The `finetune` command: flags, and what is written at the end."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from lowmem.arguments import dotted_overrides
+from lowmem.config_dump import dump_config
+from lowmem.config_finetune import FinetuneConfig, finetune_problems
+from lowmem.config_load import load_config
+from lowmem.config_schema import field_docs
+from lowmem.errors import ConfigError, MemoryBudgetError
+
+
+def finetune_main(argv: Sequence[str]) -> int:
+    """Run `lowmem finetune`.
+
+    Args:
+        argv: without the program's name.
+    Returns:
+        0.
+    Raises:
+        LowmemError: every failure that a user can cause; the caller prints it and exits with its code.
+    """
+    flags, overrides = _parse(argv)
+    find_problems = (lambda config: []) if flags.print_config else finetune_problems
+    config = load_config(FinetuneConfig, flags.config, overrides, find_problems)
+    if flags.print_config:
+        sys.stdout.write(dump_config(config, comments=True))
+        return 0
+    from pathlib import Path
+
+    from lowmem.engine.recovery import first_line
+    from lowmem.finetune.base_model import base_directory
+    from lowmem.finetune.memory import predict_memory
+    from lowmem.finetune.train import finetune
+    from lowmem.memory.budget import is_out_of_memory
+    from lowmem.memory.measure import measure_peak
+    from lowmem.train.progress import make_display
+
+    if flags.dry_run:
+        print(predict_memory(config, base_directory(config.base, Path(config.out))).line())
+        return 0
+    display = make_display(quiet=flags.quiet)
+    try:
+        with measure_peak() as peak:
+            done = finetune(config, display)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryBudgetError(
+            f"memory ran out (budget.ram={config.budget.ram or 'none'}): {first_line(error)}; use method=qlora, micro_batch_size=1, "
+            "or a smaller seq_len"
+        ) from error
+    finally:
+        display.close()
+    report = {"trainable": done.trainable, "total": done.total, "losses": done.losses, "host_peak_bytes": peak.host_peak_bytes}
+    (Path(config.out) / "result.json").write_text(json.dumps(report, indent=1))
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="lowmem finetune",
+        description="Fine-tune a model on conversations. Any key of the configuration can be given as --key=value.",
+        epilog="configuration keys:\n" + "\n".join(f"  --{key}  {doc}" for key, doc in field_docs(FinetuneConfig).items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", default="", metavar="FILE", help="YAML file; overrides come after it")
+    parser.add_argument("--print_config", action="store_true", help="print the configuration, commented, and stop")
+    parser.add_argument("--dry_run", action="store_true", help="print the predicted peak of memory, train nothing")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    try:
+        flags, rest = parser.parse_known_args(list(argv))
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"lowmem finetune: {error}") from error
+    return flags, dotted_overrides(rest, "lowmem finetune")

@@ -1,0 +1,105 @@
+"""Tokenizer, template and conversations of a fine-tuning run."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowmem.config import SourceConfig
+from lowmem.config_finetune import FinetuneConfig
+from lowmem.data.chat_source import ChatSource, build_chat_tokens
+from lowmem.data.chat_stream import ChatStream, ChatValidation, Conversations
+from lowmem.data.chat_template import DEFAULT_TEMPLATE, TEMPLATE_FILE, ChatTemplate, load_chat_template, save_chat_template
+from lowmem.data.progress import ProgressCallback
+from lowmem.data.storage import cache_root, make_directory
+from lowmem.data.tokenizers import Tokenizer, load_tokenizer
+from lowmem.errors import ConfigError, DataError
+
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "tokenizer.model", "lowmem_tokenizer.json", "tokenization_lowmem.py", TEMPLATE_FILE,
+)  # fmt: skip
+
+
+@dataclass
+class ChatData:
+    """What is learned from.
+
+    Attributes:
+        train, validation: packed conversations; validation is None if nothing is held out.
+        template: how they are written.
+        notes: what was cut or left out, for people.
+    """
+
+    train: ChatStream
+    validation: ChatValidation | None
+    template: ChatTemplate
+    notes: str
+
+
+def tokenizer_folder(config: FinetuneConfig, directory: Path, model: Any) -> tuple[Path, list[int]]:
+    """The folder with the tokenizer of the run, and the ids of new tokens, for which `model` has got rows.
+
+    Raises:
+        ConfigError: new tokens, and a tokenizer that cannot take any, or has them already.
+    """
+    if not config.add_tokens:
+        return directory, []
+    from transformers import AutoTokenizer
+
+    from lowmem.finetune.methods import add_tokens
+
+    if not (directory / "tokenizer.json").is_file():
+        raise ConfigError(f"add_tokens needs a tokenizer.json, which {directory} has not; leave it out")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    ids = add_tokens(model, tokenizer, config.add_tokens)
+    folder = Path(config.out) / "tokenizer"
+    tokenizer.save_pretrained(folder)
+    return folder, ids
+
+
+def read_tokenizer(config: FinetuneConfig, folder: Path) -> Tokenizer:
+    """lowmem's view of the tokenizer: of the run itself where its kind is lowmem's own."""
+    own = Path(config.base) / "tokenizer.json"
+    return load_tokenizer(own if (folder / "lowmem_tokenizer.json").is_file() and own.is_file() else folder)
+
+
+def chat_data(config: FinetuneConfig, folder: Path, *, one_per_row: bool, progress: ProgressCallback) -> ChatData:
+    """The conversations, tokenised once and kept in the cache.
+
+    Raises:
+        DataError: malformed records, or too few.
+    """
+    tokenizer = read_tokenizer(config, folder)
+    template = chat_template(config, folder, tokenizer)
+    tokens = build_chat_tokens(ChatSource(SourceConfig(path=config.data), template), tokenizer, cache_root(""), progress)
+    part = Conversations(tokens, seq_len=config.seq_len, truncation=config.truncation, val_fraction=config.val_fraction)
+    train = ChatStream([part], [1.0], seq_len=config.seq_len, seed=config.seed, one_per_row=one_per_row)
+    validation = ChatValidation([part], seq_len=config.seq_len, one_per_row=one_per_row) if config.val_fraction else None
+    return ChatData(train, validation, template, part.counts.describe(config.truncation, config.seq_len))
+
+
+def chat_template(config: FinetuneConfig, folder: Path, tokenizer: Tokenizer) -> ChatTemplate:
+    """Its own, the base's, or lowmem's."""
+    name = tokenizer.decode([tokenizer.eos_id])
+    if config.template:
+        try:
+            source = Path(config.template).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read the template {config.template} ({error}); give a Jinja file") from error
+        return ChatTemplate(source, eos_token=name, place=config.template)
+    try:
+        return load_chat_template(folder, tokenizer)
+    except DataError as error:
+        if "has no chat template" not in str(error):
+            raise
+    return ChatTemplate(DEFAULT_TEMPLATE, eos_token=name, place="lowmem's template")
+
+
+def copy_tokenizer(source: Path, target: Path, template: ChatTemplate) -> None:
+    """The tokenizer's files, and the template that the run was trained with."""
+    make_directory(target)
+    for name in _TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    save_chat_template(template, target)

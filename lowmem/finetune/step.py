@@ -1,0 +1,116 @@
+"""The loss of packed conversations on a model of transformers, and one optimizer step over micro-batches.
+
+Shapes: B rows, T time.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from lowmem.config_finetune import FinetuneConfig
+from lowmem.data.batch import IGNORE_INDEX, Batch
+from lowmem.nn.positions import segment_positions
+from lowmem.optim.adamw import AdamW
+from lowmem.optim.build import set_learning_rate
+from lowmem.optim.clip import clip_gradients, global_norm
+from lowmem.optim.lion import Lion
+from lowmem.optim.low_bit import LowBitOptimizer
+
+
+def batch_loss(model: Any, batch: Batch, denominator: float, device: torch.device) -> torch.Tensor:
+    """Summed loss of the predicted tokens over `denominator`; logits exist only where something is predicted.
+
+    Args:
+        batch: with segments; those of a row see nothing of each other, unless it has one: then the usual mask is used.
+    """
+    inputs, targets = torch.from_numpy(batch.inputs).to(device), torch.from_numpy(batch.targets).to(device)
+    assert batch.segments is not None
+    segments = torch.from_numpy(batch.segments).to(device)
+    wanted = (targets != IGNORE_INDEX).any(0).nonzero().flatten()
+    if segments.max() > 1:
+        same = segments.unsqueeze(2) == segments.unsqueeze(1)
+        mask = (same & torch.ones_like(same[0]).tril()).unsqueeze(1)
+        position_ids = segment_positions(segments)
+        logits = model(
+            input_ids=inputs, attention_mask=_additive(mask), position_ids=position_ids, logits_to_keep=wanted, use_cache=False
+        ).logits  # fmt: skip
+    else:
+        logits = model(input_ids=inputs, attention_mask=(segments > 0).long(), logits_to_keep=wanted, use_cache=False).logits
+    if logits.shape[1] != len(wanted):
+        logits = logits[:, -inputs.shape[1] :][:, wanted]
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets[:, wanted].flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    return loss / denominator
+
+
+def _additive(mask: torch.Tensor) -> torch.Tensor:
+    """0 where a token may look, the lowest number of fp32 elsewhere: the form that every attention of transformers takes."""
+    return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill_(~mask, torch.finfo(torch.float32).min)
+
+
+class Stepper:
+    """Optimizer steps on the trainable parameters of a model.
+
+    Args:
+        groups: from `parameter_groups`.
+    Memory: states of the trainable parameters; their gradients, with update=layerwise only one at a time.
+    """
+
+    def __init__(self, model: Any, groups: list[dict[str, Any]], config: FinetuneConfig, device: torch.device):
+        optim = config.optim
+        own: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "state_bits": optim.state_bits, "seed": config.seed}
+        self.optimizer: LowBitOptimizer = AdamW(groups, eps=optim.eps, **own) if optim.name == "adamw" else Lion(groups, **own)
+        self.model, self.config, self.device = model, config, device
+        self.previous_norm = 0.0
+        self._squares = 0.0
+        self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        if config.update == "layerwise":
+            for parameter in self.parameters:
+                parameter.register_post_accumulate_grad_hook(self._apply_now)
+
+    def step(self, batch: Batch, lr: float) -> tuple[float, float]:
+        """One update; loss and gradient norm. Nothing changes if either is not finite, except with update=layerwise what came before it."""
+        self.model.train()
+        set_learning_rate(self.optimizer, lr)
+        denominator, self._squares, losses = float(max(1, batch.target_count())), 0.0, []
+        for start in range(0, len(batch), self.config.micro_batch_size):
+            loss = batch_loss(self.model, batch.rows(start, start + self.config.micro_batch_size), denominator, self.device)
+            losses.append(loss.item())
+            if math.isfinite(losses[-1]):
+                loss.backward()
+            del loss
+        loss_value = math.fsum(losses)
+        if self.config.update == "layerwise":
+            self.previous_norm = math.sqrt(self._squares)
+            return loss_value, self.previous_norm
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norm = global_norm(gradients).item()
+        if math.isfinite(loss_value) and math.isfinite(norm):
+            clip_gradients(gradients, norm, self.config.optim.clip)
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss_value, norm
+
+    def _apply_now(self, parameter: torch.Tensor) -> None:
+        """Update a parameter whose gradient is complete, and free the gradient; clipped by the norm of the step before."""
+        assert parameter.grad is not None
+        square = parameter.grad.float().square().sum().item()
+        clip = self.config.optim.clip
+        if math.isfinite(square):
+            factor = min(1.0, clip / self.previous_norm) if clip and self.previous_norm > 0 else 1.0
+            self.optimizer.begin(parameter)
+            self.optimizer.update(parameter, parameter.grad, grad_scale=factor)
+        self._squares += square
+        parameter.grad = None
+
+    @torch.no_grad()
+    def evaluate(self, batches: Any) -> float:
+        """Mean loss over the predicted tokens."""
+        self.model.eval()
+        total, count = 0.0, 0
+        for batch in batches:
+            for start in range(0, len(batch), self.config.micro_batch_size):
+                total += batch_loss(self.model, batch.rows(start, start + self.config.micro_batch_size), 1.0, self.device).item()
+            count += batch.target_count()
+        return total / max(1, count)

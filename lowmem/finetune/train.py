@@ -1,0 +1,204 @@
+"""A fine-tuning run from its configuration to its adapter: resumable, inside its budget."""
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lowmem.config_finetune import FinetuneConfig
+from lowmem.engine.optimizer_state import load_optimizer_tensors, optimizer_tensors
+from lowmem.engine.random_state import random_state, restore_random_state
+from lowmem.engine.tensor_file import load_into, read_tensors, write_tensors
+from lowmem.errors import EXIT_INTERRUPTED, ConfigError, DivergedError, MemoryBudgetError, StoppedBySignal
+from lowmem.finetune.base_model import base_directory, enable_checkpointing, load_base
+from lowmem.finetune.data import ChatData, chat_data, copy_tokenizer, tokenizer_folder
+from lowmem.finetune.memory import predict_memory
+from lowmem.finetune.methods import WITHOUT_ADAPTER, apply_method, parameter_groups
+from lowmem.finetune.save import merged_model, save_adapter, save_merged
+from lowmem.finetune.step import Stepper
+from lowmem.memory.budget import limit_host_memory
+from lowmem.optim.schedule import learning_rate
+from lowmem.train.checkpoint import CheckpointStore
+from lowmem.train.progress import ProgressDisplay
+from lowmem.train.run_dir import RunDir
+from lowmem.train.signals import StopRequest
+from lowmem.units import format_bytes, parse_bytes
+
+MAX_BAD_STEPS = 5
+_FREE = {"steps", "eval_every", "save_every", "budget", "out", "micro_batch_size", "gradient_checkpointing"}
+
+
+@dataclass
+class Finetuned:
+    """The end of a run.
+
+    Attributes:
+        model: with its adapter.
+        losses: of the held-out conversations by step; empty if nothing is held out.
+    """
+
+    model: Any
+    directory: Path
+    losses: dict[int, float]
+    trainable: int
+    total: int
+
+
+def finetune(config: FinetuneConfig, display: ProgressDisplay) -> Finetuned:
+    """Train, or go on where the folder's last checkpoint is, then write adapter/ and merged/.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, StorageError, MemoryBudgetError, StoppedBySignal, DivergedError: see `lowmem.errors`.
+    """
+    out = Path(config.out)
+    run_dir = RunDir(out)
+    try:
+        _check_same(config, run_dir)
+        directory = base_directory(config.base, out)
+        _check_budget(config, directory, display)
+        model = load_base(directory, nf4=config.method == "qlora", double_quant=config.adapter.double_quant)
+        folder, new_ids = tokenizer_folder(config, directory, model)
+        one_per_row = config.method == "prefix" or getattr(model.config, "architecture", "") == "i3"
+        data = chat_data(config, folder, one_per_row=one_per_row, progress=display)
+        if data.notes:
+            display.message(f"{config.data}: {data.notes}")
+        adapted = apply_method(model, config, new_ids)
+        if config.gradient_checkpointing and config.method != "prefix":  # whose keys and values are a cache, which blocks give no gradient
+            enable_checkpointing(model)
+        run = _Run(config, adapted, data, run_dir, display)
+        run_dir.write_json("finetune.json", asdict(config))
+        losses = run.train()
+        _write(config, adapted, directory, folder, data)
+        display.message(f"done; adapter and merged model are in {out}")
+        return Finetuned(adapted, directory, losses, run.trainable, run.total)
+    finally:
+        run_dir.close()
+
+
+def _check_same(config: FinetuneConfig, run_dir: RunDir) -> None:
+    path = run_dir.path / "finetune.json"
+    if not path.is_file():
+        return
+    saved, wanted = json.loads(path.read_text()), json.loads(json.dumps(asdict(config)))
+    changed = [
+        f"{key} was {saved.get(key)!r}, now {value!r}" for key, value in wanted.items() if key not in _FREE and saved.get(key) != value
+    ]
+    if changed:
+        raise ConfigError(f"{run_dir.path} holds a run with other settings: {'; '.join(changed)}. Keep them, or choose another out")
+
+
+def _check_budget(config: FinetuneConfig, directory: Path, display: ProgressDisplay) -> None:
+    memory = predict_memory(config, directory)
+    display.message(memory.line())
+    limit = parse_bytes(config.budget.ram or "0")
+    if limit and memory.peak_bytes > limit:
+        remedies = [] if config.method == "qlora" else ["method=qlora"]
+        remedies += ["micro_batch_size=1"] if config.micro_batch_size > 1 else []
+        remedies += [] if config.gradient_checkpointing else ["gradient_checkpointing=true"]
+        raise MemoryBudgetError(
+            f"this needs about {format_bytes(memory.peak_bytes)} of RAM, budget.ram is {config.budget.ram}; "
+            f"use {', '.join([*remedies, 'a smaller seq_len'])} or a larger budget"
+        )
+    if limit:
+        limit_host_memory(limit)
+
+
+def _write(config: FinetuneConfig, model: Any, directory: Path, folder: Path, data: ChatData) -> None:
+    out = Path(config.out)
+    if config.method not in WITHOUT_ADAPTER:
+        save_adapter(model, directory, out / "adapter")
+        copy_tokenizer(folder, out / "adapter", data.template)
+    merged = merged_model(model, config, directory, out / "adapter")
+    if merged is not None:
+        save_merged(merged, directory, out / "merged")
+        copy_tokenizer(folder, out / "merged", data.template)
+
+
+class _Run:
+    """Steps, evaluations, checkpoints. Has what `CheckpointStore` asks of an engine."""
+
+    rank = 0
+
+    def __init__(self, config: FinetuneConfig, model: Any, data: ChatData, run_dir: RunDir, display: ProgressDisplay):
+        self.config, self.model, self.data, self.run_dir, self.display = config, model, data, run_dir, display
+        self.device = next(model.parameters()).device
+        self.trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.trainable = sum(parameter.numel() for parameter in self.trained.values())
+        self.total = sum(parameter.numel() for parameter in model.parameters())
+        self.stepper = Stepper(model, parameter_groups(model, config), config, self.device)
+        self.store = CheckpointStore(run_dir.path, keep_last=2)
+        self.done, self.losses = 0, {}  # type: ignore[var-annotated]
+
+    def barrier(self) -> None:
+        """One process waits for nobody."""
+
+    def save(self, directory: Path) -> dict[str, Any]:
+        """Trained numbers and optimizer states; the rest as JSON."""
+        tensors, scalars = optimizer_tensors(self.model, self.stepper.optimizer)
+        write_tensors(directory / "trained.safetensors", self.trained)
+        write_tensors(directory / "optimizer.safetensors", tensors)
+        return {"optimizer_scalars": scalars, "random": random_state(self.device), "previous_norm": self.stepper.previous_norm}
+
+    def train(self) -> dict[int, float]:
+        """From the last checkpoint, or the beginning, to the last step; losses of the evaluations by step."""
+        config = self.config
+        self._resume()
+        self.display.start(config.steps, self.done)
+        if not self.done:
+            self._evaluate()
+        bad = 0
+        with StopRequest() as stop:
+            while self.done < config.steps:
+                started = time.perf_counter()
+                batch = self.data.train.batch(config.batch_size, seq_len=config.seq_len, step=self.done)
+                lr = learning_rate(config.optim, self.done + 1, config.steps)
+                loss, norm = self.stepper.step(batch, lr)
+                self.done += 1
+                finite = math.isfinite(loss) and math.isfinite(norm)
+                bad = 0 if finite else bad + 1
+                seconds = time.perf_counter() - started
+                record = {"step": self.done, "loss": loss if finite else None, "lr": lr, "grad_norm": norm if finite else None}
+                record |= {"step_time_s": round(seconds, 6), "target_tokens": batch.target_count()}
+                self.run_dir.append_metrics(record)
+                self.display.on_step(record)
+                if bad >= MAX_BAD_STEPS:
+                    raise DivergedError(f"loss or gradients were not finite for {bad} steps in a row; lower optim.lr ({config.optim.lr})")
+                last = self.done == config.steps
+                if config.eval_every and (self.done % config.eval_every == 0 or last):
+                    self._evaluate()
+                if stop.exit_code or last or (config.save_every and self.done % config.save_every == 0):
+                    state = {"step": self.done, "data": self.data.train.state_dict(), "losses": self.losses}
+                    self.store.save(self.done, self, state, best_step=0)  # type: ignore[arg-type]
+                if stop.exit_code and not last:
+                    raise StoppedBySignal(
+                        f"stopped at step {self.done} of {config.steps}, checkpoint saved; run the same command again to go on",
+                        stop.exit_code or EXIT_INTERRUPTED,
+                    )
+        return self.losses
+
+    def _evaluate(self) -> None:
+        if self.data.validation is None or not self.config.eval_every:
+            return
+        loss = self.stepper.evaluate(self.data.validation.batches())
+        self.losses[self.done] = loss
+        self.run_dir.append_metrics({"step": self.done, "val_loss": loss})
+        self.display.on_eval(self.done, loss)
+
+    def _resume(self) -> None:
+        found = self.store.newest_valid(skip_damaged=False)
+        if found is None:
+            return
+        path, state = found
+        load_into(path / "trained.safetensors", {name: parameter.data for name, parameter in self.trained.items()})
+        engine = state["engine"]
+        tensors = dict(read_tensors(path / "optimizer.safetensors"))
+        load_optimizer_tensors(self.model, self.stepper.optimizer, tensors, engine["optimizer_scalars"])
+        restore_random_state(engine["random"], self.device)
+        self.stepper.previous_norm = engine["previous_norm"]
+        self.data.train.load_state_dict(state["data"])
+        self.done, self.losses = state["step"], {int(step): loss for step, loss in state["losses"].items()}
+        self.store.repair(self.done, 0)
+        self.run_dir.truncate_metrics(self.done)
+        self.display.message(f"resumed from {path}")
