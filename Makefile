@@ -24,13 +24,14 @@ demo: $(VENV)/.core
 
 test: $(VENV)/.test $(VENV)/.browser deepspeed-ops
 	ruff check .
-	python -m pytest -q
+	OMP_NUM_THREADS=1 python -m pytest -q -n 2 -m "not slow and not memory"
+	python -m pytest -q -m "slow or memory"
 
 deepspeed-ops: $(VENV)/.test
 	python -m lowmem.engine.deepspeed_build
 
 test-fast: $(VENV)/.test
-	python -m pytest -q -m "not slow and not memory"
+	OMP_NUM_THREADS=1 python -m pytest -q -n 2 -m "not slow and not memory"
 
 lint: $(VENV)/.test
 	ruff check .

@@ -91,11 +91,13 @@ class TrainConfig:
     activation_checkpointing: Literal["none", "block", "selective", "low_rank"] = "selective"
     """selective: compute norms and activation functions again instead of keeping them, at no measurable cost; low_rank: of LoRPt layers
     keep only the rank-sized latents; block: keep only each block's input; none: keep everything. The result is the same to the bit."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """What is computed in. auto: bf16 where the device has it natively, else fp16 on a GPU and fp32 on a CPU."""
-    weight_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
+    """What is computed in. auto: bf16 where the device has it natively, else fp16 on a GPU and fp32 on a CPU. fp8: products of dense layers
+    in fp8 on GPUs that have it, all else in bf16. See docs/precision.md."""
+    weight_dtype: Literal["fp32", "bf16", "fp16", "int8", "int4"] = "fp32"
     """What is stored. bf16 and fp16 halve weights and gradients and keep no master copy: updates are rounded stochastically. bf16 needs
-    precision bf16; fp16, for GPUs without bf16, needs precision fp16 and a layerwise update."""
+    precision bf16; fp16, for GPUs without bf16, needs precision fp16 and a layerwise update. int8 and int4 store matrices in 1.03
+    and 0.53 bytes a number (embedding and head never below int8), the rest in the dtype of `precision`. See docs/precision.md."""
     loss_chunk_tokens: int = 0
     """Tokens whose logits are alive at once in the loss; 0 picks about 16 MiB of logits, but no fewer than dim / 2 tokens."""
     label_smoothing: float = 0.0
@@ -104,6 +106,8 @@ class TrainConfig:
     """Weight of log(Z)^2, which keeps logits from drifting; 1e-4 is usual."""
     distill: DistillConfig = field(default_factory=DistillConfig)
     """Learn from a teacher's predictions, too."""
+    init_from: str = ""
+    """Run directory, trained or imported, whose weights a new run starts from; empty starts from random ones. Same model and tokenizer."""
     seed: int = 0
     """Seed of the initial weights and of the data order."""
     save_every: int = 100

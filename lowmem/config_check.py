@@ -4,6 +4,8 @@ from lowmem.config import DataConfig, LorptConfig, ModelConfig, RunConfig, resol
 from lowmem.config_check_data import length_problems, phase_problems, source_problems
 from lowmem.units import parse_bytes
 
+QUANTIZED = ("int8", "int4")
+
 
 def config_problems(config: RunConfig) -> list[str]:
     """Every contradiction between fields, one line each; empty when the configuration is sound."""
@@ -35,6 +37,8 @@ def _model_problems(model: ModelConfig, data: DataConfig) -> list[str]:
     ]
     if model.num_heads > 0 and model.dim % model.num_heads:
         problems.append(f"model.dim is {model.dim}, not a multiple of model.num_heads ({model.num_heads})")
+    elif model.num_heads > 0 and model.num_kv_heads and (model.num_kv_heads < 0 or model.num_heads % model.num_kv_heads):
+        problems.append(f"model.num_kv_heads is {model.num_kv_heads}, must divide model.num_heads ({model.num_heads}), or be 0 for as many")
     elif model.num_heads > 0 and model.positions == "rope" and (model.dim // model.num_heads) % 2:
         problems.append(f"model.positions=rope needs an even head width, model.dim / model.num_heads is {model.dim // model.num_heads}")
     if 2 * model.attention_rank >= model.dim > 0:
@@ -106,7 +110,10 @@ def _training_problems(config: RunConfig) -> list[str]:
             problems.append(str(error))
     if not 0 <= train.label_smoothing < 1:
         problems.append(f"train.label_smoothing is {train.label_smoothing}, must be in [0, 1)")
-    if train.weight_dtype != "fp32" and train.precision not in (train.weight_dtype, "auto"):
+    problems += [*_float8_problems(config), *_quantized_problems(config)]
+    fp8_beside_bf16 = (train.weight_dtype, train.precision) == ("bf16", "fp8")
+    follows_precision = train.weight_dtype in ("fp32", *QUANTIZED)
+    if not follows_precision and train.precision not in (train.weight_dtype, "auto") and not fp8_beside_bf16:
         problems.append(
             f"train.weight_dtype={train.weight_dtype} needs train.precision {train.weight_dtype} or auto, found {train.precision}"
         )
@@ -126,6 +133,18 @@ def _training_problems(config: RunConfig) -> list[str]:
         problems.append("engine.zero_stage, engine.offload and engine.config need engine.name=deepspeed")
     if engine.offload == "cpu" and engine.zero_stage == 0 and not engine.config:
         problems.append("engine.offload=cpu needs engine.zero_stage 1, 2 or 3")
+    return problems
+
+
+def _float8_problems(config: RunConfig) -> list[str]:
+    """What does not go with fp8 on any machine."""
+    if config.train.precision != "fp8":
+        return []
+    problems = []
+    if config.device == "cpu":
+        problems.append("train.precision=fp8 needs a GPU that multiplies fp8, but device is cpu; use train.precision=auto")
+    if config.engine.name == "deepspeed":
+        problems.append("train.precision=fp8 needs engine.name=local, found deepspeed; use train.precision=bf16, or engine.name=local")
     return problems
 
 
@@ -166,6 +185,24 @@ def _update_problems(config: RunConfig) -> list[str]:
                 f"optim.backend=bitsandbytes keeps 8-bit states and updates whole tensors, found {' and '.join(wrong)}; use lowmem"
             )
     return problems
+
+
+def _quantized_problems(config: RunConfig) -> list[str]:
+    """What does not go with weights that are stored as codes."""
+    train, optim, lorpt = config.train, config.optim, config.model.lorpt
+    if train.weight_dtype not in QUANTIZED:
+        return []
+    wrong = {
+        "engine.name=deepspeed, which partitions floating-point weights; use engine.name=local": config.engine.name == "deepspeed",
+        "optim.name=spectron, which orthogonalises whole matrices; use adamw or lion": optim.name == "spectron",
+        "optim.backend=bitsandbytes, which updates floating-point weights; use lowmem": optim.backend == "bitsandbytes",
+        "model.lorpt.schedule and grow_to, which add columns to factors; drop them": bool(lorpt.schedule or lorpt.grow_to),
+        "train.precision=fp8; use bf16": train.precision == "fp8",
+        "train.precision=fp16 and update=accumulate; use train.update=layerwise, which unscales gradients as it applies them": (
+            train.precision == "fp16" and train.update == "accumulate"
+        ),
+    }
+    return [f"train.weight_dtype={train.weight_dtype} does not work with {what}" for what, found in wrong.items() if found]
 
 
 def _distill_problems(config: RunConfig) -> list[str]:

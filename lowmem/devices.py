@@ -1,5 +1,6 @@
 """Which device a run computes on, and what that device computes natively."""
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -10,9 +11,9 @@ import torch
 
 from lowmem.errors import ConfigError
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "bf16", "fp16", "fp8"]
 
-PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16", "fp8")
 # Names of the instructions that multiply bf16, in torch.cpu.get_capabilities() and in /proc/cpuinfo alike
 # (x86: AVX512_BF16 and AMX; ARM: NEON and SVE).
 _BF16_FEATURES = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16", "svebf16")
@@ -126,6 +127,21 @@ def cuda_has_native_fp8(index: int = 0) -> bool:
     return not torch.version.hip and torch.cuda.get_device_capability(index) >= _CUDA_FP8_CAPABILITY
 
 
+def fp8_problem(device: torch.device) -> str:
+    """Why `device` cannot train in fp8, and what to do instead; empty when it can. Does not import torchao."""
+    needs = "fp8 needs an NVIDIA GPU of compute capability 8.9 or newer (Ada, Hopper)"
+    if device.type != "cuda":
+        bf16 = "native" if cpu_has_native_bf16() else "emulated"
+        return f"{needs}; this run computes on a CPU, which has fp32 and bf16 ({bf16}): use train.precision=auto"
+    if not cuda_has_native_fp8(device.index or 0):
+        major, minor = torch.cuda.get_device_capability(device.index or 0)
+        usable = "bf16, fp16 and fp32" if cuda_has_native_bf16(device.index or 0) else "fp16 and fp32"
+        return f"{needs}; this GPU has capability {major}.{minor}, with {usable}: use train.precision=auto"
+    if importlib.util.find_spec("torchao") is None:
+        return "torchao, which multiplies it, is not installed; run: pip install 'lowmem[fp8]', or use train.precision=bf16"
+    return ""
+
+
 def device_has_native_bf16(device: torch.device) -> bool:
     """Whether `device` multiplies bf16 in hardware."""
     return cuda_has_native_bf16(device.index or 0) if device.type == "cuda" else cpu_has_native_bf16()
@@ -135,9 +151,9 @@ def resolve_precision(precision: str, device: torch.device) -> Precision:
     """What a run computes in on `device`.
 
     Args:
-        precision: fp32, bf16, fp16 or auto: bf16 where the device has it natively, else fp16 on a GPU and fp32 on a CPU.
+        precision: fp32, bf16, fp16, fp8 or auto: bf16 where the device has it natively, else fp16 on a GPU and fp32 on a CPU.
     Raises:
-        ConfigError: an unknown precision, or fp16 on a CPU.
+        ConfigError: an unknown precision, fp16 on a CPU, fp8 where the device does not multiply it or torchao is missing.
     """
     if precision == "auto":
         if device_has_native_bf16(device):
@@ -148,6 +164,10 @@ def resolve_precision(precision: str, device: torch.device) -> Precision:
             "train.precision is fp16 on a CPU, which has no fast fp16 and would need loss scaling for nothing; "
             "allowed there: fp32, bf16 (same exponent range as fp32), auto"
         )
+    if precision == "fp8":
+        problem = fp8_problem(device)
+        if problem:
+            raise ConfigError(f"train.precision is fp8, but {problem}")
     for known in PRECISIONS:
         if precision == known:
             return known

@@ -11,7 +11,7 @@ from lowmem.data.chat_template import ChatTemplate, load_chat_template
 from lowmem.errors import EXIT_INTERRUPTED, StoppedBySignal
 from lowmem.generation import GenerationResult, generate, generate_batch
 from lowmem.generation.batch import BATCH_SIZE
-from lowmem.generation.chat import Chat, prompt_room
+from lowmem.generation.chat import Chat, ChatWriter, prompt_room
 from lowmem.generation.flags import parse_flags
 from lowmem.generation.interactive import converse
 from lowmem.generation.memory import check_memory
@@ -102,6 +102,7 @@ def _batch(run: RunModel, flags: argparse.Namespace, settings: Settings, prompts
 def _chat(run: RunModel, flags: argparse.Namespace, settings: Settings, messages: list[str], template: ChatTemplate) -> None:
     """A conversation: the turns that were given, or those of standard input."""
     chat = Chat(template, run.tokenizer, prompt_room(run.model.max_seq_len, settings.max_new_tokens), flags.system)
+    writer = ChatWriter(run.model, run.tokenizer, run.model.max_seq_len + settings.max_new_tokens)
     told = False
 
     def reply(message: str) -> None:
@@ -110,12 +111,13 @@ def _chat(run: RunModel, flags: argparse.Namespace, settings: Settings, messages
         if chat.forgotten and not told:
             print(f"the context of {run.model.max_seq_len} tokens is full: the oldest turns are forgotten", file=sys.stderr)
             told = True
-        stop = [*chat.stop, *flags.stop]
+        on_text = None if flags.json else _without_leading_space(_show)
+        result = writer.answer(ids, settings.options, settings.max_new_tokens, [*chat.stop, *flags.stop], on_text)
         if flags.json:
-            result = generate(run.model, run.tokenizer, ids, settings.options, settings.max_new_tokens, stop=stop)
             _show(json.dumps(_as_json(run, settings, message, result)) + "\n")
         else:
-            result = _stream(run, settings, ids, stop, lstrip=True)
+            _show("\n")
+            _show_figures(run, result)
         chat.add(message, result.text)
 
     def reset() -> str:
@@ -129,15 +131,11 @@ def _chat(run: RunModel, flags: argparse.Namespace, settings: Settings, messages
         converse(settings, "say something", reply, {"/reset": reset})
 
 
-def _stream(
-    run: RunModel, settings: Settings, prompt: str | Sequence[int], stop: Sequence[str], *, lstrip: bool = False
-) -> GenerationResult:
+def _stream(run: RunModel, settings: Settings, prompt: str, stop: Sequence[str]) -> None:
     """Text on stdout as it is written, one line of figures on stderr."""
-    write = _without_leading_space(_show) if lstrip else _show
-    result = generate(run.model, run.tokenizer, prompt, settings.options, settings.max_new_tokens, on_text=write, stop=stop)
+    result = generate(run.model, run.tokenizer, prompt, settings.options, settings.max_new_tokens, on_text=_show, stop=stop)
     _show("\n")
     _show_figures(run, result)
-    return result
 
 
 def _without_leading_space(write: Callable[[str], None]) -> Callable[[str], None]:

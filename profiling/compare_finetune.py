@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from profiling.machine import machine
+from profiling.machine import describe_machine
 
 METHODS = {
     "lora": [], "lora_plus": [], "rslora": [], "dora": [], "qlora": [], "prefix": [], "ia3": [], "head": [], "last_k": [], "full": [],
@@ -122,7 +122,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = [run_method(method, arguments, Path(folder)) for method in arguments.methods]
     settings = {key: value for key, value in vars(arguments).items() if key not in ("base", "data", "text", "out")}
-    Path(arguments.out).write_text(json.dumps({"machine": machine(), "settings": settings, "rows": rows}, indent=1) + "\n")
+    Path(arguments.out).write_text(json.dumps({"machine": describe_machine(), "settings": settings, "rows": rows}, indent=1) + "\n")
     print(table(rows))
 
 

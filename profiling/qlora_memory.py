@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from profiling.machine import machine
+from profiling.machine import describe_machine
 
 
 def make_base(folder: Path, tokenizer: Path, width: int, layers: int) -> None:
@@ -62,7 +62,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", required=True)
     arguments = parser.parse_args()
-    report: dict = {"machine": machine(), "settings": {k: v for k, v in vars(arguments).items() if k not in ("data", "loss_base", "out")}}
+    settings = {key: value for key, value in vars(arguments).items() if key not in ("data", "loss_base", "out")}
+    report: dict = {"machine": describe_machine(), "settings": settings}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         base = folder / "base"

@@ -48,8 +48,8 @@ def test_shipped_configs_read_back_equal_one_key_a_line(tmp_path, path, comments
     (tmp_path / "config.yaml").write_text(printed)
     assert load_run_config(tmp_path / "config.yaml") == config
     lines = [line.strip() for line in printed.splitlines() if not line.lstrip().startswith("#")]
-    sources = len(config.data.sources)  # one line each, below their key
-    assert len(lines) == len(field_docs()) + sources
+    entries = len(config.data.sources) + len(config.phases)  # one line each, below their key
+    assert len(lines) == len(field_docs()) + entries
     assert [line.partition(":")[0] for line in lines if not line.startswith("- {")] == [key.rpartition(".")[2] for key in field_docs()]
 
 

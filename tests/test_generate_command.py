@@ -204,13 +204,13 @@ def test_a_conversation_remembers_until_it_is_reset(run, capsys, monkeypatch, tm
     (tmp_path / "chat_template.jinja").write_text(DEFAULT_TEMPLATE)
     asked = []
 
-    def write(model, tokenizer, ids, options, max_new_tokens, on_text=None, *, stop=()):
-        asked.append((tokenizer.decode(ids), stop))
+    def write(writer, ids, options, max_new_tokens, stop, on_text):
+        asked.append((run[0].tokenizer.decode(ids), stop))
         for piece in (" ", " fine", "!"):
             on_text(piece)
         return GenerationResult("  fine!", [1, 2], len(ids), "eos", 0, 0, 1.0)
 
-    monkeypatch.setattr(command, "generate", write)
+    monkeypatch.setattr(command.ChatWriter, "answer", write)
     run[0].model.max_seq_len = 70
     answer(monkeypatch, "hello", "again", "/reset", "new", "/set max_new_tokens 3", "x" * 60, "/wrong", "/exit", "never")
     arguments = ["--run", str(tmp_path), "--chat", "--system", "S", "--stop", "STOP", "--max_new_tokens", "4"]

@@ -46,6 +46,7 @@ def test_a_table_with_the_fastest_plan_first(remembered, capsys):
     assert "micro_batch_size=4 activation_checkpointing=none update=accumulate state_bits=32 weight_dtype=fp32 precision=fp32" in lines[2]
     assert [line.split("  ")[0] for line in lines[3:6]] == ["other 1", "other 2", "other 3"]
     assert any(line.startswith("predicted peak of RAM: ") and "base cost measured" in line for line in lines)
+    assert lines[-1].startswith("afterwards, writing 1 text of 32 tokens: ")
 
 
 def test_json_is_one_object_on_standard_output(remembered, capsys):

@@ -73,6 +73,10 @@ def test_bf16_weights_are_widened_where_bf16_is_slow(native, expected, tmp_path,
     assert {parameter.dtype for parameter in loaded.parameters()} == {expected}
     for name, parameter in loaded.named_parameters():
         assert torch.equal(parameter.float(), saved.get_parameter(name).float())
+    outline = load_run_model(tmp_path / "run", outline=True).model
+    assert {parameter.device.type for parameter in outline.parameters()} == {"meta"}
+    shapes = [[(name, parameter.shape, parameter.dtype) for name, parameter in model.named_parameters()] for model in (loaded, outline)]
+    assert shapes[0] == shapes[1]
 
 
 def break_shape(tensors):

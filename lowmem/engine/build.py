@@ -2,16 +2,20 @@
 
 import torch
 
-from lowmem.config import RunConfig
+from lowmem.config import RunConfig, TrainConfig
 from lowmem.devices import Precision, resolve_device
 from lowmem.engine.layerwise import LayerwiseEngine
 from lowmem.engine.local import LocalEngine
 from lowmem.engine.teacher import Teacher
 from lowmem.models.base import LanguageModel, LossOptions
 from lowmem.models.registry import build_model
+from lowmem.nn.float8 import use_float8
+from lowmem.nn.quantized import WeightFormat
+from lowmem.nn.weight_codes import WeightBits
 from lowmem.units import parse_bytes
 
 _STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_QUANTIZED: dict[str, WeightBits] = {"int8": 8, "int4": 4}
 
 
 def chosen_device(config: RunConfig, *, check: bool = True) -> torch.device:
@@ -36,7 +40,7 @@ def build_configured_model(config: RunConfig) -> LanguageModel:
         vocab_size=model_config.vocab_size,
         max_seq_len=model_config.max_seq_len,
         seed=train.seed,
-        dtype=_STORED[train.weight_dtype],
+        dtype=stored_format(train),
     )
     model.loss_options = LossOptions(train.loss_chunk_tokens, train.label_smoothing, train.z_loss)
     model.activation_checkpointing = train.activation_checkpointing
@@ -57,6 +61,8 @@ def build_local_engine(
         teacher: what `train.distill` names, on `device`.
     """
     engine: LocalEngine
+    if precision == "fp8":
+        use_float8(model.blocks)
     if config.train.update == "layerwise":
         engine = LayerwiseEngine(model, config.optim, config.train, device=device, precision=precision, micro_batch_size=micro_batch_size)
     else:
@@ -71,6 +77,16 @@ def build_local_engine(
         )
     engine.longest_seq_len = config.data.seq_len
     return engine
+
+
+def stored_format(train: TrainConfig) -> WeightFormat:
+    """What `train.weight_dtype` stores weights in; besides quantised matrices everything has the dtype that is computed in.
+
+    Args:
+        train: with its precision settled.
+    """
+    bits = _QUANTIZED.get(train.weight_dtype)
+    return WeightFormat(_STORED[train.precision if bits else train.weight_dtype], bits)
 
 
 def _is_zero(size: str) -> bool:

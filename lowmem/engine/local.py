@@ -23,6 +23,7 @@ from lowmem.engine.transfer import on_device
 from lowmem.fake import representative
 from lowmem.models.base import LanguageModel
 from lowmem.models.counting import move_to
+from lowmem.nn.quantized import stored_bytes, stored_tensors
 from lowmem.nn.rank_change import adopt_ranks, change_rank, check_rank, following_layers
 from lowmem.optim.build import allocate_states, build_optimizer, set_learning_rate
 from lowmem.optim.clip import clip_gradients, global_norm
@@ -70,7 +71,7 @@ class LocalEngine(Engine):
         allocate_states(self.optimizer)
         self.scaler: Any = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         stored = next(model.parameters()).dtype
-        compute = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        compute = {"fp32": torch.float32, "fp16": torch.float16}.get(precision, torch.bfloat16)
         self.autocast_dtype = None if compute == stored else compute
 
     def _build_optimizer(self, model: LanguageModel, optim: OptimConfig, seed: int) -> torch.optim.Optimizer:
@@ -111,7 +112,7 @@ class LocalEngine(Engine):
 
     def save(self, directory: Path) -> dict:
         tensors, scalars = optimizer_tensors(self.model, self.optimizer)
-        write_tensors(directory / "model.safetensors", dict(self.model.state_dict()))
+        write_tensors(directory / "model.safetensors", stored_tensors(self.model.state_dict()))
         write_tensors(directory / "optimizer.safetensors", tensors)
         return {
             "engine": "local",
@@ -134,7 +135,7 @@ class LocalEngine(Engine):
 
     def load_weights(self, directory: Path) -> None:
         adopt_ranks(self.model, tensor_shapes(directory / "model.safetensors"))
-        load_into(directory / "model.safetensors", self.model.state_dict())
+        load_into(directory / "model.safetensors", stored_tensors(self.model.state_dict()))
 
     def set_rank(self, rank: int, patterns: Mapping[str, object], seed: int) -> None:
         layers = list(following_layers(self.model, patterns))
@@ -149,7 +150,7 @@ class LocalEngine(Engine):
                 resize_states(self.optimizer, factor, shape, grown=grown)
 
     def memory_components(self) -> dict[str, int]:
-        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        weights = stored_bytes(self.model.parameters())
         gradients = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
         states, _ = optimizer_tensors(self.model, self.optimizer)
         taught = {} if self.teacher is None else {"teacher": sum(self.teacher.model.component_bytes().values())}

@@ -44,6 +44,8 @@ def teacher_config(distill: DistillConfig, *, vocab_size: int, seq_len: int) -> 
             f"train.distill.teacher is {distill.teacher}, which has no config.yaml; give the run_dir of a finished lowmem run"
         )
     config = load_run_config(path, check=False)
+    if config.train.weight_dtype in ("int8", "int4"):
+        config.train.weight_dtype = "fp32"  # as `lowmem.run_model` reads them
     shape = config.model
     if shape.vocab_size != vocab_size:
         raise ConfigError(

@@ -16,7 +16,8 @@ def carried_config(model: Any) -> dict[str, Any]:
     config = model.config
     return {
         "architecture": config.name, "vocab_size": model.vocab_size, "hidden_size": config.dim, "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads or config.num_heads, "max_position_embeddings": model.max_seq_len, "positions": config.positions,
+        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads or config.num_heads,
+        "max_position_embeddings": model.max_seq_len, "positions": config.positions,
         "rope_theta": config.rope_theta, "norm": config.norm, "norm_eps": model.norm.eps, "activation": config.activation,
         "attention_rank": config.attention_rank, "state_dim": config.state_dim, "layers": _layers(model),
         "tie_word_embeddings": model.head_is_tied(), "initializer_range": 0.02,

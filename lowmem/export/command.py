@@ -28,7 +28,7 @@ def export_main(argv: Sequence[str]) -> int:
     parser.add_argument("--checkpoint", default="latest", help="latest, best, or a step")
     parser.add_argument("--dtype", default="", help=f"of the weights: {', '.join(DTYPES)}; default: as they are stored")
     parser.add_argument("--keep_factors", action="store_true", help="leave low-rank layers as they are; carries a model file")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
+    parser.add_argument("--overwrite", action="store_true", help="take a folder that is not empty; an earlier export there is replaced")
     flags = parser.parse_args(list(argv))
     if flags.format not in FORMATS:
         raise ConfigError(f"--format is {flags.format}, allowed: {', '.join(FORMATS)}")

@@ -1,4 +1,5 @@
 """The shape of a lowmem model for transformers; goes with modeling_lowmem.py."""
+# mypy: ignore-errors
 
 from transformers import PretrainedConfig
 

@@ -12,7 +12,7 @@ from lowmem.engine.tensor_file import meta_tensors, write_tensors
 from lowmem.errors import ConfigError
 from lowmem.export.carried import carried_config, carried_weights
 from lowmem.export.plain import gpt2_config, gpt2_weights, llama_config, llama_weights, plain_family
-from lowmem.export.tokenizer_files import export_tokenizer
+from lowmem.export.tokenizer_files import TOKENIZER_FILES, export_tokenizer
 from lowmem.models.base import LanguageModel
 from lowmem.nn.lorptize import merge_lorpt
 from lowmem.run_model import RunModel
@@ -20,6 +20,9 @@ from lowmem.run_model import RunModel
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CODE = [Path(__file__).parent / name for name in ("configuration_lowmem.py", "modeling_lowmem.py")]
 _AUTO = {"AutoConfig": "configuration_lowmem.LowmemConfig", "AutoModelForCausalLM": "modeling_lowmem.LowmemForCausalLM"}
+_FILES = (
+    "config.json", "generation_config.json", "model.safetensors", *(path.name for path in _CODE), *TOKENIZER_FILES,
+)  # fmt: skip
 _PLAIN: dict[str, tuple[Any, Any, str]] = {
     "llama": (llama_config, llama_weights, "LlamaForCausalLM"),
     "gpt2": (gpt2_config, gpt2_weights, "GPT2LMHeadModel"),
@@ -80,7 +83,7 @@ def export_run_model(
     Args:
         run: its model is changed: see `converted`.
         dtype: of the weights; None takes that of the checkpoint's, and fp32 for quantised ones.
-        overwrite: replace what is in `out`.
+        overwrite: take a folder that is not empty: an earlier export there is replaced, and other files are left alone.
         run_dir: where the run's chat template is; None takes that of the checkpoint.
     Raises:
         ConfigError: `out` is not empty, or no folder.
@@ -92,8 +95,9 @@ def export_run_model(
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
             raise ConfigError(f"--out is {out}, which is not empty; choose another folder, or --overwrite")
-        with storage_errors(out):
-            shutil.rmtree(out)
+        with storage_errors(out):  # what an earlier export wrote and this one may not
+            for name in _FILES:
+                (out / name).unlink(missing_ok=True)
     config, weights, family, reason = converted(run.model, keep_factors=keep_factors)
     make_directory(out)
     stored = DTYPES[dtype] if dtype else _stored_dtype(run)

@@ -40,7 +40,7 @@ def import_main(argv: Sequence[str]) -> int:
         kept = [layer.retained_energy or 0.0 for layer in done.converted]
         print(
             f"{len(kept)} layers are low-rank now and keep {min(kept):.1%} to {max(kept):.1%} of the sum of their squared singular values; "
-            "train before use"
+            "the less, the more the model has to be trained on"
         )
     print(f"to write:           lowmem generate --run {flags.out}")
     print(f"to go on training:  lowmem pretrain --config {flags.out}/config.yaml --data.sources='[{{path: FILES}}]' --train.tokens=N")

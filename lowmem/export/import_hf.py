@@ -4,12 +4,11 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import nn
 
-from lowmem.config import DataConfig, LorptConfig, RunConfig, TrainConfig
+from lowmem.config import DataConfig, LorptConfig, ModelConfig, RunConfig, TrainConfig
 from lowmem.config_dump import dump_config
 from lowmem.data.chat_template import save_chat_template
 from lowmem.data.storage import make_directory, storage_errors
@@ -157,7 +156,7 @@ def _tensors(files: list[Path], places: dict[str, torch.Tensor]) -> Iterator[tup
             yield (prefix + name if name not in places and prefix + name in places else name), tensor
 
 
-def _to_low_rank(model: LanguageModel, shape) -> list[Converted]:  # type: ignore[no-untyped-def]
+def _to_low_rank(model: LanguageModel, shape: ModelConfig) -> list[Converted]:
     """Give `model`, in place, the low-rank layers that `shape` describes.
 
     Raises:
@@ -183,6 +182,7 @@ def _apart(layer: Linear, names: list[str]) -> MixedSplit:
     for name, weight, bias in zip(names, layer.weight.split(layer.splits), biases, strict=True):
         part = nn.Linear(layer.in_features, weight.shape[0], bias is not None, device="meta")
         part.weight = nn.Parameter(weight.detach())
-        part.bias = None if bias is None else nn.Parameter(cast("torch.Tensor", bias).detach())
+        if bias is not None:
+            part.bias = nn.Parameter(bias.detach())
         parts[name] = part
     return MixedSplit(parts)

@@ -14,6 +14,7 @@ from lowmem.errors import DataError
 
 _CODE = Path(__file__).parent / "tokenization_lowmem.py"
 OWN_TOKENIZER = "lowmem_tokenizer.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", OWN_TOKENIZER, _CODE.name, TEMPLATE_FILE)
 UNKNOWN = "<unk>"  # longer than a character, so that none is called that
 
 
@@ -73,7 +74,7 @@ def plain_tokenizer(tokenizer: Tokenizer) -> dict[str, Any] | None:
 
 
 def byte_characters() -> list[str]:
-    """The character that stands for each byte in the byte-level tokenizers of GPT-2: its own where it is printable, else one from 256 on."""
+    """The character that stands for each byte in the byte-level tokenizers of GPT-2: itself where it is printable, else one from 256 on."""
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from lowmem.data.storage import make_directory
-from lowmem.engine.tensor_file import read_tensors
+from lowmem.devices import resolve_device
 from lowmem.errors import CheckpointError, ConfigError
+from lowmem.finetune.stream import stream_tensors
 from lowmem.run_model import load_run_model
 
 NF4_BLOCK = 64  # numbers that share a scale
@@ -36,6 +37,11 @@ def base_directory(base: str, out: Path) -> Path:
     return exported
 
 
+def compute_device() -> torch.device:
+    """The GPU where there is one that this PyTorch can use, else the CPU."""
+    return resolve_device("auto")
+
+
 def load_base(directory: Path, *, nf4: bool, double_quant: bool = True) -> Any:
     """The model on the CPU, or on the GPU where there is one, in fp32 as far as it is not quantised.
 
@@ -52,10 +58,11 @@ def load_base(directory: Path, *, nf4: bool, double_quant: bool = True) -> Any:
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{directory} has no .safetensors; save the model with save_pretrained")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = compute_device()
     for file in files:
-        for name, tensor in read_tensors(file):
+        for name, tensor in stream_tensors(file):
             _set(model, name, tensor, device)
+            del tensor  # its mapping must go before the next one comes
     model.tie_weights()
     _fresh_buffers(model, device)
     if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
@@ -133,17 +140,23 @@ def _set(model: Any, name: str, tensor: torch.Tensor, device: torch.device) -> N
     except AttributeError:
         print(f"lowmem: {name} is in the file and not in the model; it is left out", file=sys.stderr)
         return
-    wide = tensor.float() if tensor.is_floating_point() else tensor
     if type(module).__name__ == "Linear4bit" and last == "weight":
         import bitsandbytes
 
         old = module.weight
         packed: Any = bitsandbytes.nn.Params4bit(
-            wide, requires_grad=False, quant_type="nf4", compress_statistics=old.compress_statistics, blocksize=NF4_BLOCK, module=module
+            tensor.float(),
+            requires_grad=False,
+            quant_type="nf4",
+            compress_statistics=old.compress_statistics,
+            blocksize=NF4_BLOCK,
+            module=module,
         )
         module.weight = packed.to(device)
     else:
-        setattr(module, last, nn.Parameter(wide.to(device), requires_grad=False))
+        wide = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        # a copy: the file may be rewritten while the model is in use
+        setattr(module, last, nn.Parameter(tensor.to(device, wide, copy=True), requires_grad=False))
 
 
 def _fresh_buffers(model: Any, device: torch.device) -> None:

@@ -31,10 +31,12 @@ def finetune_main(argv: Sequence[str]) -> int:
         return 0
     from pathlib import Path
 
+    from lowmem.data.storage import compiled_root
     from lowmem.engine.recovery import first_line
     from lowmem.finetune.base_model import base_directory
     from lowmem.finetune.memory import predict_memory
     from lowmem.finetune.train import finetune
+    from lowmem.memory.block_cache import set_up_host_memory
     from lowmem.memory.budget import is_out_of_memory
     from lowmem.memory.measure import measure_peak
     from lowmem.train.progress import make_display
@@ -43,6 +45,7 @@ def finetune_main(argv: Sequence[str]) -> int:
         print(predict_memory(config, base_directory(config.base, Path(config.out))).line())
         return 0
     display = make_display(quiet=flags.quiet)
+    set_up_host_memory(compiled_root())
     try:
         with measure_peak() as peak:
             done = finetune(config, display)
@@ -55,7 +58,9 @@ def finetune_main(argv: Sequence[str]) -> int:
         ) from error
     finally:
         display.close()
+    training = max(done.peaks[phase]["host_peak_bytes"] for phase in ("load", "steady_steps"))
     report = {"trainable": done.trainable, "total": done.total, "losses": done.losses, "host_peak_bytes": peak.host_peak_bytes}
+    report |= {"training_peak_bytes": training, "peaks": done.peaks, "predicted": done.predicted}
     (Path(config.out) / "result.json").write_text(json.dumps(report, indent=1))
     return 0
 

@@ -1,18 +1,22 @@
-"""What a fine-tuning run will need, by arithmetic on the model without weights."""
+"""What a fine-tuning run will need: one step on tensors without memory, and the weights by arithmetic."""
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lowmem.config_finetune import FinetuneConfig
-from lowmem.finetune.base_model import NF4_BLOCK, NF4_SCALE_BLOCK, _empty, _make_nf4
-from lowmem.finetune.methods import apply_method, blocks_of
+from lowmem.finetune.base_model import NF4_BLOCK, NF4_SCALE_BLOCK, _empty, _make_nf4, compute_device, enable_checkpointing
+from lowmem.finetune.dry_run import step_peaks
+from lowmem.finetune.methods import WITHOUT_ADAPTER, apply_method, can_checkpoint
 from lowmem.memory.measure import host_rss_bytes
-from lowmem.units import format_bytes
+from lowmem.planning.base_cost import CUDA_HOST_BYTES
+from lowmem.planning.predict import CUBLAS_WORKSPACE_BYTES
+from lowmem.units import format_bytes, parse_bytes
 
-_STATES = {"adamw": 2, "lion": 1}
+FIRST_USE_BYTES = 30 << 20  # code that a first step, a first batch and a first file load beside what is imported by then; measured
 
 
 @dataclass(frozen=True)
@@ -20,62 +24,74 @@ class FinetuneMemory:
     """Bytes by component.
 
     Attributes:
-        components: libraries (this process now), base, adapter, gradients, optimizer_states, activations, logits.
+        components: of RAM: libraries (this process now, and what its first step loads), base, adapter, gradients, optimizer_states,
+            activations, logits, workspace.
+        vram: the same of a GPU; empty without one. The weights and the steps are there then.
         trainable, total: numbers.
     """
 
     components: dict[str, int]
-    trainable: int
-    total: int
+    vram: dict[str, int] = field(default_factory=dict)
+    trainable: int = 0
+    total: int = 0
 
     @property
     def peak_bytes(self) -> int:
-        """Their sum."""
+        """Of RAM."""
         return sum(self.components.values())
 
     def line(self) -> str:
         """For people."""
-        parts = ", ".join(f"{name.replace('_', ' ')} {format_bytes(size)}" for name, size in self.components.items() if size)
-        return f"predicted peak of RAM: {format_bytes(self.peak_bytes)} ({parts}); {self.trainable:,} of {self.total:,} numbers are trained"
+        lines = [f"predicted peak of RAM: {_described(self.components)}"]
+        lines += [f"of VRAM, reserved: {_described(self.vram)}"] if self.vram else []
+        return f"{'; '.join(lines)}; {self.trainable:,} of {self.total:,} numbers are trained"
+
+    def missing(self, config: FinetuneConfig) -> str:
+        """What exceeds its budget, for people; empty if nothing does."""
+        parts = []
+        for name, components in (("ram", self.components), ("vram", self.vram)):
+            budget = getattr(config.budget, name)
+            if budget and sum(components.values()) > parse_bytes(budget):
+                parts.append(f"{format_bytes(sum(components.values()))} of {name.upper()}, budget.{name} is {budget}")
+        return " and ".join(parts)
 
 
 def predict_memory(config: FinetuneConfig, directory: Path) -> FinetuneMemory:
-    """Peak memory on a CPU, the libraries that are imported by now included.
-
-    Activations are an estimate: with gradient_checkpointing the inputs of all blocks and one block in full; else all blocks.
+    """Peak memory of a run, the libraries that are imported by now included.
 
     Memory: none for the model.
     """
-    model = _empty(directory)
-    shape = model.config
-    total = sum(parameter.numel() for parameter in model.parameters())
+    model, device = _empty(directory), compute_device().type
+    count = sum(parameter.numel() for parameter in model.parameters())
     if config.method == "qlora":
         _make_nf4(model, config.adapter.double_quant)
     base = weight_bytes(model, config.adapter.double_quant)
-    width, layers, vocab = shape.hidden_size, len(blocks_of(model)), shape.vocab_size
-    hidden = getattr(shape, "intermediate_size", None) or getattr(shape, "n_inner", None) or 4 * width
-    model.is_loaded_in_4bit = False
     with torch.device("meta"):
-        adapted: Any = apply_method(model, config, [])
-    trainable = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-    separate = config.method not in ("head", "last_k", "full")
-    tokens = config.micro_batch_size * config.seq_len
-    block = 4 * (tokens * (10 * width + 4 * hidden) + 3 * config.micro_batch_size * shape.num_attention_heads * config.seq_len**2)
-    kept = 4 * tokens * width * layers
-    bits = config.optim.state_bits
-    return FinetuneMemory(
-        {
-            "libraries": host_rss_bytes(),
-            "base": base,
-            "adapter": 4 * trainable if separate else 0,
-            "gradients": 4 * trainable if config.update == "accumulate" else 4 * max((p.numel() for p in adapted.parameters()), default=0),
-            "optimizer_states": trainable * _STATES[config.optim.name] * bits // 8,
-            "activations": kept + block if config.gradient_checkpointing else block * layers,
-            "logits": 4 * 3 * tokens * vocab,
-        },
-        trainable,
-        total + (trainable if separate else 0),
-    )
+        if config.add_tokens:
+            model.resize_token_embeddings(model.get_input_embeddings().weight.shape[0] + len(config.add_tokens), mean_resizing=False)
+        rows = model.get_input_embeddings().weight.shape[0]
+        adapted: Any = apply_method(model, config, list(range(rows - len(config.add_tokens), rows)))
+    if config.gradient_checkpointing and can_checkpoint(config):
+        enable_checkpointing(model)
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    trainable = sum(parameter.numel() for parameter in trained)
+    separate = config.method not in WITHOUT_ADAPTER
+    weights = {"base": base, "adapter": sum(p.numel() * p.element_size() for p in trained) if separate else 0}
+    tensors = {**weights, **step_peaks(adapted, config, device)}
+    host, libraries = dict.fromkeys(tensors, 0), host_rss_bytes() + FIRST_USE_BYTES
+    if device == "cpu":
+        host = tensors
+    else:
+        libraries += CUDA_HOST_BYTES
+        host["base"] = 4 * max(parameter.numel() for parameter in adapted.parameters())  # one tensor on its way
+        tensors["workspace"] += CUBLAS_WORKSPACE_BYTES
+    total = count + (trainable if separate else 0)
+    return FinetuneMemory({"libraries": libraries, **host}, tensors if device != "cpu" else {}, trainable, total)
+
+
+def _described(components: dict[str, int]) -> str:
+    parts = ", ".join(f"{name.replace('_', ' ')} {format_bytes(size)}" for name, size in Counter(components).most_common() if size)
+    return f"{format_bytes(sum(components.values()))} ({parts})"
 
 
 def weight_bytes(model: Any, double_quant: bool) -> int:

@@ -74,6 +74,16 @@ def peft_config(model: Any, config: FinetuneConfig, new_tokens: list[int]) -> An
     )  # fmt: skip
 
 
+def one_per_row(model: Any, config: FinetuneConfig) -> bool:
+    """Whether the conversations of a row cannot be kept apart: a prefix belongs to a row, and a recurrent state goes through it."""
+    return config.method == "prefix" or getattr(model.config, "architecture", "") == "i3"
+
+
+def can_checkpoint(config: FinetuneConfig) -> bool:
+    """Whether blocks may be computed again: a prefix is a cache of keys and values, to which a checkpointed block gives no gradient."""
+    return config.method != "prefix"
+
+
 def linear_names(model: Any) -> list[str]:
     """Every linear layer but the head, by full name."""
     head = model.get_output_embeddings()

@@ -4,14 +4,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from lowmem.config_finetune import FinetuneConfig
-from lowmem.finetune.base_model import load_base
 from lowmem.finetune.methods import WITHOUT_ADAPTER
+from lowmem.finetune.write import write_model
 
-_CODE = "modeling_lowmem.py"
+_CODE = ("configuration_lowmem.py", "modeling_lowmem.py")
 
 
 def save_adapter(model: Any, base: Path, out: Path) -> None:
@@ -21,53 +18,24 @@ def save_adapter(model: Any, base: Path, out: Path) -> None:
     model.save_pretrained(out, save_embedding_layers=False)
 
 
-def merged_model(model: Any, config: FinetuneConfig, base: Path, adapter: Path) -> Any | None:
-    """The model with its adapter multiplied in; None for prefix tuning, which has no weights to add.
+def merged_model(model: Any, config: FinetuneConfig) -> Any | None:
+    """The model with its adapter multiplied in, for `save_merged`; None for prefix tuning, which has no weights to add.
 
-    A 4-bit base is widened first: the merged model computes what was trained, rounded nowhere.
+    The layers of a 4-bit base are merged as they are written: what is saved computes what was trained, rounded nowhere.
 
-    Memory: the whole model in fp32.
+    Memory: none that stays.
     """
-    if config.method in WITHOUT_ADAPTER:
-        return model
     if config.method == "prefix":
         return None
-    if config.method != "qlora":
-        return model.merge_and_unload()
-    from peft import PeftModel
-
-    wide = widened(load_base(base, nf4=True, double_quant=config.adapter.double_quant))
-    if config.add_tokens:
-        rows = model.get_base_model().get_input_embeddings().weight.shape[0]
-        if rows != wide.get_input_embeddings().weight.shape[0]:
-            wide.resize_token_embeddings(rows, mean_resizing=False)
-    return PeftModel.from_pretrained(wide, adapter).merge_and_unload()
-
-
-@torch.no_grad()
-def widened(model: Any) -> Any:
-    """Every 4-bit layer as an ordinary one with the numbers it stands for."""
-    import bitsandbytes
-
-    for name, layer in list(model.named_modules()):
-        if type(layer).__name__ == "Linear4bit":
-            with torch.device("meta"):
-                new = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
-            dense = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-            new.weight = nn.Parameter(dense, requires_grad=False)
-            if layer.bias is not None:
-                new.bias = layer.bias
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, new)
-    model.is_loaded_in_4bit = False
-    return model
+    return model if config.method in (*WITHOUT_ADAPTER, "qlora") else model.merge_and_unload()
 
 
 def save_merged(model: Any, base: Path, out: Path) -> None:
-    """config.json and safetensors; where the base carries its model file, that file too."""
-    model.save_pretrained(out)
-    if (base / _CODE).is_file():
-        shutil.copyfile(base / _CODE, out / _CODE)
+    """config.json and safetensors; where the base carries its model files, those too."""
+    write_model(model, out)
+    for name in _CODE:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, out / name)
 
 
 def swap_adapter(model: Any, adapter: Path, name: str) -> Any:

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 from lowmem.config_finetune import FinetuneConfig
 from lowmem.data.batch import IGNORE_INDEX, Batch
+from lowmem.finetune.hidden import last_hidden, plain_head
+from lowmem.nn.loss import chunked_cross_entropy
 from lowmem.nn.positions import segment_positions
 from lowmem.optim.adamw import AdamW
 from lowmem.optim.build import set_learning_rate
@@ -20,24 +22,28 @@ from lowmem.optim.low_bit import LowBitOptimizer
 
 
 def batch_loss(model: Any, batch: Batch, denominator: float, device: torch.device) -> torch.Tensor:
-    """Summed loss of the predicted tokens over `denominator`; logits exist only where something is predicted.
+    """Summed loss of the predicted tokens over `denominator`.
 
     Args:
         batch: with segments; those of a row see nothing of each other, unless it has one: then the usual mask is used.
+    Memory: beside the activations one chunk of logits, see `lowmem.nn.loss`; where the head is no plain matrix those of every column in
+        which a token is predicted.
     """
     inputs, targets = torch.from_numpy(batch.inputs).to(device), torch.from_numpy(batch.targets).to(device)
     assert batch.segments is not None
     segments = torch.from_numpy(batch.segments).to(device)
-    wanted = (targets != IGNORE_INDEX).any(0).nonzero().flatten()
-    if segments.max() > 1:
+    known: dict[str, Any] = {"input_ids": inputs, "use_cache": False}
+    if batch.segments.max() > 1:
         same = segments.unsqueeze(2) == segments.unsqueeze(1)
         mask = (same & torch.ones_like(same[0]).tril()).unsqueeze(1)
-        position_ids = segment_positions(segments)
-        logits = model(
-            input_ids=inputs, attention_mask=_additive(mask), position_ids=position_ids, logits_to_keep=wanted, use_cache=False
-        ).logits  # fmt: skip
+        known |= {"attention_mask": _additive(mask), "position_ids": segment_positions(segments)}
     else:
-        logits = model(input_ids=inputs, attention_mask=(segments > 0).long(), logits_to_keep=wanted, use_cache=False).logits
+        known["attention_mask"] = (segments > 0).long()
+    head = plain_head(model)
+    if head is not None:
+        return chunked_cross_entropy(last_hidden(model, **known), *head, targets, denominator)
+    wanted = (targets != IGNORE_INDEX).any(0).nonzero().flatten()
+    logits = model(**known, logits_to_keep=wanted).logits
     if logits.shape[1] != len(wanted):
         logits = logits[:, -inputs.shape[1] :][:, wanted]
     loss = F.cross_entropy(logits.flatten(0, 1).float(), targets[:, wanted].flatten(), ignore_index=IGNORE_INDEX, reduction="sum")

@@ -10,21 +10,23 @@ from typing import Any
 from lowmem.config_finetune import FinetuneConfig
 from lowmem.engine.optimizer_state import load_optimizer_tensors, optimizer_tensors
 from lowmem.engine.random_state import random_state, restore_random_state
+from lowmem.engine.recovery import release_memory
 from lowmem.engine.tensor_file import load_into, read_tensors, write_tensors
 from lowmem.errors import EXIT_INTERRUPTED, ConfigError, DivergedError, MemoryBudgetError, StoppedBySignal
-from lowmem.finetune.base_model import base_directory, enable_checkpointing, load_base
+from lowmem.finetune.base_model import base_directory, compute_device, enable_checkpointing, load_base
 from lowmem.finetune.data import ChatData, chat_data, copy_tokenizer, tokenizer_folder
-from lowmem.finetune.memory import predict_memory
-from lowmem.finetune.methods import WITHOUT_ADAPTER, apply_method, parameter_groups
+from lowmem.finetune.memory import FinetuneMemory, predict_memory
+from lowmem.finetune.methods import WITHOUT_ADAPTER, apply_method, can_checkpoint, one_per_row, parameter_groups
 from lowmem.finetune.save import merged_model, save_adapter, save_merged
 from lowmem.finetune.step import Stepper
-from lowmem.memory.budget import limit_host_memory
+from lowmem.memory.budget import limit_cuda_memory, limit_host_memory
+from lowmem.memory.phases import PhasePeaks
 from lowmem.optim.schedule import learning_rate
 from lowmem.train.checkpoint import CheckpointStore
 from lowmem.train.progress import ProgressDisplay
 from lowmem.train.run_dir import RunDir
 from lowmem.train.signals import StopRequest
-from lowmem.units import format_bytes, parse_bytes
+from lowmem.units import parse_bytes
 
 MAX_BAD_STEPS = 5
 _FREE = {"steps", "eval_every", "save_every", "budget", "out", "micro_batch_size", "gradient_checkpointing"}
@@ -37,6 +39,8 @@ class Finetuned:
     Attributes:
         model: with its adapter.
         losses: of the held-out conversations by step; empty if nothing is held out.
+        peaks: of memory, by phase: load, steady_steps, save.
+        predicted: bytes by component.
     """
 
     model: Any
@@ -44,6 +48,8 @@ class Finetuned:
     losses: dict[int, float]
     trainable: int
     total: int
+    peaks: dict[str, dict[str, int]]
+    predicted: dict[str, int]
 
 
 def finetune(config: FinetuneConfig, display: ProgressDisplay) -> Finetuned:
@@ -57,22 +63,25 @@ def finetune(config: FinetuneConfig, display: ProgressDisplay) -> Finetuned:
     try:
         _check_same(config, run_dir)
         directory = base_directory(config.base, out)
-        _check_budget(config, directory, display)
-        model = load_base(directory, nf4=config.method == "qlora", double_quant=config.adapter.double_quant)
+        predicted, phases = _check_budget(config, directory, display), PhasePeaks()
+        with phases("load"):
+            model = load_base(directory, nf4=config.method == "qlora", double_quant=config.adapter.double_quant)
         folder, new_ids = tokenizer_folder(config, directory, model)
-        one_per_row = config.method == "prefix" or getattr(model.config, "architecture", "") == "i3"
-        data = chat_data(config, folder, one_per_row=one_per_row, progress=display)
+        data = chat_data(config, folder, one_per_row=one_per_row(model, config), progress=display)
         if data.notes:
             display.message(f"{config.data}: {data.notes}")
         adapted = apply_method(model, config, new_ids)
-        if config.gradient_checkpointing and config.method != "prefix":  # whose keys and values are a cache, which blocks give no gradient
+        if config.gradient_checkpointing and can_checkpoint(config):
             enable_checkpointing(model)
         run = _Run(config, adapted, data, run_dir, display)
         run_dir.write_json("finetune.json", asdict(config))
-        losses = run.train()
-        _write(config, adapted, directory, folder, data)
+        with phases("steady_steps"):
+            losses = run.train()
+        release_memory(run.device)
+        with phases("save"):
+            _write(config, adapted, directory, folder, data)
         display.message(f"done; adapter and merged model are in {out}")
-        return Finetuned(adapted, directory, losses, run.trainable, run.total)
+        return Finetuned(adapted, directory, losses, run.trainable, run.total, phases.as_dict(), predicted.components)
     finally:
         run_dir.close()
 
@@ -89,20 +98,23 @@ def _check_same(config: FinetuneConfig, run_dir: RunDir) -> None:
         raise ConfigError(f"{run_dir.path} holds a run with other settings: {'; '.join(changed)}. Keep them, or choose another out")
 
 
-def _check_budget(config: FinetuneConfig, directory: Path, display: ProgressDisplay) -> None:
+def _check_budget(config: FinetuneConfig, directory: Path, display: ProgressDisplay) -> FinetuneMemory:
     memory = predict_memory(config, directory)
     display.message(memory.line())
-    limit = parse_bytes(config.budget.ram or "0")
-    if limit and memory.peak_bytes > limit:
+    missing = memory.missing(config)
+    if missing:
         remedies = [] if config.method == "qlora" else ["method=qlora"]
         remedies += ["micro_batch_size=1"] if config.micro_batch_size > 1 else []
         remedies += [] if config.gradient_checkpointing else ["gradient_checkpointing=true"]
-        raise MemoryBudgetError(
-            f"this needs about {format_bytes(memory.peak_bytes)} of RAM, budget.ram is {config.budget.ram}; "
-            f"use {', '.join([*remedies, 'a smaller seq_len'])} or a larger budget"
-        )
-    if limit:
-        limit_host_memory(limit)
+        raise MemoryBudgetError(f"this needs about {missing}; use {', '.join([*remedies, 'a smaller seq_len'])} or a larger budget")
+    try:
+        if config.budget.ram:
+            limit_host_memory(parse_bytes(config.budget.ram))
+        if config.budget.vram and memory.vram:
+            limit_cuda_memory(parse_bytes(config.budget.vram), compute_device())
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return memory
 
 
 def _write(config: FinetuneConfig, model: Any, directory: Path, folder: Path, data: ChatData) -> None:
@@ -110,7 +122,7 @@ def _write(config: FinetuneConfig, model: Any, directory: Path, folder: Path, da
     if config.method not in WITHOUT_ADAPTER:
         save_adapter(model, directory, out / "adapter")
         copy_tokenizer(folder, out / "adapter", data.template)
-    merged = merged_model(model, config, directory, out / "adapter")
+    merged = merged_model(model, config)
     if merged is not None:
         save_merged(merged, directory, out / "merged")
         copy_tokenizer(folder, out / "merged", data.template)

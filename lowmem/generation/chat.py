@@ -1,8 +1,17 @@
-"""A conversation with a model: what was said so far, as the tokens that the model continues."""
+"""A conversation with a model: what was said so far, as the tokens that the model continues, and the cache that knows them already."""
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from lowmem.data.chat_records import Message
 from lowmem.data.chat_template import ChatTemplate
 from lowmem.data.tokenizers import Tokenizer
+from lowmem.generation.batch import writing
+from lowmem.generation.context import BatchContext, position_window
+from lowmem.generation.row import GenerationResult, Row
+from lowmem.models.base import LanguageModel
+from lowmem.sampling import SamplingOptions
 
 
 class Chat:
@@ -57,6 +66,59 @@ class Chat:
             messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answered}]
         messages.append({"role": "user", "content": message})
         return self._template.encode(self._tokenizer, messages, add_generation_prompt=True)[0].tolist()
+
+
+class ChatWriter:
+    """Writes the answers of a conversation with one cache.
+
+    The cache is kept from answer to answer: where the next prompt begins with exactly the tokens it holds, only the rest is computed;
+    otherwise (a turn was forgotten, the template or the tokenizer writes an answer with other tokens than the model chose) all of it.
+
+    Args:
+        capacity: tokens of the longest prompt and its answer; more are made room for when they come.
+    Attributes:
+        reused: tokens of the latest prompt that the cache held already.
+    Memory: the model's cache for one text of `capacity` tokens, from the first answer on.
+    """
+
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, capacity: int):
+        self.reused = 0
+        self._model, self._tokenizer, self._capacity = model, tokenizer, capacity
+        self._context: BatchContext | None = None
+
+    def answer(
+        self,
+        ids: Sequence[int],
+        options: SamplingOptions,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        on_text: Callable[[str], None] | None = None,
+    ) -> GenerationResult:
+        """Continue a prompt as `lowmem.generation.generate` does.
+
+        Raises:
+            CheckpointError: the model's output is not finite.
+        """
+        seed = secrets.randbits(32) if options.seed is None else options.seed
+        row = Row(self._tokenizer, ids, replace(options, seed=seed), max_new_tokens, stop, on_text)
+        # an answer that is interrupted or fails leaves a cache that nobody knows the contents of
+        context, self._context = self._context, None
+        with writing(self._model):
+            needed = len(row.prompt_ids) + max_new_tokens
+            if context is None or needed > self._capacity:
+                self._capacity, context = max(needed, self._capacity), None  # the old cache is freed before the new one is made
+                context = BatchContext(self._model, 1, self._capacity, position_window(self._model))
+            row.start()
+            held = context.ids[0] if context.ids else []
+            self.reused = len(held) if len(held) < len(row.prompt_ids) and row.prompt_ids[: len(held)] == held else 0
+            if not self.reused:
+                context.keep([])
+            slides = context.slides[0] if self.reused else 0
+            row.take(context.extend(0, row.prompt_ids[self.reused :]) if self.reused else context.add(row.prompt_ids))
+            while row.stop_reason is None:
+                row.take(context.step([row.new_ids[-1]])[0])
+        self._context = context
+        return row.result(context.slides[0] - slides)
 
 
 def prompt_room(context: int, max_new_tokens: int) -> int:

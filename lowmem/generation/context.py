@@ -36,12 +36,18 @@ class BatchContext:
 
     def add(self, ids: Sequence[int]) -> torch.Tensor:
         """A new text of at least one token; returns the (vocab,) logits of what comes next."""
-        row = len(self.ids)
-        self.ids.append(list(ids))
+        self.ids.append([])
         self.slides.append(0)
-        self._slide(row)
-        self._cache.rows(row, row + 1).reset()
-        return self._read(row, self.ids[row])
+        return self.extend(len(self.ids) - 1, ids)
+
+    def extend(self, row: int, ids: Sequence[int]) -> torch.Tensor:
+        """Continue one text by at least one token; returns the (vocab,) logits of what comes next."""
+        held = len(self.ids[row])
+        self.ids[row] += ids
+        if self._slide(row) or not held:
+            self._cache.rows(row, row + 1).reset()
+            held = 0
+        return self._read(row, self.ids[row][held:])
 
     def step(self, tokens: Sequence[int]) -> torch.Tensor:
         """Continue every text by one token; returns (texts, vocab) logits on the CPU."""

@@ -4,11 +4,13 @@ import torch
 from torch import nn
 
 from lowmem.models.base import LanguageModel
+from lowmem.nn.head import DenseHead, LoRPtHead
 from lowmem.nn.lorpt import LoRPtLinear
 from lowmem.nn.loss import CrossEntropyOptions
 from lowmem.nn.quantized import MIN_QUANTIZED_NUMEL, WeightFormat, quantize, stored_bytes
 
 _MATRICES = {nn.Linear: ("weight",), nn.Embedding: ("weight",), LoRPtLinear: ("down", "up")}  # what may be quantised
+_OUTER = (nn.Embedding, DenseHead, LoRPtHead)  # never below 8 bits: at 4 they cost more in loss than all blocks together
 COMPONENTS = ("embedding", "positions", "attention", "hybrid", "mlp", "norm", "head")
 
 
@@ -22,7 +24,7 @@ def store_as(module: nn.Module, stored: torch.dtype | WeightFormat) -> nn.Module
         matrices = {name for kind, names in _MATRICES.items() if isinstance(part, kind) for name in names}
         for name, parameter in part.named_parameters(recurse=False):
             if form.bits and name in matrices and parameter.numel() >= MIN_QUANTIZED_NUMEL:
-                value: torch.Tensor = quantize(parameter.detach().to(form.dtype), form.bits)
+                value: torch.Tensor = quantize(parameter.detach().to(form.dtype), 8 if isinstance(part, _OUTER) else form.bits)
             elif parameter.dtype != form.dtype:
                 value = parameter.detach().to(form.dtype)
             else:

@@ -28,7 +28,9 @@ class Attention(nn.Module):
         slopes: ALiBi slopes per head, or empty.
         out_std: initial std of the output map.
         bias: biases in every map.
+        num_kv_heads: heads of keys and values, divides H; 0 takes H.
     Memory: saves its input, q, k, v and its output per token: 5 * C numbers.
+    Source: Ainslie et al. 2023, arXiv:2305.13245 (heads of keys and values that query heads share).
     """
 
     def __init__(
@@ -42,56 +44,69 @@ class Attention(nn.Module):
         slopes: tuple[float, ...] = (),
         out_std: float = 0.02,
         bias: bool = False,
+        num_kv_heads: int = 0,
     ):
         super().__init__()
         self.num_heads, self.rotary, self.slopes = num_heads, rotary, slopes
+        self.num_kv_heads, self.head_dim = num_kv_heads or num_heads, dim // num_heads
         self.make_maps(dim, factory, name, bias)
         self.out = factory.linear(dim, dim, bias, group="attention", name=f"{name}.out", dense_std=out_std)
-        self.dim = dim
 
     def make_maps(self, dim: int, factory: LinearFactory, name: str, bias: bool) -> None:
         """Create the query, key and value maps."""
-        self.qkv = factory.split(dim, {"q": dim, "k": dim, "v": dim}, bias, group="attention", name=f"{name}.qkv")
+        shared = self.num_kv_heads * self.head_dim
+        self.qkv = factory.split(dim, {"q": dim, "k": shared, "v": shared}, bias, group="attention", name=f"{name}.qkv")
 
     def project(self, x_BTC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values, (B, T, C) each."""
+        """Queries (B, T, C), keys and values of `num_kv_heads` heads."""
         return self.qkv(x_BTC)
 
     @property
     def cache_widths(self) -> tuple[int, ...]:
         """Numbers per token that the cache keeps."""
-        return self.dim, self.dim
+        return (self.num_kv_heads * self.head_dim,) * 2
 
     def forward(self, x_BTC: torch.Tensor, cache: LayerCache | None = None, segments_BT: torch.Tensor | None = None) -> torch.Tensor:
         """(B, T, C) -> (B, T, C); with a cache, x continues what it holds; tokens of one segment attend none of another."""
         if cache is not None:
             return self.out(self.attend_cached(x_BTC, cache))
         q, k, v = self.project(x_BTC)
-        return self.out(causal_attention(self.positioned(q), self.positioned(k), self.heads(v).transpose(1, 2), self.slopes, segments_BT))
+        keys, values = self.for_queries(self.positioned(k)), self.for_queries(self.heads(v).transpose(1, 2))
+        return self.out(causal_attention(self.positioned(q), keys, values, self.slopes, segments_BT))
 
     def attend_cached(self, x_BTC: torch.Tensor, cache: LayerCache) -> torch.Tensor:
         """Attention over everything in the cache; keys are stored already rotated."""
         q, k, v = self.project(x_BTC)
-        start = cache.length
+        start = cache.start
         q_BHTD = self.positioned(q, start)
         k = self.positioned(k, start).transpose(1, 2).flatten(2)
         keys, values = cache.append(k, v)
-        return self.over_cache(q_BHTD, self.heads(keys).transpose(1, 2), self.heads(values).transpose(1, 2))
+        return self.over_cache(q_BHTD, self.heads(keys).transpose(1, 2), self.heads(values).transpose(1, 2), start)
 
-    def over_cache(self, q_BHTD: torch.Tensor, k_BHTD: torch.Tensor, v_BHTD: torch.Tensor) -> torch.Tensor:
-        """Attention of new queries over cached keys, in the dtype of the queries."""
-        return cached_attention(q_BHTD, k_BHTD.to(q_BHTD.dtype), v_BHTD.to(q_BHTD.dtype), self.slopes)
+    def over_cache(self, q_BHTD: torch.Tensor, k_BHKD: torch.Tensor, v_BHKD: torch.Tensor, start: int | tuple[int, ...]) -> torch.Tensor:
+        """Attention of new queries, from position `start` on, over cached keys, in the dtype of the queries."""
+        keys, values = (self.for_queries(x.to(q_BHTD.dtype)) for x in (k_BHKD, v_BHKD))
+        return cached_attention(q_BHTD, keys, values, self.slopes, start)
+
+    def for_queries(self, x_BHTD: torch.Tensor) -> torch.Tensor:
+        """Heads of keys or values, each as often as query heads share it."""
+        times = self.num_heads // self.num_kv_heads
+        return x_BHTD if times == 1 else follow(_repeat_heads, x_BHTD, times)
 
     def heads(self, x_BTC: torch.Tensor) -> torch.Tensor:
-        """(B, T, C) -> (B, T, H, D)."""
-        return x_BTC.unflatten(-1, (self.num_heads, -1))
+        """(B, T, H * D) -> (B, T, H, D)."""
+        return x_BTC.unflatten(-1, (-1, self.head_dim))
 
-    def positioned(self, x_BTC: torch.Tensor, start: int = 0) -> torch.Tensor:
-        """(B, T, C) -> (B, H, T, D), rotated where positions are rotary."""
+    def positioned(self, x_BTC: torch.Tensor, start: int | tuple[int, ...] = 0) -> torch.Tensor:
+        """(B, T, C) -> (B, H, T, D), rotated where positions are rotary; `start` is one for all sequences or one for each."""
         x_BTHD = self.heads(x_BTC)
         if self.rotary is None:
             return x_BTHD.transpose(1, 2)
         return follow(rotate, x_BTHD, *self.rotary.get(start, x_BTC.shape[1], x_BTC))
+
+
+def _repeat_heads(x_BHTD: torch.Tensor, times: int) -> torch.Tensor:
+    return x_BHTD.repeat_interleave(times, dim=1)
 
 
 class LowRankAttention(Attention):
@@ -136,7 +151,7 @@ class LowRankAttention(Attention):
     def attend_cached(self, x_BTC: torch.Tensor, cache: LayerCache) -> torch.Tensor:
         """Attention over everything in the cache; the latents are expanded and rotated for this call."""
         q, k, v = self.latents(x_BTC)
-        start = cache.length
+        start = cache.start
         keys, values = cache.append(k, v)
         q_BHTD = self.positioned(self.q_up(q), start)
-        return self.over_cache(q_BHTD, self.positioned(self.k_up(keys)), self.heads(self.v_up(values)).transpose(1, 2))
+        return self.over_cache(q_BHTD, self.positioned(self.k_up(keys)), self.heads(self.v_up(values)).transpose(1, 2), start)

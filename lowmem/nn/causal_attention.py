@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from lowmem.fake import autocast_kind, device_kind, is_fake, representative
-from lowmem.nn.positions import alibi_bias
+from lowmem.nn.positions import alibi_bias, token_positions
 from lowmem.nn.recompute import follow
 
 BLOCKS = 4  # 4 blocks of queries compute 62.5 % of the square, 8 would 56 % in twice as many calls
@@ -59,27 +59,50 @@ def blocked_attention(
     return _BlockedAttention.apply(q, k, v, slopes, segments_BT)
 
 
-def cached_attention(q_BHTD: torch.Tensor, k_BHKD: torch.Tensor, v_BHKD: torch.Tensor, slopes: tuple[float, ...] = ()) -> torch.Tensor:
-    """Attention of the last T of K positions over all K; used for decoding.
+def cached_attention(
+    q_BHTD: torch.Tensor,
+    k_BHKD: torch.Tensor,
+    v_BHKD: torch.Tensor,
+    slopes: tuple[float, ...] = (),
+    start: int | tuple[int, ...] | None = None,
+) -> torch.Tensor:
+    """Attention of T new positions over K cached ones, themselves included; used for decoding.
 
+    Args:
+        start: position of the first query, of all sequences or of each; keys from a query's own position on are masked, whatever
+            they hold. None: the queries are the last T of K.
     Returns:
         (B, T, H * D).
     Memory: T * K scores per head.
     """
     batch, heads, time, width = q_BHTD.shape
-    total = k_BHKD.shape[2]
-    bias = None
-    if slopes:
-        bias = alibi_bias(slopes, range(total - time, total), range(total), q_BHTD)
-    if time > 1:
-        future = torch.ones(time, total, dtype=torch.bool, device=q_BHTD.device).triu_(total - time + 1)
-        bias = q_BHTD.new_zeros(time, total).expand(heads, -1, -1) if bias is None else bias
-        bias = bias.masked_fill(future, float("-inf"))
-    if bias is not None:
-        bias = bias.unsqueeze(0)
+    bias_BHTK = _cache_bias(q_BHTD, k_BHKD.shape[2], slopes, k_BHKD.shape[2] - time if start is None else start)
     with torch.autocast(autocast_kind(q_BHTD), enabled=False):
-        out = F.scaled_dot_product_attention(q_BHTD, k_BHKD, v_BHKD, attn_mask=bias)
+        if is_fake(q_BHTD):  # as on a device: meta tensors would take the path that keeps every score
+            out = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_BHTD, k_BHKD, v_BHKD, 0.0, False, attn_mask=bias_BHTK)[0]
+        else:
+            out = F.scaled_dot_product_attention(q_BHTD, k_BHKD, v_BHKD, attn_mask=bias_BHTK)
     return out.transpose(1, 2).reshape(batch, time, heads * width)
+
+
+def _cache_bias(like: torch.Tensor, total: int, slopes: tuple[float, ...], start: int | tuple[int, ...]) -> torch.Tensor | None:
+    """What is added to scores over a cache of `total` slots: ALiBi, and -inf for what comes later; None if that is nothing."""
+    _, heads, time, _ = like.shape
+    if isinstance(start, int):
+        bias_HTK = alibi_bias(slopes, range(start, start + time), range(total), like) if slopes else None
+        if time > 1:
+            future = torch.ones(time, total, dtype=torch.bool, device=like.device).triu_(start + 1)
+            bias_HTK = like.new_zeros(time, total).expand(heads, -1, -1) if bias_HTK is None else bias_HTK
+            bias_HTK = bias_HTK.masked_fill(future, float("-inf"))
+        return None if bias_HTK is None else bias_HTK.unsqueeze(0)
+    distance_B1TK = (torch.arange(total, device=like.device) - token_positions(start, time, like.device).unsqueeze(-1)).unsqueeze(1)
+    if slopes:
+        wide = torch.promote_types(like.dtype, torch.float32)
+        slope_H11 = torch.tensor(slopes, dtype=wide, device=like.device).view(-1, 1, 1)
+        bias_BHTK = (slope_H11 * distance_B1TK).to(like.dtype)
+    else:
+        bias_BHTK = torch.zeros_like(distance_B1TK, dtype=like.dtype)
+    return bias_BHTK.masked_fill(distance_B1TK > 0, float("-inf"))
 
 
 def _prefers_fused(q_BHTD: torch.Tensor, slopes: tuple[float, ...]) -> bool:

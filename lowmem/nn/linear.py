@@ -3,7 +3,7 @@
 Shapes: N tokens, I features in, O features out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +12,14 @@ from torch.autograd.function import once_differentiable
 
 from lowmem.fake import autocast_kind
 from lowmem.nn.precision import compute_dtype
+from lowmem.nn.quantized import dense
 
 
 class _Linear(torch.autograd.Function):
     """x @ weight.T + bias with the rows of `weight` cut into several contiguous outputs.
 
     Unlike F.linear it saves the stored weight itself: under autocast no 16-bit copy of it lives until backward, and a
-    weight that is partitioned between uses (ZeRO-3) is not kept whole by a view.
+    weight that is partitioned between uses (ZeRO-3) is not kept whole by a view. A quantised one is made for each product and dropped.
     """
 
     @staticmethod
@@ -39,7 +40,7 @@ class _Linear(torch.autograd.Function):
         grads = tuple(grad.reshape(-1, grad.shape[-1]) for grad in grads)
         grad_x = grad_weight = grad_bias = None
         if needs_x:
-            parts = weight.to(ctx.dtype).split(ctx.splits)
+            parts = dense(weight, ctx.dtype).split(ctx.splits)
             grad_x = grads[0] @ parts[0]
             for grad, part in zip(grads[1:], parts[1:], strict=True):
                 grad_x.addmm_(grad, part)
@@ -56,7 +57,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _outputs(x, weight, bias, splits, dtype) -> tuple[torch.Tensor, ...]:  # type: ignore[no-untyped-def]
-    parts = weight.to(dtype).split(splits)
+    parts = dense(weight, dtype).split(splits)
     biases = [None] * len(splits) if bias is None else bias.to(dtype).split(splits)
     return tuple(F.linear(x, part, b) for part, b in zip(parts, biases, strict=True))
 
@@ -66,7 +67,7 @@ def split_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
     Args:
         x: (..., in).
-        weight: (out, in); cast to the autocast dtype where autocast is on.
+        weight: (out, in), may be quantised; cast to the autocast dtype where autocast is on.
         bias: (out,) or None.
         splits: sizes that sum to `out`.
     Returns:
@@ -98,6 +99,7 @@ class Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, bias: bool = False, *, std: float = 0.02, splits: Sequence[int] = ()):
         self.std = std
         self.splits = tuple(splits)
+        self.float8: Callable[..., tuple[torch.Tensor, ...]] | None = None  # `lowmem.nn.float8` sets it
         super().__init__(in_features, out_features, bias)
 
     def reset_parameters(self) -> None:
@@ -108,6 +110,9 @@ class Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor):  # type: ignore[no-untyped-def, override]
         """(..., in) -> (..., out), or a tuple of (..., size) when `splits` is given."""
+        if self.float8 is not None:
+            outputs = self.float8(x, self.weight, self.bias, self.splits or (self.out_features,))
+            return outputs if self.splits else outputs[0]
         if self.splits:
             return split_linear(x, self.weight, self.bias, self.splits)
         return linear(x, self.weight, self.bias)

@@ -11,6 +11,7 @@ from torch import nn
 from lowmem.errors import ConfigError
 from lowmem.nn.linear import linear
 from lowmem.nn.low_rank import Factors, low_rank
+from lowmem.nn.quantized import QuantizedWeight, dense
 
 ORIGINAL_STD = 0.02
 ORIGINAL_NAMES = {"lora_A": "up", "lora_B": "down"}
@@ -143,9 +144,11 @@ class LoRPtLinear(nn.Module):
                 "train with model.lorpt.bottleneck=linear, or export unmerged"
             )
         dtype = torch.promote_types(self.up.dtype, torch.float32)
-        return (self.up.detach().to(dtype) @ self.down.detach().to(dtype)).to(self.up.dtype)
+        return (dense(self.up.detach(), dtype) @ dense(self.down.detach(), dtype)).to(self.up.dtype)
 
     def _cached_product(self) -> torch.Tensor:
+        if isinstance(self.up, QuantizedWeight) or isinstance(self.down, QuantizedWeight):
+            return self.merged_weight()  # kernels change their codes, which no version counts
         key = (self.up.data_ptr(), self.up._version, self.down.data_ptr(), self.down._version)
         if self._product is None or self._product[0] != key:
             self._product = (key, self.merged_weight())

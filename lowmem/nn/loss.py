@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from lowmem.fake import autocast_kind, device_kind, is_fake, representative
 from lowmem.nn.precision import accumulate_dtype, compute_dtype
+from lowmem.nn.quantized import dense
 
 IGNORE_INDEX = -100
 AUTO_LOGIT_BYTES = 16 << 20
@@ -100,7 +101,7 @@ class Chunks:
     def __init__(self, hidden, weight, bias, targets_N, options, dtype, needs):  # type: ignore[no-untyped-def]
         self.options, self.dtype = options, dtype
         self.wide = accumulate_dtype(dtype)
-        self.weight = weight.detach().to(dtype)
+        self.weight = dense(weight.detach(), dtype)
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.vocab_size, width = weight.shape
         hidden_NC = hidden.detach().reshape(-1, width).to(dtype)

@@ -14,6 +14,7 @@ import torch
 from lowmem.fake import representative
 from lowmem.nn.loss import GRAD_BLOCK_ROWS, IGNORE_INDEX, CrossEntropyOptions, auto_chunk_tokens
 from lowmem.nn.precision import accumulate_dtype
+from lowmem.nn.quantized import QuantizedWeight, dense, dense_rows
 
 
 def _attempt(cell: Callable[[], None]) -> bool:
@@ -67,7 +68,7 @@ class CrossEntropyByRows:
 
     def _first_pass(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         maxima, sums, total = [], [], torch.zeros((), dtype=self.wide, device=self.hidden_NC.device)
-        weight = self.weight.to(self.dtype)
+        weight = dense(self.weight, self.dtype)
         for start in range(0, len(self.hidden_NC), self.chunk):
             tokens = slice(start, start + self.chunk)
             logits = self._logits(tokens, weight, self.bias)
@@ -88,7 +89,8 @@ class CrossEntropyByRows:
             return
         rows, width = min(GRAD_BLOCK_ROWS, len(self.weight)), self.weight.shape[1]
         self.grad_weight_RC = self.weight.new_empty(rows, width, dtype=self.wide)
-        self.weight_RC = None if self.weight.dtype == self.dtype else self.weight.new_empty(rows, width, dtype=self.dtype)
+        as_it_is = self.weight.dtype == self.dtype or isinstance(self.weight, QuantizedWeight)
+        self.weight_RC = None if as_it_is else self.weight.new_empty(rows, width, dtype=self.dtype)
         if self.bias is not None:
             self.grad_bias = torch.zeros_like(self.bias, dtype=self.wide)
         self.grad_hidden = torch.zeros_like(self.hidden_NC, dtype=self.wide)
@@ -104,9 +106,10 @@ class CrossEntropyByRows:
         self.allocate()
         for first in representative(range(0, len(self.weight), GRAD_BLOCK_ROWS), self.weight):
             rows = slice(first, min(first + GRAD_BLOCK_ROWS, len(self.weight)))
-            weight = self.weight[rows]
-            if self.weight_RC is not None:
-                weight = self.weight_RC[: len(weight)].copy_(weight)
+            if self.weight_RC is None:
+                weight = dense_rows(self.weight, rows, self.dtype)
+            else:
+                weight = self.weight_RC[: len(self.weight[rows])].copy_(self.weight[rows])
             grad_weight = self.grad_weight_RC[: len(weight)].zero_()
             start = 0
             while start < len(self.hidden_NC):

@@ -4,6 +4,7 @@ Shapes: N tokens, I features in, R ranks of all layers together, O features out.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from lowmem.fake import autocast_kind
 from lowmem.nn.precision import compute_dtype
+from lowmem.nn.quantized import dense, dense_rows
 from lowmem.nn.recompute import remember
 
 
@@ -63,11 +65,11 @@ class _LowRank(torch.autograd.Function):
         ctx.layout, ctx.dtype, ctx.shape, ctx.x_dtype = layout, dtype, x.shape, x.dtype
         outputs = []
         for (splits, silu), latent, up, bias in zip(layout, latent_NR.split([d.shape[0] for d in downs], 1), ups, biases, strict=True):
-            up_parts = up.split(splits)
             bias_parts = (None,) * len(splits) if bias is None else bias.split(splits)
-            for part, bias_part in zip(up_parts, bias_parts, strict=True):
-                output = _expand(latent, part, bias_part, silu)
-                remember(output, _expand, latent, part, bias_part, silu)
+            for stop, size, bias_part in zip(accumulate(splits), splits, bias_parts, strict=True):
+                rows = slice(stop - size, stop)
+                output = _expand(latent, up, rows, bias_part, silu)
+                remember(output, _expand, latent, up, rows, bias_part, silu)
                 outputs.append(output.view(*x.shape[:-1], -1))
         return tuple(outputs)
 
@@ -84,7 +86,7 @@ class _LowRank(torch.autograd.Function):
         for index, (splits, silu) in enumerate(ctx.layout):
             own, remaining = remaining[: len(splits)], remaining[len(splits) :]
             latent, grad_latent = latent_NR.split(ranks, 1)[index], grad_latent_NR.split(ranks, 1)[index]
-            _gradient_of_latent(grad_latent, own, ups[index].to(ctx.dtype).split(splits))
+            _gradient_of_latent(grad_latent, own, dense(ups[index], ctx.dtype).split(splits))
             if needs[3 + 3 * index + 1]:
                 hidden = F.silu(latent) if silu else latent
                 grad_up = latent.new_empty(sum(splits), ranks[index])
@@ -106,13 +108,13 @@ class _LowRank(torch.autograd.Function):
 
 def _stack(downs: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """(R, I) in `dtype`."""
-    return downs[0].to(dtype) if len(downs) == 1 else torch.cat([down.to(dtype) for down in downs])
+    return dense(downs[0], dtype) if len(downs) == 1 else torch.cat([dense(down, dtype) for down in downs])
 
 
-def _expand(latent_NR: torch.Tensor, up: torch.Tensor, bias: torch.Tensor | None, silu: bool) -> torch.Tensor:
-    """(N, rank) -> (N, O) in the dtype of the latents."""
+def _expand(latent_NR: torch.Tensor, up: torch.Tensor, rows: slice, bias: torch.Tensor | None, silu: bool) -> torch.Tensor:
+    """(N, rank) -> (N, O) by `rows` of `up`, in the dtype of the latents."""
     hidden = F.silu(latent_NR) if silu else latent_NR
-    return F.linear(hidden, up.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
+    return F.linear(hidden, dense_rows(up, rows, hidden.dtype), None if bias is None else bias.to(hidden.dtype))
 
 
 def _gradient_of_latent(grad_latent: torch.Tensor, grads: Sequence[torch.Tensor], ups: Sequence[torch.Tensor]) -> None:

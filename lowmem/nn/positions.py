@@ -27,19 +27,21 @@ class RotaryTable:
         self._key: tuple | None = None
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def get(self, start: int, length: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def get(self, start: int | tuple[int, ...], length: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tables for the positions start .. start + length - 1.
 
+        Args:
+            start: one for all sequences, or one for each of B.
         Returns:
-            cos and sin, each (length, 1, head_dim / 2) in the dtype and on the device of `like`.
+            cos and sin, each (length, 1, head_dim / 2), or (B, length, 1, head_dim / 2), in the dtype and on the device of `like`.
         """
         key = (start, length, like.dtype, like.device)
         if self._key == key and self._tables is not None and not is_fake(like):
             return self._tables
         wide = torch.promote_types(like.dtype, torch.float32)
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=like.device) / self.head_dim
-        positions = torch.arange(start, start + length, dtype=torch.float64, device=like.device)
-        angles = torch.outer(positions, self.theta**-exponents).to(wide).unsqueeze(1)
+        positions = token_positions(start, length, like.device).double()
+        angles = (positions.unsqueeze(-1) * self.theta**-exponents).to(wide).unsqueeze(-2)
         tables = angles.cos().to(like.dtype), angles.sin().to(like.dtype)
         if not is_fake(like):  # a fake tensor must not outlive the dry run that made it
             self._key, self._tables = key, tables
@@ -79,7 +81,7 @@ def rotate(x_BTHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
     Args:
         x_BTHD: queries or keys.
-        cos, sin: (T, 1, D / 2) from `RotaryTable.get`.
+        cos, sin: (T, 1, D / 2) or (B, T, 1, D / 2) from `RotaryTable.get`.
     Returns:
         (B, H, T, D), contiguous.
     Memory: one tensor like `x_BTHD`; saves nothing but the tables.
@@ -124,13 +126,16 @@ class LearnedPositions(nn.Module):
         self.weight = nn.Parameter(torch.empty(max_seq_len, dim))
         nn.init.normal_(self.weight, std=std)
 
-    def forward(self, hidden_BTD: torch.Tensor, start: int, segments_BT: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, hidden_BTD: torch.Tensor, start: int | tuple[int, ...], segments_BT: torch.Tensor | None = None) -> torch.Tensor:
         """Add the vectors of positions start .. start + T - 1, or of those that begin anew with each segment.
 
+        Args:
+            start: one for all sequences, or one for each.
         Raises:
             ConfigError: a position lies beyond the table.
         """
-        stop, length = start + hidden_BTD.shape[1], self.weight.shape[0]
+        last = start if isinstance(start, int) else max(start)
+        stop, length = last + hidden_BTD.shape[1], self.weight.shape[0]
         if stop > length:
             raise ConfigError(
                 f"a sequence of {stop} tokens, but the learned positions end at model.max_seq_len = {length}; "
@@ -138,7 +143,16 @@ class LearnedPositions(nn.Module):
             )
         if segments_BT is not None:
             return hidden_BTD + torch.nn.functional.embedding(segment_positions(segments_BT), self.weight)
-        return hidden_BTD + self.weight[start:stop]
+        if isinstance(start, int):
+            return hidden_BTD + self.weight[start:stop]
+        return hidden_BTD + torch.nn.functional.embedding(token_positions(start, hidden_BTD.shape[1], self.weight.device), self.weight)
+
+
+def token_positions(start: int | tuple[int, ...], time: int, device: torch.device) -> torch.Tensor:
+    """int64 positions of `time` tokens that follow `start` others: (T,), or (B, T) if each sequence starts elsewhere."""
+    if isinstance(start, int):
+        return torch.arange(start, start + time, device=device)
+    return torch.tensor(start, device=device).unsqueeze(1) + torch.arange(time, device=device)
 
 
 def segment_positions(segments_BT: torch.Tensor) -> torch.Tensor:

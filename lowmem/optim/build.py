@@ -11,6 +11,7 @@ from lowmem.config import OptimConfig
 from lowmem.errors import ConfigError
 from lowmem.nn.lorpt import LoRPtLinear
 from lowmem.nn.positions import LearnedPositions
+from lowmem.nn.quantized import QuantizedWeight
 from lowmem.optim.adamw import AdamW
 from lowmem.optim.lion import Lion
 from lowmem.optim.low_bit import LowBitOptimizer
@@ -42,7 +43,7 @@ def build_optimizer(
         return _bitsandbytes_optimizer(groups, optim)
     if offload and optim.state_bits == 32:
         return _deepspeed_cpu_optimizer(groups, optim)
-    narrow = any(parameter.dtype != torch.float32 for group in groups for parameter in group["params"])
+    narrow = any(p.dtype != torch.float32 or isinstance(p, QuantizedWeight) for group in groups for p in group["params"])
     if partial or narrow or optim.state_bits != 32:
         own: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "state_bits": optim.state_bits, "seed": seed}
         return AdamW(groups, eps=optim.eps, **own) if optim.name == "adamw" else Lion(groups, **own)

@@ -1,4 +1,4 @@
-"""What AdamW and Lion share: states of 32, 8 or 4 bits, weights of 32 or 16, and updates of parts of a tensor."""
+"""What AdamW and Lion share: states of 32, 8 or 4 bits, weights of 32, 16, 8 or 4, and updates of parts of a tensor."""
 
 import inspect
 from abc import abstractmethod
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lowmem.nn.quantized import QuantizedWeight
 from lowmem.optim.kernels.formats import BLOCK, FORMATS, MIN_QUANTIZED_NUMEL, StateBits, scale_count
 from lowmem.optim.kernels.operator import optimizer_step_
 from lowmem.optim.kernels.scalars import StepScalars, mix_key
@@ -23,7 +24,7 @@ _ADD_PARAM_GROUP, _ZERO_GRAD, _LOAD_STATE_DICT = (
 class LowBitOptimizer(torch.optim.Optimizer):
     """An ordinary optimizer whose states are codes and scales; see `lowmem.optim.kernels.formats`.
 
-    bf16 and fp16 weights are rounded stochastically and have no master copy. Random numbers depend on the seed, the step and the
+    bf16, fp16 and quantised weights are rounded stochastically and have no master copy. Random numbers depend on the seed, the step and the
     position of the parameter alone, so a resumed run draws the same ones.
     """
 
@@ -95,26 +96,39 @@ class LowBitOptimizer(torch.optim.Optimizer):
         if (start + count) % BLOCK and start + count != parameter.numel():
             raise ValueError(f"the update ends at {start + count}, must end at a multiple of {BLOCK} or at the end ({parameter.numel()})")
         self._check_state(parameter)
-        if parameter.is_contiguous() and grad.is_contiguous():
-            self._update_flat(parameter, parameter.detach().view(-1)[start : start + count], grad.view(-1), start, grad_scale)
+        quantized = isinstance(parameter, QuantizedWeight)
+        if grad.is_contiguous() and (quantized or parameter.is_contiguous()):
+            weights = None if quantized else parameter.detach().view(-1)[start : start + count]
+            self._update_flat(parameter, weights, grad.view(-1), start, grad_scale)
             return
         for first in range(0, count, _STAGED_NUMBERS):
             last = min(first + _STAGED_NUMBERS, count)
-            weights, gradients = parameter.new_empty(last - first), grad.new_empty(last - first)
-            _copy_range(parameter.detach(), start + first, weights)
+            gradients = grad.new_empty(last - first)
             _copy_range(grad, first, gradients)
+            if quantized:
+                self._update_flat(parameter, None, gradients, start + first, grad_scale)
+                continue
+            weights = parameter.new_empty(last - first)
+            _copy_range(parameter.detach(), start + first, weights)
             self._update_flat(parameter, weights, gradients, start + first, grad_scale)
             _copy_range(parameter.detach(), start + first, weights, back=True)
 
-    def _update_flat(self, parameter: torch.Tensor, weights: torch.Tensor, grad: torch.Tensor, start: int, grad_scale: float) -> None:
-        if not weights.numel():
+    def _update_flat(
+        self, parameter: torch.Tensor, weights: torch.Tensor | None, grad: torch.Tensor, start: int, grad_scale: float
+    ) -> None:
+        """Update the numbers from `start` on, of which `weights` is a view or a copy; None: those of a quantised parameter."""
+        count, weight_scale = grad.numel(), None
+        if not count:
             return
+        if weights is None:
+            assert isinstance(parameter, QuantizedWeight)
+            weights, weight_scale = parameter.blocks(start, count)
         state, group = self.state[parameter], self._groups[parameter]
         bits = self.bits_of(parameter)
         key = mix_key(self.seed, state["step"], self._positions[parameter])
         scalars = self.scalars(group, state["step"], grad_scale=grad_scale, key=key, offset=start)
-        per_number = slice(start, start + weights.numel())
-        blocks = slice(start // BLOCK, scale_count(start + weights.numel()))
+        per_number = slice(start, start + count)
+        blocks = slice(start // BLOCK, scale_count(start + count))
         codes = per_number if bits == 32 else slice(blocks.start * BLOCK * bits // 8, blocks.stop * BLOCK * bits // 8)
 
         def part(name: str, which: slice) -> torch.Tensor | None:
@@ -123,7 +137,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
         exp_avg = part("exp_avg", codes)
         assert exp_avg is not None
         scales = part("exp_avg_scale", blocks), part("exp_avg_sq_scale", blocks)
-        optimizer_step_(weights, grad, exp_avg, part("exp_avg_sq", codes), *scales, scalars, bits)
+        optimizer_step_(weights, grad, exp_avg, part("exp_avg_sq", codes), *scales, scalars, bits, weight_scale)
 
     def _check_state(self, parameter: torch.Tensor) -> None:
         """Kernels trust the sizes of states: a width that was changed after the first step must not reach them."""

@@ -148,7 +148,7 @@ def _on_cpu(config: RunConfig) -> RunConfig:
 
     config = deepcopy(config)
     config.device = "cpu"
-    config.train.precision = "bf16" if config.train.precision == "fp16" else config.train.precision
+    config.train.precision = "bf16" if config.train.precision in ("fp16", "fp8") else config.train.precision
     config.train.weight_dtype = "bf16" if config.train.weight_dtype == "fp16" else config.train.weight_dtype
     return config
 

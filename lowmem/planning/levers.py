@@ -56,14 +56,15 @@ def lever(**settings: object) -> Lever:
 def levers(config: RunConfig) -> list[Lever]:
     """What would take less memory than `config`, one change each; none that is in force or not possible."""
     layerwise = {"train__update": "layerwise", "train__activation_checkpointing": "block"}
-    narrow = {"train__precision": config.train.precision, "train__weight_dtype": config.train.precision}
+    stored = "bf16" if config.train.precision == "fp8" else config.train.precision
+    narrow = {"train__precision": config.train.precision, "train__weight_dtype": stored}
     candidates = [
         lever(train__micro_batch_size=1),
         lever(train__activation_checkpointing="block"),
         lever(**layerwise),
         lever(optim__state_bits=8, optim__backend="lowmem"),
         lever(optim__state_bits=4, optim__backend="lowmem"),
-        lever(**narrow) if config.train.precision in ("bf16", "fp16") else lever(),
+        lever(**narrow) if stored in ("bf16", "fp16") and config.train.weight_dtype == "fp32" else lever(),
         lever(train__loss_chunk_tokens=256),
         lever(engine__offload="cpu", engine__zero_stage=2) if config.engine.name == "deepspeed" else lever(),
     ]

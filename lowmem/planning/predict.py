@@ -13,6 +13,7 @@ from lowmem.engine.deepspeed_config import build_deepspeed_config, zero_stage
 from lowmem.errors import ConfigError
 from lowmem.memory.block_cache import block_cache_library
 from lowmem.models.base import LanguageModel
+from lowmem.nn.quantized import stored_bytes
 from lowmem.planning.base_cost import Base, data_bytes, measured_base
 from lowmem.planning.cuda_allocator import CudaAllocator
 from lowmem.planning.host_allocator import HostAllocator
@@ -159,7 +160,7 @@ def _on_cuda(config: RunConfig, trace: Trace, model: LanguageModel, world_size: 
     peaks = replay(trace, CudaAllocator(limit), {"allocated": "allocated_bytes", "reserved": "reserved_bytes"}, offloaded)
     allocated, reserved = (peaks[name].plus("workspace", CUBLAS_WORKSPACE_BYTES) for name in ("allocated", "reserved"))
     host = Peaks(dict.fromkeys(allocated.by_phase, 0))
-    host.by_phase["load"] = 4 * model.num_parameters() if config.train.weight_dtype == "fp32" else 2 * model.num_parameters()
+    host.by_phase["load"] = stored_bytes(model.parameters())
     host.components = {"weights": host.by_phase["load"]}
     if offloaded:
         host = host.plus("activations", max(live_peaks(trace, {offloaded}, pinned_bytes).values()))

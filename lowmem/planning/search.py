@@ -119,7 +119,7 @@ def _candidates(config: RunConfig, margin: float) -> Iterator[Candidate]:
 
 def _levels(config: RunConfig) -> list[Settings]:
     """From what the configuration asks for to the narrowest; every level includes those before it."""
-    bits, narrow = config.optim.state_bits, config.train.precision
+    bits, narrow = config.optim.state_bits, "bf16" if config.train.precision == "fp8" else config.train.precision
     levels: list[Settings] = [()]
     levels += [(("optim.backend", "lowmem"), ("optim.state_bits", width)) for width in (8, 4) if width < bits]
     if config.train.weight_dtype == "fp32" and narrow != "fp32":

@@ -41,6 +41,8 @@ def trace_run(config: RunConfig, world_size: int = 1) -> tuple[Trace, LanguageMo
     micro_batch_size = resolve_micro_batch_size(config, 1)
     precision = config.train.precision
     assert precision != "auto"
+    if precision == "fp8":
+        precision = "bf16"  # what it keeps in memory; fp8 copies are smaller and live as long as one product
     with meta, trace, pretend_device(config.device), listen(trace.mark):
         with trace.phase("load"):
             model = build_configured_model(config)

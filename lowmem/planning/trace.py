@@ -15,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem.fake import repeats
+from lowmem.nn.quantized import QuantizedWeight, stored_tensors
 
 _aten = torch.ops.aten
 _ITEM = _aten._local_scalar_dense.default
@@ -104,12 +105,14 @@ class Trace(TorchDispatchMode):
 
     def mark(self, tensors: Any, category: str) -> None:
         """Say what the storages of `tensors` hold."""
-        for tensor in tensors:
+        for tensor in (part for whole in tensors for part in stored_tensors({"": whole}).values()):
             number = self._numbers.get(tensor.untyped_storage()._cdata)
             if number is not None:
                 self.storages[number].category = category
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if any(issubclass(kind, QuantizedWeight) for kind in types):
+            return NotImplemented  # comes back as operations on its codes
         if func is _ITEM:
             return True if args[0].dtype == torch.bool else 1.0  # a finite loss, a norm, "all targets are predicted"
         out = func(*args, **(kwargs or {}))

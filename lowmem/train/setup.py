@@ -158,7 +158,7 @@ def resolve(config: RunConfig, data: PreparedData, device: torch.device) -> RunC
     config.model.max_seq_len = config.max_seq_len()
     config.train.precision = resolve_precision(config.train.precision, device)
     stored = config.train.weight_dtype
-    if stored in ("bf16", "fp16") and config.train.precision != stored:
+    if stored in ("bf16", "fp16") and config.train.precision != stored and (stored, config.train.precision) != ("bf16", "fp8"):
         raise ConfigError(
             f"train.weight_dtype={stored} needs a device that computes in {stored}, {device.type} here resolves to "
             f"{config.train.precision}; use train.weight_dtype=fp32, or train.precision={stored} to accept slow emulation"

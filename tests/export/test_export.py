@@ -210,9 +210,11 @@ def test_learned_positions_end_with_a_message():
 
 
 def test_a_full_folder_is_refused_unless_told_otherwise(tmp_path):
-    (tmp_path / "out").mkdir()
+    run = make_run(SHAPES["i3"][0], CHUNKS)
+    export_run_model(run, tmp_path / "out")
     (tmp_path / "out" / "mine.txt").write_text("x")
     with pytest.raises(ConfigError, match="which is not empty; choose another folder, or --overwrite"):
-        export_run_model(make_run({}), tmp_path / "out")
+        export_run_model(run, tmp_path / "out")
     export_run_model(make_run({}), tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "mine.txt").exists()
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left == {"mine.txt", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}

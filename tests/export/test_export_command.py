@@ -25,7 +25,8 @@ def test_it_says_what_it_wrote_and_how_to_use_it(run_dir, tmp_path, capsys):
     out = tmp_path / "out"
     assert export(run_dir, out, "--dtype=fp16", "--checkpoint=0") == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith(f"{out}: a plain Llama directory; ") and "parameters, " in said[0]
+    assert said[0].startswith(f"{out}: a plain Llama directory; ")
+    assert "parameters, " in said[0]
     assert said[-1] == f'from transformers import pipeline; pipeline("text-generation", model="{out}")("Once")'
     assert {entry["dtype"] for name, entry in read_header(out / "model.safetensors").items() if name != "__metadata__"} == {"F16"}
     assert sorted(path.name for path in out.iterdir()) == [
@@ -57,7 +58,8 @@ def test_it_says_why_a_directory_carries_code(run_dir, tmp_path, capsys):
 def test_bad_usage_is_one_line(option, code, message, run_dir, tmp_path, capsys):
     assert export(run_dir, tmp_path / "out", option) == code
     said = capsys.readouterr().err
-    assert message in said and len(said.splitlines()) == 1
+    assert message in said
+    assert len(said.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 

@@ -193,7 +193,7 @@ def test_a_run_of_lowmem_is_a_base(chat, tmp_path, capsys):
     arguments = ["finetune", "--quiet", f"--base={run}", f"--data={chat}", f"--out={tmp_path / 'out'}", "--seq_len=96", "--steps=2"]
     assert main([*arguments, "--batch_size=2"]) == 0
     assert json.loads((tmp_path / "out/result.json").read_text())["trainable"] > 0
-    assert (tmp_path / "out/merged/tokenization_lowmem.py").is_file()
+    assert (tmp_path / "out/merged/tokenizer.json").is_file()
     assert main([*arguments[:-3], f"--out={tmp_path / 'none'}", "--budget.ram=100MiB"]) == 3
     assert "budget.ram is 100MiB; use method=qlora" in capsys.readouterr().err
     assert main(["finetune", f"--base={tmp_path}", f"--data={chat}"]) == 2

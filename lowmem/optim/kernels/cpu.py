@@ -13,7 +13,7 @@ from lowmem.optim.kernels import reference
 from lowmem.optim.kernels.scalars import StepScalars
 
 ISAS = ("baseline", "avx2", "avx512")
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
 _FLOATS = ("step_size", "decay", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "rsqrt_correction2", "grad_scale")
 
 
@@ -28,9 +28,10 @@ def library() -> ctypes.CDLL | None:
         path = Path(__file__).with_name("_cpu" + suffix)
         if path.is_file():
             try:
-                return ctypes.CDLL(str(path))
+                kernels = ctypes.CDLL(str(path))
             except OSError:
                 return None
+            return kernels if hasattr(kernels, "lowmem_update") else None  # of an earlier version
     return None
 
 
@@ -67,8 +68,9 @@ def step_(
     exp_avg_sq_scale: torch.Tensor | None,
     scalars: StepScalars,
     bits: int,
+    param_scale: torch.Tensor | None = None,
 ) -> None:
-    """See `lowmem.optim.kernels.reference.step_`; fp16 weights and missing kernels run that one.
+    """See `lowmem.optim.kernels.reference.step_`; fp16 and missing kernels run that one.
 
     Memory: 3 KiB of stack per thread.
     """
@@ -76,13 +78,14 @@ def step_(
     if kernels is None:
         _warn_once()
     if kernels is None or param.dtype not in _DTYPES or grad.dtype not in _DTYPES:
-        reference.step_(param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, scalars, bits)
+        reference.step_(param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, scalars, bits, param_scale)
         return
     numbers = _Scalars(*(getattr(scalars, name) for name in _FLOATS), scalars.key, scalars.offset)
-    failed = kernels.lowmem_step(
+    failed = kernels.lowmem_update(
         isa(), torch.get_num_threads(), int(exp_avg_sq is None), bits, _DTYPES[param.dtype], _DTYPES[grad.dtype],
-        _pointer(param), _pointer(grad), _pointer(exp_avg), _pointer(exp_avg_scale), _pointer(exp_avg_sq), _pointer(exp_avg_sq_scale),
-        ctypes.c_int64(param.numel()), ctypes.byref(numbers),
+        _pointer(param), _pointer(param_scale), _pointer(grad),
+        _pointer(exp_avg), _pointer(exp_avg_scale), _pointer(exp_avg_sq), _pointer(exp_avg_sq_scale),
+        ctypes.c_int64(grad.numel()), ctypes.byref(numbers),
     )  # fmt: skip
     assert not failed
 

@@ -16,16 +16,16 @@ from lowmem.optim.kernels.scalars import StepScalars
 _LIBRARY = torch.library.Library("lowmem", "FRAGMENT")
 _LIBRARY.define(
     "optimizer_step(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!)? exp_avg_sq, Tensor(d!)? exp_avg_scale, "
-    "Tensor(e!)? exp_avg_sq_scale, float[] floats, int key, int offset, int bits) -> ()"
+    "Tensor(e!)? exp_avg_sq_scale, float[] floats, int key, int offset, int bits, Tensor(f!)? param_scale=None) -> ()"
 )
 
 
 def _register(key: str, kernels: Callable[[], Callable[..., None]]) -> None:
     """Run `kernels()` for tensors of a dispatch key."""
 
-    def run(param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, floats, key, offset, bits):  # type: ignore[no-untyped-def]
+    def run(param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, floats, key, offset, bits, param_scale=None):  # type: ignore[no-untyped-def]
         scalars = StepScalars(*floats, key, offset)  # type: ignore[call-arg]
-        kernels()(param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, scalars, bits)
+        kernels()(param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, scalars, bits, param_scale)
 
     _LIBRARY.impl("optimizer_step", run, key)
 
@@ -57,8 +57,10 @@ def optimizer_step_(
     exp_avg_sq_scale: torch.Tensor | None,
     scalars: StepScalars,
     bits: int,
+    param_scale: torch.Tensor | None = None,
 ) -> None:
     """One step on one tensor, in place, by the kernels of its device; see `lowmem.optim.kernels.reference.step_`."""
     *floats, key, offset = astuple(scalars)
     numbers: Sequence[float] = floats
-    torch.ops.lowmem.optimizer_step(param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, numbers, key, offset, bits)
+    states = exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale
+    torch.ops.lowmem.optimizer_step(param, grad, *states, numbers, key, offset, bits, param_scale)

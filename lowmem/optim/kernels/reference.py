@@ -7,6 +7,7 @@ position of a number and a key, so that every implementation draws the same ones
 
 import torch
 
+from lowmem.nn.weight_codes import WeightBits, decode, encode, pack, unpack
 from lowmem.optim.kernels.formats import BLOCK, FORMATS, Format, scale_count
 from lowmem.optim.kernels.scalars import StepScalars
 
@@ -27,17 +28,6 @@ def random_bits(key: int, start: int, count: int, device: torch.device | None = 
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
     return x ^ (x >> 16)
-
-
-def pack(codes: torch.Tensor) -> torch.Tensor:
-    """(blocks, 128) codes in [0, 15] -> (blocks, 64) bytes."""
-    low, high = codes.to(torch.uint8).split(BLOCK // 2, dim=1)
-    return low | (high << 4)
-
-
-def unpack(packed: torch.Tensor) -> torch.Tensor:
-    """(blocks, 64) bytes -> (blocks, 128) codes in [0, 15]."""
-    return torch.cat([packed & 15, packed >> 4], dim=1)
 
 
 def decode_signed(stored: torch.Tensor, scale: torch.Tensor, fmt: Format) -> torch.Tensor:
@@ -149,27 +139,30 @@ def step_(
     exp_avg_sq_scale: torch.Tensor | None,
     scalars: StepScalars,
     bits: int,
+    param_scale: torch.Tensor | None = None,
 ) -> None:
     """One step of AdamW, or of Lion if there is no `exp_avg_sq`, in place.
 
     Args:
-        param: (n,) fp32, bf16 or fp16, contiguous.
+        param: (n,) fp32, bf16 or fp16, contiguous; or codes as in `lowmem.nn.weight_codes`, which are decoded, updated and rounded at
+            random.
         grad: (n,) fp32, bf16 or fp16, contiguous; read only.
         exp_avg, exp_avg_sq: codes as in `formats`, or (n,) fp32 for 32 bits.
         exp_avg_scale, exp_avg_sq_scale: (blocks,) fp32; None for 32 bits.
         scalars: the numbers of this step.
-        bits: 32, 8 or 4.
+        bits: of the states: 32, 8 or 4.
+        param_scale: (blocks,) fp32, where `param` holds codes.
     Memory: temporaries of 32 Ki numbers.
     """
-    numel = param.numel()
+    numel = grad.numel()
     for first in range(0, scale_count(numel), CHUNK_BLOCKS):
         blocks = slice(first, min(first + CHUNK_BLOCKS, scale_count(numel)))
         numbers = slice(first * BLOCK, min(blocks.stop * BLOCK, numel))
-        _step_chunk(param[numbers], grad[numbers], exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, scalars, bits, blocks, numbers)
+        _step_chunk(param, grad[numbers], exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, scalars, bits, blocks, numbers, param_scale)
 
 
-def _step_chunk(param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, scalars, bits, blocks, numbers):  # type: ignore[no-untyped-def]
-    count, live = (blocks.stop - blocks.start) * BLOCK, param.numel()
+def _step_chunk(param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, scalars, bits, blocks, numbers, param_scale):  # type: ignore[no-untyped-def]
+    count, live = (blocks.stop - blocks.start) * BLOCK, grad.numel()
     fmt = FORMATS.get(bits)
     noise = random_bits((scalars.key + scalars.offset * 0x9E3779B9) & _MASK, numbers.start, count, param.device)
     if fmt is None:
@@ -183,11 +176,21 @@ def _step_chunk(param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scal
         else:
             v = None
         m, v = m[:live], None if v is None else v[:live]
-    if v is None:
-        new_p, new_m = lion_formula(param.float(), grad.float(), m, scalars)
+    if param_scale is None:
+        weights = param[numbers].float()
     else:
-        new_p, new_m, new_v = adamw_formula(param.float(), grad.float(), m, v, scalars)
-    param.copy_(round_to(new_p, noise[:live], param.dtype))
+        codes = param.view(param_scale.numel(), -1)[blocks]
+        weights = decode(codes, param_scale[blocks]).flatten()[:live]
+    if v is None:
+        new_p, new_m = lion_formula(weights, grad.float(), m, scalars)
+    else:
+        new_p, new_m, new_v = adamw_formula(weights, grad.float(), m, v, scalars)
+    if param_scale is None:
+        param[numbers] = round_to(new_p, noise[:live], param.dtype)
+    else:
+        bits_of_weight: WeightBits = 8 if param.dtype == torch.int8 else 4
+        new_codes, param_scale[blocks] = encode(_whole_blocks(new_p, count), noise.view(-1, BLOCK), bits_of_weight)
+        codes.copy_(new_codes)
     if fmt is None:
         exp_avg[numbers] = new_m
         if v is not None:

@@ -124,11 +124,28 @@ def _encode_unsigned(value, random, UNSIGNED_MAX: tl.constexpr, SHIFT: tl.conste
     return tl.minimum(tl.maximum(code, 0), UNSIGNED_MAX), tl.where(live, largest, 0.0)
 
 
-@_jit(do_not_specialize=["numel", "key"], do_not_specialize_on_alignment=["exp_avg_scale", "exp_avg_sq_scale"])
+@_jit()
+def _decode_weight(code, scale, BITS: tl.constexpr):
+    return (code if BITS == 8 else code - 8).to(tl.float32) * scale
+
+
+@_jit()
+def _encode_weight(value, random, BITS: tl.constexpr):
+    top = 127 if BITS == 8 else 7
+    absmax = tl.max(tl.abs(value), axis=1, keep_dims=True)
+    live = (absmax >= 2.0**-126 * top) & (absmax < float("inf"))
+    inverse = tl.where(live, tl.div_rn(top * 1.0, absmax), 0.0)
+    units = tl.where(live, value * inverse, 0.0)
+    code = tl.floor(units + ((random & 0xFFFF).to(tl.float32) + 0.5) * 2.0**-16).to(tl.int32)
+    code = tl.minimum(tl.maximum(code, -top), top)
+    return (code if BITS == 8 else code + 8), tl.where(live, tl.div_rn(absmax, top * 1.0), 0.0)
+
+
+@_jit(do_not_specialize=["numel", "key"], do_not_specialize_on_alignment=["param_scale", "exp_avg_scale", "exp_avg_sq_scale"])
 def _step(
-    param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, numel, key,
+    param, param_scale, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, numel, key,
     step_size, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, rsqrt_correction2, grad_scale,
-    LION: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr,
+    LION: tl.constexpr, BITS: tl.constexpr, WEIGHT_BITS: tl.constexpr, ROWS: tl.constexpr,
     SIGNED_MAX: tl.constexpr, UNSIGNED_MAX: tl.constexpr, SHIFT: tl.constexpr, BASE: tl.constexpr,
 ):  # fmt: skip
     first_block = tl.program_id(0).to(tl.int64) * ROWS
@@ -137,7 +154,12 @@ def _step(
     inside = row * 128 + column
     live, live_row = inside < numel - first, row * 128 < numel - first
     random = _random_bits(key, first + inside)
-    p_old = _load_numbers(param + first + inside, live)
+    if WEIGHT_BITS == 32:
+        p_old = _load_numbers(param + first + inside, live)
+    else:
+        p_codes, p_scale = param + first * WEIGHT_BITS // 8, param_scale + first_block + row
+        p_old = _load_codes(p_codes, row, column, live_row, WEIGHT_BITS)
+        p_old = _decode_weight(p_old, tl.load(p_scale, mask=live_row, other=0), WEIGHT_BITS)
     g = _load_numbers(grad + first + inside, live) * grad_scale
     if BITS == 32:
         m_old = _load_numbers(exp_avg + first + inside, live)
@@ -177,7 +199,13 @@ def _step(
         m_code, scale = _encode_signed(tl.where(live, m, 0.0), SIGNED_MAX, BITS)
         _store_codes(m_codes, m_code, row, column, live_row, BITS)
         tl.store(m_scale, scale, mask=live_row)
-    tl.store(param + first + inside, _round_to(tl.where(finite, p, p_old), random, param.dtype.element_ty), mask=live)
+    p = tl.where(finite, p, p_old)
+    if WEIGHT_BITS == 32:
+        tl.store(param + first + inside, _round_to(p, random, param.dtype.element_ty), mask=live)
+    else:
+        p_code, scale = _encode_weight(tl.where(live, p, 0.0), random, WEIGHT_BITS)
+        _store_codes(p_codes, p_code, row, column, live_row, WEIGHT_BITS)
+        tl.store(p_scale, scale, mask=live_row)
 
 
 def step_(
@@ -189,14 +217,15 @@ def step_(
     exp_avg_sq_scale: torch.Tensor | None,
     scalars: StepScalars,
     bits: int,
+    param_scale: torch.Tensor | None = None,
 ) -> None:
     """See `lowmem.optim.kernels.reference.step_`, which runs, after one warning, where Triton is missing or cannot start the kernel.
 
     Memory: none.
     """
-    if not param.numel():
+    if not grad.numel():
         return
-    arguments = (param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, scalars, bits)
+    arguments = (param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, scalars, bits, param_scale)
     if param.device not in _without_kernel:
         try:
             _launch(*arguments)
@@ -212,17 +241,18 @@ def _problem(error: Exception) -> str:
     return f"{error}; the plain PyTorch definition of the optimizer step runs instead, many times slower; install {remedy}"
 
 
-def _launch(param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, scalars, bits):
+def _launch(param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, scalars, bits, param_scale=None):
     if triton is None:
         raise ModuleNotFoundError("Triton is not installed")
     key = (scalars.key + scalars.offset * 0x9E3779B9) & 0xFFFFFFFF
     key -= (key >> 31) << 32  # an int32 of the same bits: one kernel for every key
     fmt = FORMATS.get(bits)
     numbers = (fmt.signed_max, fmt.unsigned_max, fmt.shift, fmt.base) if fmt else (0, 0, 0, 0)
-    grid = (-(-scale_count(param.numel()) // BLOCKS_PER_PROGRAM),)
+    weight_bits = 32 if param_scale is None else 8 if param.dtype == torch.int8 else 4
+    grid = (-(-scale_count(grad.numel()) // BLOCKS_PER_PROGRAM),)
     with torch.cuda.device_of(param):
         _step[grid](
-            param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, param.numel(), key,
-            *(getattr(scalars, name) for name in _FLOATS), exp_avg_sq is None, bits, BLOCKS_PER_PROGRAM, *numbers,
+            param, param_scale, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, grad.numel(), key,
+            *(getattr(scalars, name) for name in _FLOATS), exp_avg_sq is None, bits, weight_bits, BLOCKS_PER_PROGRAM, *numbers,
             num_warps=4, enable_fp_fusion=False, sanitize_overflow=False,  # the hash is meant to wrap
         )  # fmt: skip

@@ -1,5 +1,6 @@
 """The C++ kernels equal the definition to the last bit, whatever the instruction set and the number of threads; what they cost."""
 
+import itertools
 import math
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from lowmem.memory.procfs import status_bytes
+from lowmem.nn.quantized import quantize
 from lowmem.optim.kernels import cpu, reference
 from lowmem.optim.kernels.formats import BLOCK, FORMATS, scale_count
 from lowmem.optim.kernels.scalars import StepScalars, adamw_scalars, lion_scalars
@@ -93,6 +95,25 @@ def test_every_instruction_set_equals_the_definition(name, bits, numel, monkeypa
                 monkeypatch.setattr(cpu, "isa", lambda isa=isa: isa)
                 found = trajectory(cpu.step_, name, bits, param, grads)
                 assert all(map(torch.equal, found, expected)), (cpu.ISAS[isa], param_dtype, grad_dtype)
+
+
+@compiled
+@pytest.mark.parametrize("weight_bits", [8, 4])
+@EVERY_FORM
+def test_quantised_weights_equal_the_definition(name, bits, weight_bits, monkeypatch):
+    for numel, dtype in itertools.product((1, 129, 9000), DTYPES):
+        start = quantize(random_weights(numel, seed=1) * (torch.arange(numel) % 300 > BLOCK), weight_bits)
+
+        def update(step_, start=start, numel=numel, dtype=dtype) -> list[torch.Tensor]:
+            codes, scale, states = start.codes.clone(), start.scale.clone(), new_states(name, bits, numel)
+            for step in (1, 2, 3):
+                step_(codes, gradient(numel, step, dtype), *states, scalars_of(name, step), bits, scale)
+            return [tensor.view(torch.uint8) for tensor in (codes, scale, *states) if tensor is not None]
+
+        expected = update(reference.step_)
+        for isa in isas():
+            monkeypatch.setattr(cpu, "isa", lambda isa=isa: isa)
+            assert all(map(torch.equal, update(cpu.step_), expected)), (cpu.ISAS[isa], numel, dtype)
 
 
 @compiled

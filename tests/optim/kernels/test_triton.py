@@ -14,6 +14,7 @@ import warnings
 import pytest
 import torch
 
+from lowmem.nn.quantized import quantize
 from lowmem.optim.kernels import reference
 from lowmem.optim.kernels import triton as kernels
 from lowmem.optim.kernels.formats import BLOCK, FORMATS
@@ -135,6 +136,23 @@ def test_any_codes(name, bits):
     assert bits == 32 or FORMATS[bits].code_bytes(1100) > 1100 * bits // 8
     grads = [gradient(1100, step, torch.bfloat16) for step in (1, 2)]
     assert_equal_steps(name, bits, random_weights(1100, seed=7), grads, states=any_codes(name, bits, 1100))
+
+
+@interpreted
+@pytest.mark.parametrize("weight_bits", [8, 4])
+@EVERY_FORM
+def test_quantised_weights(name, bits, weight_bits):
+    """Gradients that make the weights of a block huge, none that are zero, and the last block cut short."""
+    numel = 9 * BLOCK + 50
+    weight = quantize(random_weights(numel, seed=1) * (torch.arange(numel) > BLOCK), weight_bits)
+    pairs = [[tensor.clone() for tensor in (weight.codes, weight.scale)] for _ in range(2)]
+    states = [new_states(name, bits, numel) for _ in range(2)]
+    for step in (1, 2, 3):
+        for step_, (codes, scale), own in zip((kernels.step_, reference.step_), pairs, states, strict=True):
+            step_(codes, gradient(numel, step, DTYPES[bits % 3]), *own, scalars_of(name, step), bits, scale)
+    for one, other in zip([*pairs[0], *states[0]], [*pairs[1], *states[1]], strict=True):
+        assert one is other is None or torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+    assert not torch.equal(pairs[0][0], weight.codes)
 
 
 def weights_at_the_edges() -> torch.Tensor:

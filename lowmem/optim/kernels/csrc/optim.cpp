@@ -1,5 +1,6 @@
-// AdamW and Lion with states of 32, 8 or 4 bits on a CPU. A plain C interface: no Python and no PyTorch is linked, so that one build
-// serves every version of both. step.inc is compiled once for each instruction set, and the best one is chosen at run time.
+// AdamW and Lion with states of 32, 8 or 4 bits, and weights of 32, 16, 8 or 4, on a CPU. A plain C interface: no Python and no PyTorch
+// is linked, so that one build serves every version of both. step.inc is compiled once for each instruction set, and the best one is
+// chosen at run time.
 
 #include <cfloat>
 #include <cmath>
@@ -10,7 +11,7 @@ namespace {
 
 constexpr int BLOCK = 128;                // numbers that share a scale
 constexpr int64_t BLOCKS_PER_THREAD = 64; // fewer are not worth a thread
-enum Dtype { FP32 = 0, BF16 = 1 };
+enum Dtype { FP32 = 0, BF16 = 1, CODES8 = 2, CODES4 = 3 };  // codes: of a quantised weight
 
 struct Bf16 { uint16_t bits; };
 struct State { uint8_t* codes; float* scale; };
@@ -21,7 +22,7 @@ struct Scalars {  // as lowmem/optim/kernels/scalars.py names them
     int64_t offset;
 };
 
-using Step = void (*)(void*, const void*, State, State, const Scalars&, int64_t, int64_t, int64_t);
+using Step = void (*)(State, const void*, State, State, const Scalars&, int64_t, int64_t, int64_t);
 
 inline float as_float(uint32_t bits) { float x; std::memcpy(&x, &bits, 4); return x; }
 inline uint32_t as_bits(float x) { uint32_t bits; std::memcpy(&bits, &x, 4); return bits; }
@@ -74,17 +75,19 @@ int lowmem_best_isa() {
 }
 
 // One step over `numel` numbers; returns 0, or 1 for a combination that does not exist. Memory: 3 KiB of stack a thread.
-int lowmem_step(int isa, int threads, int is_lion, int bits, int param_dtype, int grad_dtype, void* param, const void* grad,
-                void* exp_avg, float* exp_avg_scale, void* exp_avg_sq, float* exp_avg_sq_scale, int64_t numel, const Scalars* scalars) {
+int lowmem_update(int isa, int threads, int is_lion, int bits, int param_dtype, int grad_dtype, void* param, float* param_scale,
+                  const void* grad, void* exp_avg, float* exp_avg_scale, void* exp_avg_sq, float* exp_avg_sq_scale, int64_t numel,
+                  const Scalars* scalars) {
     const Step step = choose(isa, param_dtype, grad_dtype, bits, is_lion != 0);
     if (step == nullptr) return 1;
+    const State weight{static_cast<uint8_t*>(param), param_scale};
     const State m{static_cast<uint8_t*>(exp_avg), exp_avg_scale}, v{static_cast<uint8_t*>(exp_avg_sq), exp_avg_sq_scale};
     const int64_t blocks = (numel + BLOCK - 1) / BLOCK;
     const int64_t useful = blocks / BLOCKS_PER_THREAD;
     const int64_t parts = useful < 1 ? 1 : useful < threads ? useful : threads;
 #pragma omp parallel for num_threads(int(parts)) schedule(static) if (parts > 1)
     for (int64_t part = 0; part < parts; ++part)
-        step(param, grad, m, v, *scalars, blocks * part / parts, blocks * (part + 1) / parts, numel);
+        step(weight, grad, m, v, *scalars, blocks * part / parts, blocks * (part + 1) / parts, numel);
     return 0;
 }
 }

@@ -1,0 +1,253 @@
+"""Weights kept as codes of 8 or 4 bits: a tensor of a usual shape and dtype whose numbers exist only while they are multiplied."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lowmem.fake import representative
+from lowmem.nn.weight_codes import BLOCK, WeightBits, decode_into, encode
+
+CODES, SCALE = ".codes", ".scale"  # what is added to a weight's name in a file
+MIN_QUANTIZED_NUMEL = 4096  # smaller tensors stay as they are: they are nothing in memory and much in the result
+_CHUNK_BLOCKS = 1024  # made at once: 512 KiB in fp32
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """What the weights of a model are stored in.
+
+    Attributes:
+        dtype: of everything that is not quantised; the quantised weights pass for tensors of this dtype, and their gradients are.
+        bits: of the matrices of linear and low-rank layers; embedding and head have 8 at least. None quantises nothing.
+    """
+
+    dtype: torch.dtype
+    bits: WeightBits | None = None
+
+
+class QuantizedWeight(torch.Tensor):
+    """Looks like a dense tensor of `shape` and `dtype` to autograd, to optimizers and to whoever counts parameters; holds codes and scales.
+
+    Its gradient is an ordinary tensor of that shape and dtype. Layers ask for numbers with `dense` and `dense_rows`; looking up rows of an
+    embedding makes only those. Any other operation makes the whole weight for as long as it lasts; writing into it is refused. Converting
+    it to another dtype returns an ordinary tensor, moving it to another device does not.
+
+    Attributes:
+        codes: (blocks * 128,) int8, or (blocks * 64,) uint8 for 4 bits.
+        scale: (blocks,) fp32.
+        bits: 8 or 4.
+    Memory: 1.03 or 0.53 bytes a number; no copy in floating point is kept.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, codes: torch.Tensor, scale: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> "QuantizedWeight":
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device)  # type: ignore[attr-defined]
+
+    def __init__(self, codes: torch.Tensor, scale: torch.Tensor, shape: torch.Size, dtype: torch.dtype):
+        self.codes, self.scale = codes, scale
+
+    @property
+    def bits(self) -> WeightBits:
+        """Of a code."""
+        return 8 if self.codes.dtype == torch.int8 else 4
+
+    def blocks(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and scales of the blocks that hold the numbers start, start + 1, ..., sharing memory.
+
+        Args:
+            start: a multiple of 128.
+        """
+        first, last = start // BLOCK, -(-(start + count) // BLOCK)
+        size = BLOCK * self.bits // 8
+        return self.codes[first * size : last * size], self.scale[first:last]
+
+    def numbers(self, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """The numbers start, start + 1, ... in `dtype`, flat.
+
+        Memory: them, and 1.5 MiB.
+        """
+        skipped = start % BLOCK
+        codes, scale = self.blocks(start - skipped, count + skipped)
+        rows = codes.view(-1, BLOCK * self.bits // 8)
+        made = torch.empty(len(rows) * BLOCK, dtype=dtype, device=codes.device)
+        for first in representative(range(0, len(rows), _CHUNK_BLOCKS), codes):
+            part = slice(first, min(first + _CHUNK_BLOCKS, len(rows)))
+            decode_into(made[first * BLOCK : part.stop * BLOCK].view(-1, BLOCK), rows[part], scale[part])
+        return made[skipped : skipped + count]
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """The whole weight as an ordinary tensor."""
+        return self.numbers(0, self.numel(), dtype).view(self.shape)
+
+    def rows(self, which: slice, dtype: torch.dtype) -> torch.Tensor:
+        """Some rows as an ordinary tensor."""
+        start, stop, _ = which.indices(self.shape[0])
+        width = self.numel() // self.shape[0]
+        return self.numbers(start * width, (stop - start) * width, dtype).view(stop - start, *self.shape[1:])
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"QuantizedWeight({tuple(self.shape)}, bits={self.bits}, dtype={self.dtype}, requires_grad={self.requires_grad})"
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["codes", "scale"], (self.shape, self.dtype)
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, torch.Tensor], context: Any, outer_size: Any, outer_stride: Any) -> "QuantizedWeight":
+        return QuantizedWeight(inner["codes"], inner["scale"], *context)
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def, override]
+        kwargs = kwargs or {}
+        handler = _HANDLERS.get(func)
+        if handler is not None:
+            return handler(*args, **kwargs)
+        if func._schema.is_mutable:
+            raise TypeError(f"{func} would write into a quantised weight, which only an optimizer may; write into .dense(dtype) instead")
+        return func(*(_made(value) for value in args), **{name: _made(value) for name, value in kwargs.items()})
+
+
+def quantize(tensor: torch.Tensor, bits: WeightBits) -> QuantizedWeight:
+    """`tensor` in codes, rounded to nearest, with its shape and dtype.
+
+    Memory: the codes, and 8 MiB.
+    """
+    flat = tensor.detach().contiguous().view(-1)
+    blocks = -(-flat.numel() // BLOCK)
+    dtype = torch.int8 if bits == 8 else torch.uint8
+    result = QuantizedWeight(
+        torch.empty(blocks * BLOCK * bits // 8, dtype=dtype, device=tensor.device),
+        torch.empty(blocks, dtype=torch.float32, device=tensor.device), tensor.shape, tensor.dtype,
+    )  # fmt: skip
+    for first in representative(range(0, blocks, _CHUNK_BLOCKS), flat):
+        part = flat[first * BLOCK : (first + _CHUNK_BLOCKS) * BLOCK].float()
+        part = torch.nn.functional.pad(part, (0, -part.numel() % BLOCK)).view(-1, BLOCK)
+        codes, scale = result.blocks(first * BLOCK, part.numel())
+        new_codes, new_scale = encode(part, None, bits)
+        codes.copy_(new_codes.view(-1))
+        scale.copy_(new_scale)
+    return result
+
+
+def dense(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`weight` as an ordinary tensor of `dtype`: itself, where it is one.
+
+    Memory: a copy, where it is quantised or has another dtype.
+    """
+    return weight.dense(dtype) if isinstance(weight, QuantizedWeight) else weight.to(dtype)
+
+
+def dense_rows(weight: torch.Tensor, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+    """Some rows of `weight`; see `dense`."""
+    return weight.rows(rows, dtype) if isinstance(weight, QuantizedWeight) else weight[rows].to(dtype)
+
+
+def stored_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What memory and files hold of `tensors`: of a quantised one its codes and scales, by its name and what they are."""
+    stored: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        parts = {CODES: tensor.codes, SCALE: tensor.scale} if isinstance(tensor, QuantizedWeight) else {"": tensor}
+        stored |= {name + suffix: part for suffix, part in parts.items()}
+    return stored
+
+
+def stored_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of `tensors` as they are kept."""
+    return sum(part.numel() * part.element_size() for tensor in tensors for part in stored_tensors({"": tensor}).values())
+
+
+def dequantized(tensors: Iterable[tuple[str, torch.Tensor]], shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a file holds with whole weights in fp32 in place of codes and scales.
+
+    Args:
+        tensors: of a file, by name.
+        shapes: of the model's weights. What has no place there is handed on as it is.
+    Memory: one weight, and what came before its other half.
+    """
+    halves: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors:
+        whole, suffix = name[: -len(CODES)], name[-len(CODES) :]
+        if suffix not in (CODES, SCALE) or whole not in shapes:
+            yield name, tensor
+            continue
+        halves[name] = tensor
+        if whole + CODES in halves and whole + SCALE in halves:
+            codes, scale = halves[whole + CODES], halves[whole + SCALE]
+            if _fits(codes, scale, shapes[whole]):
+                del halves[whole + CODES], halves[whole + SCALE]
+                yield whole, QuantizedWeight(codes, scale, shapes[whole], torch.float32).dense(torch.float32)
+    yield from halves.items()
+
+
+def assign(target: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy `value` into `target`, as the nearest codes where that is quantised.
+
+    Memory: the codes of one weight.
+    """
+    if isinstance(target, QuantizedWeight):
+        nearest = quantize(value, target.bits)
+        target.codes.copy_(nearest.codes)
+        target.scale.copy_(nearest.scale)
+    else:
+        target.copy_(value)
+
+
+def _fits(codes: torch.Tensor, scale: torch.Tensor, shape: torch.Size) -> bool:
+    blocks = -(-shape.numel() // BLOCK)
+    size = {torch.int8: BLOCK, torch.uint8: BLOCK // 2}.get(codes.dtype)
+    return size is not None and codes.shape == (blocks * size,) and scale.shape == (blocks,) and scale.dtype == torch.float32
+
+
+def _made(value: Any) -> Any:
+    """`value` with whole weights in place of quantised ones."""
+    if isinstance(value, QuantizedWeight):
+        return value.dense(value.dtype)
+    if isinstance(value, list | tuple):
+        return type(value)(_made(item) for item in value)
+    return value
+
+
+def _like(weight: QuantizedWeight, codes: torch.Tensor, scale: torch.Tensor) -> QuantizedWeight:
+    return QuantizedWeight(codes, scale, weight.shape, weight.dtype)
+
+
+def _to_copy(weight: QuantizedWeight, *, dtype: torch.dtype | None = None, device: Any = None, **more: Any) -> torch.Tensor:
+    if dtype not in (None, weight.dtype):
+        return weight.dense(dtype).to(device or weight.device)  # type: ignore[arg-type]
+    device = device or weight.device
+    return _like(weight, weight.codes.to(device, copy=True), weight.scale.to(device, copy=True))
+
+
+def _embedding(weight: QuantizedWeight, indices: torch.Tensor, *_: Any) -> torch.Tensor:
+    """The rows of an embedding that are asked for."""
+    width = weight.shape[1]
+    if width % BLOCK:
+        return _aten.embedding.default(weight.dense(weight.dtype), indices)
+    codes = weight.codes.view(weight.shape[0], -1)[indices.flatten()]
+    scale = weight.scale.view(weight.shape[0], -1)[indices.flatten()]
+    shape = torch.Size((*indices.shape, width))
+    return QuantizedWeight(codes.flatten(), scale.flatten(), shape, weight.dtype).dense(weight.dtype)
+
+
+def _kind(weight: QuantizedWeight, more: dict[str, Any]) -> dict[str, Any]:
+    return {"dtype": more.get("dtype") or weight.dtype, "device": more.get("device") or weight.device}
+
+
+_HANDLERS: dict[Any, Callable[..., torch.Tensor]] = {
+    _aten.detach.default: lambda weight: _like(weight, weight.codes, weight.scale),
+    _aten.alias.default: lambda weight: _like(weight, weight.codes, weight.scale),
+    _aten.clone.default: lambda weight, **_: _like(weight, weight.codes.clone(), weight.scale.clone()),
+    _aten._to_copy.default: _to_copy,
+    _aten.embedding.default: _embedding,
+    _aten.new_empty.default: lambda weight, size, **more: weight.scale.new_empty(size, **{"dtype": weight.dtype, **more}),
+    _aten.new_zeros.default: lambda weight, size, **more: weight.scale.new_zeros(size, **{"dtype": weight.dtype, **more}),
+    _aten.empty_like.default: lambda weight, **more: torch.empty(weight.shape, **_kind(weight, more)),
+    _aten.zeros_like.default: lambda weight, **more: torch.zeros(weight.shape, **_kind(weight, more)),
+}
