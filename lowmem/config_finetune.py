@@ -36,6 +36,9 @@ class FinetuneConfig:
 
     base: str = ""
     """Run directory of lowmem, or a directory of a causal language model of transformers."""
+    base_dtype: Literal["fp32", "bf16"] = "fp32"
+    """What the base is kept and computed in, where it is not 4-bit; bf16 halves it. Adapters stay fp32; parts of the base that are trained
+    in bf16 are rounded stochastically."""
     data: str = ""
     """Chat records: .json .jsonl .txt .parquet in the usual shapes."""
     method: Method = "lora"
@@ -94,6 +97,8 @@ def finetune_problems(config: FinetuneConfig) -> list[str]:
         problems.append(f"val_fraction is {config.val_fraction}, must be in [0, 1)")
     if optim.name == "spectron" or optim.backend != "lowmem":
         problems.append("optim.name must be adamw or lion and optim.backend lowmem here")
+    if optim.clip_by != "auto":
+        problems.append(f"optim.clip_by is {optim.clip_by}, must be auto here: global, and with update=layerwise the last step's norm")
     if config.add_tokens and config.method in ("prefix", "ia3", "head", "last_k"):
         problems.append(f"add_tokens needs a method that trains rows: lora and its kin, or full; found {config.method}")
     return problems

@@ -15,8 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-
-from profiling.machine import describe_machine
+from machine import describe_machine
 
 METHODS = {
     "lora": [], "lora_plus": [], "rslora": [], "dora": [], "qlora": [], "prefix": [], "ia3": [], "head": [], "last_k": [], "full": [],

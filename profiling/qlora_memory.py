@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from profiling.machine import describe_machine
+from machine import describe_machine
 
 
 def make_base(folder: Path, tokenizer: Path, width: int, layers: int) -> None:

@@ -13,6 +13,7 @@ from lowmem.errors import CheckpointError, ConfigError
 from lowmem.finetune.stream import stream_tensors
 from lowmem.run_model import load_run_model
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NF4_BLOCK = 64  # numbers that share a scale
 NF4_SCALE_BLOCK = 256  # scales that share one, with double quantisation
 
@@ -42,26 +43,27 @@ def compute_device() -> torch.device:
     return resolve_device("auto")
 
 
-def load_base(directory: Path, *, nf4: bool, double_quant: bool = True) -> Any:
-    """The model on the CPU, or on the GPU where there is one, in fp32 as far as it is not quantised.
+def load_base(directory: Path, *, nf4: bool, double_quant: bool = True, dtype: torch.dtype = torch.float32) -> Any:
+    """The model on the CPU, or on the GPU where there is one.
 
     Args:
         nf4: keep the weights of linear layers, except the head, in NF4 of bitsandbytes.
+        dtype: of all other weights, and what is computed in.
     Raises:
         ConfigError: transformers or bitsandbytes is missing, or the directory needs code that is not lowmem's own.
         CheckpointError: weights are missing.
-    Memory: the weights as they are kept, and one tensor in fp32.
+    Memory: the weights as they are kept, and one tensor.
     """
-    model = _empty(directory)
+    model = empty_model(directory, dtype)
     if nf4:
-        _make_nf4(model, double_quant)
+        make_nf4(model, double_quant, dtype)
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{directory} has no .safetensors; save the model with save_pretrained")
     device = compute_device()
     for file in files:
         for name, tensor in stream_tensors(file):
-            _set(model, name, tensor, device)
+            _set(model, name, tensor, device, dtype)
             del tensor  # its mapping must go before the next one comes
     model.tie_weights()
     _fresh_buffers(model, device)
@@ -80,7 +82,12 @@ def enable_checkpointing(model: Any) -> None:
     model.enable_input_require_grads()
 
 
-def _empty(directory: Path) -> Any:
+def empty_model(directory: Path, dtype: torch.dtype) -> Any:
+    """The model on the meta device.
+
+    Raises:
+        ConfigError: transformers is missing, or does not know it.
+    """
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
@@ -96,7 +103,7 @@ def _empty(directory: Path) -> Any:
             f"{directory} is no causal language model that transformers knows ({' '.join(str(error).split())[:200]})"
         ) from error
     model.config.name_or_path = model.name_or_path = str(directory)
-    return model
+    return model.to(dtype)
 
 
 def _register() -> None:
@@ -109,7 +116,12 @@ def _register() -> None:
     AutoModelForCausalLM.register(LowmemConfig, LowmemForCausalLM, exist_ok=True)
 
 
-def _make_nf4(model: Any, double_quant: bool) -> None:
+def make_nf4(model: Any, double_quant: bool, dtype: torch.dtype) -> None:
+    """Replace the linear layers of a model on the meta device, except its head, by 4-bit ones.
+
+    Raises:
+        ConfigError: bitsandbytes is missing, or the model has no such layers.
+    """
     try:
         import bitsandbytes
     except ImportError as error:
@@ -119,7 +131,7 @@ def _make_nf4(model: Any, double_quant: bool) -> None:
         if type(layer) is nn.Linear and layer is not head:
             with torch.device("meta"):
                 new = bitsandbytes.nn.Linear4bit(
-                    layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=torch.float32,
+                    layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=dtype,
                     compress_statistics=double_quant, quant_type="nf4",
                 )  # fmt: skip
             # an evaluation would repack the weights for a kernel without gradients, and later steps would silently train on nothing
@@ -133,7 +145,7 @@ def _make_nf4(model: Any, double_quant: bool) -> None:
     model.is_loaded_in_4bit = True  # what PEFT asks for
 
 
-def _set(model: Any, name: str, tensor: torch.Tensor, device: torch.device) -> None:
+def _set(model: Any, name: str, tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> None:
     owner, _, last = name.rpartition(".")
     try:
         module = model.get_submodule(owner)
@@ -145,7 +157,7 @@ def _set(model: Any, name: str, tensor: torch.Tensor, device: torch.device) -> N
 
         old = module.weight
         packed: Any = bitsandbytes.nn.Params4bit(
-            tensor.float(),
+            tensor.to(dtype),
             requires_grad=False,
             quant_type="nf4",
             compress_statistics=old.compress_statistics,
@@ -154,9 +166,9 @@ def _set(model: Any, name: str, tensor: torch.Tensor, device: torch.device) -> N
         )
         module.weight = packed.to(device)
     else:
-        wide = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        kept = dtype if tensor.is_floating_point() else tensor.dtype
         # a copy: the file may be rewritten while the model is in use
-        setattr(module, last, nn.Parameter(tensor.to(device, wide, copy=True), requires_grad=False))
+        setattr(module, last, nn.Parameter(tensor.to(device, kept, copy=True), requires_grad=False))
 
 
 def _fresh_buffers(model: Any, device: torch.device) -> None:

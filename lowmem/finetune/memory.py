@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lowmem.config_finetune import FinetuneConfig
-from lowmem.finetune.base_model import NF4_BLOCK, NF4_SCALE_BLOCK, _empty, _make_nf4, compute_device, enable_checkpointing
+from lowmem.finetune.base_model import DTYPES, NF4_BLOCK, NF4_SCALE_BLOCK, compute_device, empty_model, enable_checkpointing, make_nf4
 from lowmem.finetune.dry_run import step_peaks
 from lowmem.finetune.methods import WITHOUT_ADAPTER, apply_method, can_checkpoint
 from lowmem.memory.measure import host_rss_bytes
@@ -16,7 +16,7 @@ from lowmem.planning.base_cost import CUDA_HOST_BYTES
 from lowmem.planning.predict import CUBLAS_WORKSPACE_BYTES
 from lowmem.units import format_bytes, parse_bytes
 
-FIRST_USE_BYTES = 30 << 20  # code that a first step, a first batch and a first file load beside what is imported by then; measured
+FIRST_USE_BYTES = 22 << 20  # code that a first step, a first batch and a first file load beside what is imported by then; measured
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,11 @@ def predict_memory(config: FinetuneConfig, directory: Path) -> FinetuneMemory:
 
     Memory: none for the model.
     """
-    model, device = _empty(directory), compute_device().type
+    dtype, device = DTYPES[config.base_dtype], compute_device().type
+    model = empty_model(directory, dtype)
     count = sum(parameter.numel() for parameter in model.parameters())
     if config.method == "qlora":
-        _make_nf4(model, config.adapter.double_quant)
+        make_nf4(model, config.adapter.double_quant, dtype)
     base = weight_bytes(model, config.adapter.double_quant)
     with torch.device("meta"):
         if config.add_tokens:
@@ -95,7 +96,7 @@ def _described(components: dict[str, int]) -> str:
 
 
 def weight_bytes(model: Any, double_quant: bool) -> int:
-    """Bytes of the weights as they are kept: fp32, or NF4 with its scales.
+    """Bytes of the weights as they are kept: in their dtype, or NF4 with its scales.
 
     Source: Dettmers et al. 2023, arXiv:2305.14314, section 3: 0.5 bytes a number, an fp32 scale for 64 of them, which double quantisation
     keeps in 8 bits with one more fp32 scale for 256.
@@ -107,5 +108,5 @@ def weight_bytes(model: Any, double_quant: bool) -> int:
             scales = parameter.numel() / NF4_BLOCK
             total += parameter.numel() / 2 + (scales * (1 + 4 / NF4_SCALE_BLOCK) if double_quant else scales * 4)
         else:
-            total += 4 * parameter.numel()
+            total += parameter.numel() * parameter.element_size()
     return round(total)

@@ -127,9 +127,12 @@ def parameter_groups(model: nn.Module, config: FinetuneConfig) -> list[dict[str,
     fast = [parameter for name, parameter in trainable if config.method == "lora_plus" and "lora_B" in name]
     chosen = {id(parameter) for parameter in fast}
     slow = [parameter for _, parameter in trainable if id(parameter) not in chosen]
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    decayed = [parameter for parameter in slow if parameter.ndim >= 2 and id(parameter) not in embeddings]
+    others = {id(parameter) for parameter in decayed}
     groups = [
-        {"params": [p for p in slow if p.ndim >= 2], "weight_decay": decay},
-        {"params": [p for p in slow if p.ndim < 2], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": decay},
+        {"params": [parameter for parameter in slow if id(parameter) not in others], "weight_decay": 0.0},
         {"params": fast, "weight_decay": decay, "lr_scale": config.adapter.loraplus_lr_ratio},
     ]
     return [group for group in groups if group["params"]]

@@ -36,13 +36,13 @@ def batch_loss(model: Any, batch: Batch, denominator: float, device: torch.devic
     if batch.segments.max() > 1:
         same = segments.unsqueeze(2) == segments.unsqueeze(1)
         mask = (same & torch.ones_like(same[0]).tril()).unsqueeze(1)
-        known |= {"attention_mask": _additive(mask), "position_ids": segment_positions(segments)}
+        known |= {"attention_mask": _additive(mask, model.get_input_embeddings().weight.dtype), "position_ids": segment_positions(segments)}
     else:
         known["attention_mask"] = (segments > 0).long()
     head = plain_head(model)
     if head is not None:
         return chunked_cross_entropy(last_hidden(model, **known), *head, targets, denominator)
-    wanted = (targets != IGNORE_INDEX).any(0).nonzero().flatten()
+    wanted = torch.from_numpy((batch.targets != IGNORE_INDEX).any(0).nonzero()[0]).to(device)
     logits = model(**known, logits_to_keep=wanted).logits
     if logits.shape[1] != len(wanted):
         logits = logits[:, -inputs.shape[1] :][:, wanted]
@@ -50,9 +50,9 @@ def batch_loss(model: Any, batch: Batch, denominator: float, device: torch.devic
     return loss / denominator
 
 
-def _additive(mask: torch.Tensor) -> torch.Tensor:
-    """0 where a token may look, the lowest number of fp32 elsewhere: the form that every attention of transformers takes."""
-    return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill_(~mask, torch.finfo(torch.float32).min)
+def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0 where a token may look, the lowest number elsewhere: the form that every attention of transformers takes."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 class Stepper:
@@ -88,8 +88,9 @@ class Stepper:
             del loss
         loss_value = math.fsum(losses)
         if self.config.update == "layerwise":
-            self.previous_norm = math.sqrt(self._squares)
-            return loss_value, self.previous_norm
+            norm = math.sqrt(self._squares) if math.isfinite(self._squares) else math.nan
+            self.previous_norm = norm if math.isfinite(norm) and math.isfinite(loss_value) else self.previous_norm
+            return loss_value, norm
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norm = global_norm(gradients).item()
         if math.isfinite(loss_value) and math.isfinite(norm):
@@ -101,7 +102,7 @@ class Stepper:
     def _apply_now(self, parameter: torch.Tensor) -> None:
         """Update a parameter whose gradient is complete, and free the gradient; clipped by the norm of the step before."""
         assert parameter.grad is not None
-        square = parameter.grad.float().square().sum().item()
+        square = global_norm([parameter.grad]).item() ** 2
         clip = self.config.optim.clip
         if math.isfinite(square):
             factor = min(1.0, clip / self.previous_norm) if clip and self.previous_norm > 0 else 1.0

@@ -13,7 +13,7 @@ from lowmem.engine.random_state import random_state, restore_random_state
 from lowmem.engine.recovery import release_memory
 from lowmem.engine.tensor_file import load_into, read_tensors, write_tensors
 from lowmem.errors import EXIT_INTERRUPTED, ConfigError, DivergedError, MemoryBudgetError, StoppedBySignal
-from lowmem.finetune.base_model import base_directory, compute_device, enable_checkpointing, load_base
+from lowmem.finetune.base_model import DTYPES, base_directory, compute_device, enable_checkpointing, load_base
 from lowmem.finetune.data import ChatData, chat_data, copy_tokenizer, tokenizer_folder
 from lowmem.finetune.memory import FinetuneMemory, predict_memory
 from lowmem.finetune.methods import WITHOUT_ADAPTER, apply_method, can_checkpoint, one_per_row, parameter_groups
@@ -63,9 +63,9 @@ def finetune(config: FinetuneConfig, display: ProgressDisplay) -> Finetuned:
     try:
         _check_same(config, run_dir)
         directory = base_directory(config.base, out)
-        predicted, phases = _check_budget(config, directory, display), PhasePeaks()
+        predicted, phases, dtype = _check_budget(config, directory, display), PhasePeaks(), DTYPES[config.base_dtype]
         with phases("load"):
-            model = load_base(directory, nf4=config.method == "qlora", double_quant=config.adapter.double_quant)
+            model = load_base(directory, nf4=config.method == "qlora", double_quant=config.adapter.double_quant, dtype=dtype)
         folder, new_ids = tokenizer_folder(config, directory, model)
         data = chat_data(config, folder, one_per_row=one_per_row(model, config), progress=display)
         if data.notes:

@@ -31,7 +31,7 @@ def write_model(model: Any, out: Path) -> None:
             seen.add(tensor.data_ptr())
         tensors[name] = tensor
     inner.config.architectures = [type(inner).__name__]
-    inner.config.dtype = inner.get_input_embeddings().weight.dtype
+    inner.config.dtype = _stored(inner)
     with storage_errors(out):
         inner.config.save_pretrained(out)
         if getattr(inner, "generation_config", None) is not None:
@@ -49,7 +49,7 @@ def _merged_tensors(inner: Any) -> Iterator[tuple[str, torch.Tensor | LazyTensor
         base = getattr(module, "base_layer", module)
         if type(base).__name__ == "Linear4bit":
             done.append(dot)
-            yield f"{dot}weight", LazyTensor((base.out_features, base.in_features), torch.float32, _Dense(module, base))
+            yield f"{dot}weight", LazyTensor((base.out_features, base.in_features), _stored(inner), _Dense(module, base, _stored(inner)))
             if base.bias is not None:
                 yield f"{dot}bias", base.bias
         elif type(module).__name__ == "TrainableTokensWrapper":
@@ -64,8 +64,8 @@ def _merged_tensors(inner: Any) -> Iterator[tuple[str, torch.Tensor | LazyTensor
 class _Dense:
     """The numbers that a 4-bit layer stands for, with its adapter multiplied in; made when called."""
 
-    def __init__(self, layer: Any, base: Any):
-        self.layer, self.base = layer, base
+    def __init__(self, layer: Any, base: Any, dtype: torch.dtype):
+        self.layer, self.base, self.dtype = layer, base, dtype
 
     @torch.no_grad()
     def __call__(self) -> torch.Tensor:
@@ -74,4 +74,8 @@ class _Dense:
         dense = bitsandbytes.functional.dequantize_4bit(self.base.weight.data, self.base.weight.quant_state).float()
         for adapter in getattr(self.layer, "active_adapters", ()):
             dense += self.layer.get_delta_weight(adapter)
-        return dense
+        return dense.to(self.dtype)
+
+
+def _stored(inner: Any) -> torch.dtype:
+    return inner.get_input_embeddings().weight.dtype

@@ -167,7 +167,7 @@ def test_what_fails_twice_after_the_first_update_ends_the_run(where):
         engine.clipping.factor = fail_once(fail_once(engine.clipping.factor, call=2), call=3)  # not the head's
     else:
         embed = engine.model.embed
-        engine.model.embed = lambda tokens: fail_always() if torch.is_grad_enabled() else embed(tokens)
+        engine.model.embed = lambda tokens, **more: fail_always() if torch.is_grad_enabled() else embed(tokens, **more)
     message = r"\[enforce fail .*\) while weights were updated: .*last checkpoint; use train.micro_batch_size=3, "
     with pytest.raises(MemoryBudgetError, match=message):
         engine.step(make_batch(0), LR)

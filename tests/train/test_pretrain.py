@@ -226,4 +226,6 @@ def test_print_config_and_dry_run_train_nothing(tmp_path, capsys, monkeypatch):
 
 def test_unknown_commands_are_named(capsys):
     assert main(["pretrian"]) == 2
-    assert "unknown command 'pretrian'; known: pretrain, plan, profile, generate, doctor" in capsys.readouterr().err
+    assert (
+        "unknown command 'pretrian'; known: pretrain, plan, profile, generate, finetune, export, import, doctor" in capsys.readouterr().err
+    )
