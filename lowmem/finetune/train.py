@@ -40,6 +40,7 @@ class Finetuned:
         model: with its adapter.
         losses: of the held-out conversations by step; empty if nothing is held out.
         peaks: of memory, by phase: load, steady_steps, save.
+        total: numbers of base and adapter; those of a 4-bit base count one by one.
         predicted: bytes by component.
     """
 
@@ -81,7 +82,7 @@ def finetune(config: FinetuneConfig, display: ProgressDisplay) -> Finetuned:
         with phases("save"):
             _write(config, adapted, directory, folder, data)
         display.message(f"done; adapter and merged model are in {out}")
-        return Finetuned(adapted, directory, losses, run.trainable, run.total, phases.as_dict(), predicted.components)
+        return Finetuned(adapted, directory, losses, run.trainable, predicted.total, phases.as_dict(), predicted.components)
     finally:
         run_dir.close()
 
@@ -138,7 +139,6 @@ class _Run:
         self.device = next(model.parameters()).device
         self.trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.trainable = sum(parameter.numel() for parameter in self.trained.values())
-        self.total = sum(parameter.numel() for parameter in model.parameters())
         self.stepper = Stepper(model, parameter_groups(model, config), config, self.device)
         self.store = CheckpointStore(run_dir.path, keep_last=2)
         self.done, self.losses = 0, {}  # type: ignore[var-annotated]

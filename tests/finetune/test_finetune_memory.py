@@ -109,6 +109,13 @@ def test_states_and_adapter_take_what_is_predicted(base, chat, tmp_path):  # noq
         assert predicted.components["optimizer_states"] == states
 
 
+def test_numbers_in_4_bits_count_as_numbers(base, chat, tmp_path):  # noqa: F811
+    counts = [predict_memory(make_config(base, chat, tmp_path, f"method={method}"), base) for method in ("lora", "qlora")]
+    assert (counts[0].trainable, counts[0].total) == (counts[1].trainable, counts[1].total)
+    model = apply_method(load_base(base, nf4=False), make_config(base, chat, tmp_path), [])
+    assert counts[0].total == sum(parameter.numel() for parameter in model.parameters())
+
+
 def test_levers_are_seen_by_the_prediction(base, chat, tmp_path):  # noqa: F811
     def predicted(*more: str) -> dict[str, int]:
         return predict_memory(make_config(base, chat, tmp_path, "seq_len=512", *more), base).components
