@@ -152,6 +152,28 @@ def load_chat_template(directory: str | Path, tokenizer: Tokenizer | None = None
     return ChatTemplate(source, _name(config.get("bos_token")), _name(config.get("eos_token")) or name or END_OF_TEXT, place)
 
 
+def choose_chat_template(file: str, folder: Path | None, tokenizer: Tokenizer | None) -> ChatTemplate:
+    """The template in `file` if it is named, else the one in `folder` if it has one, else lowmem's.
+
+    Args:
+        tokenizer: gives the end token its name, if it is known by now.
+    Raises:
+        DataError: it cannot be read, or is no template.
+    """
+    eos = END_OF_TEXT if tokenizer is None else tokenizer.decode([tokenizer.eos_id])
+    if file:
+        try:
+            source = Path(file).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read the template {file} ({error}); give a Jinja file") from error
+        return ChatTemplate(source, eos_token=eos, place=file)
+    if folder is not None and (
+        (folder / TEMPLATE_FILE).is_file() or _tokenizer_config(folder / "tokenizer_config.json").get("chat_template")
+    ):
+        return load_chat_template(folder, tokenizer)
+    return ChatTemplate(DEFAULT_TEMPLATE, eos_token=eos, place="lowmem's template")
+
+
 def save_chat_template(template: ChatTemplate, directory: Path) -> None:
     """Write chat_template.jinja, and the names of special tokens that it needs into tokenizer_config.json.
 

@@ -8,7 +8,7 @@ from typing import Any
 from lowmem.config import PhaseConfig, RunConfig
 from lowmem.data.chat_source import ChatSource, build_chat_tokens
 from lowmem.data.chat_stream import ChatStream, ChatValidation, Conversations
-from lowmem.data.chat_template import DEFAULT_TEMPLATE, TEMPLATE_FILE, ChatTemplate, load_chat_template
+from lowmem.data.chat_template import ChatTemplate, choose_chat_template
 from lowmem.data.order import keyed_hash
 from lowmem.data.prepare import PreparedData, prepare_data
 from lowmem.data.progress import DataProgress, ProgressCallback, ignore_progress
@@ -17,7 +17,6 @@ from lowmem.data.storage import cache_root
 from lowmem.data.text_source import TextSource
 from lowmem.data.tokenizer_build import prepare_tokenizer
 from lowmem.data.tokenizers import Tokenizer
-from lowmem.errors import DataError
 
 
 def prepare_phases(config: RunConfig, progress: ProgressCallback | None = None) -> list[PreparedData]:
@@ -46,23 +45,9 @@ def phase_template(config: RunConfig, phase: PhaseConfig, tokenizer: Tokenizer |
     Raises:
         DataError: it cannot be read, or is no template.
     """
-    name = "" if tokenizer is None else tokenizer.decode([tokenizer.eos_id])
     beside = Path(config.data.tokenizer).expanduser()
     folder = beside if beside.is_dir() else beside.parent
-    if phase.template:
-        try:
-            source = Path(phase.template).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot read the template {phase.template} ({error}); give a Jinja file") from error
-        return ChatTemplate(source, **({"eos_token": name} if name else {}), place=phase.template)
-    if (beside.exists() and (folder / TEMPLATE_FILE).is_file()) or _names_template(folder if beside.exists() else None):
-        return load_chat_template(folder, tokenizer)
-    return ChatTemplate(DEFAULT_TEMPLATE, **({"eos_token": name} if name else {}), place="lowmem's template")
-
-
-def _names_template(folder: Path | None) -> bool:
-    path = folder / "tokenizer_config.json" if folder else None
-    return path is not None and path.is_file() and '"chat_template"' in path.read_text(encoding="utf-8")
+    return choose_chat_template(phase.template, folder if beside.exists() else None, tokenizer)
 
 
 def _all_sources(config: RunConfig, phases: Sequence[PhaseConfig]) -> list[TextSource]:

@@ -9,11 +9,11 @@ from lowmem.config import SourceConfig
 from lowmem.config_finetune import FinetuneConfig
 from lowmem.data.chat_source import ChatSource, build_chat_tokens
 from lowmem.data.chat_stream import ChatStream, ChatValidation, Conversations
-from lowmem.data.chat_template import DEFAULT_TEMPLATE, TEMPLATE_FILE, ChatTemplate, load_chat_template, save_chat_template
+from lowmem.data.chat_template import TEMPLATE_FILE, ChatTemplate, choose_chat_template, save_chat_template
 from lowmem.data.progress import ProgressCallback
 from lowmem.data.storage import cache_root, make_directory
 from lowmem.data.tokenizers import Tokenizer, load_tokenizer
-from lowmem.errors import ConfigError, DataError
+from lowmem.errors import ConfigError
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -71,29 +71,12 @@ def chat_data(config: FinetuneConfig, folder: Path, *, one_per_row: bool, progre
         DataError: malformed records, or too few.
     """
     tokenizer = read_tokenizer(config, folder)
-    template = chat_template(config, folder, tokenizer)
+    template = choose_chat_template(config.template, folder, tokenizer)
     tokens = build_chat_tokens(ChatSource(SourceConfig(path=config.data), template), tokenizer, cache_root(""), progress)
     part = Conversations(tokens, seq_len=config.seq_len, truncation=config.truncation, val_fraction=config.val_fraction)
     train = ChatStream([part], [1.0], seq_len=config.seq_len, seed=config.seed, one_per_row=one_per_row)
     validation = ChatValidation([part], seq_len=config.seq_len, one_per_row=one_per_row) if config.val_fraction else None
     return ChatData(train, validation, template, part.counts.describe(config.truncation, config.seq_len))
-
-
-def chat_template(config: FinetuneConfig, folder: Path, tokenizer: Tokenizer) -> ChatTemplate:
-    """Its own, the base's, or lowmem's."""
-    name = tokenizer.decode([tokenizer.eos_id])
-    if config.template:
-        try:
-            source = Path(config.template).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot read the template {config.template} ({error}); give a Jinja file") from error
-        return ChatTemplate(source, eos_token=name, place=config.template)
-    try:
-        return load_chat_template(folder, tokenizer)
-    except DataError as error:
-        if "has no chat template" not in str(error):
-            raise
-    return ChatTemplate(DEFAULT_TEMPLATE, eos_token=name, place="lowmem's template")
 
 
 def copy_tokenizer(source: Path, target: Path, template: ChatTemplate) -> None:
