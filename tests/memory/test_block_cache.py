@@ -172,6 +172,7 @@ def test_a_child_forked_while_another_thread_allocates_may_allocate():
     code = """
 import os, signal, threading
 install()
+make(1 << 20)  # what PyTorch sets up at its first tensor is guarded by a lock of its own, which no fork handler knows
 over = threading.Event()
 def work():
     size = 1
