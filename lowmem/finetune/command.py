@@ -61,6 +61,7 @@ def finetune_main(argv: Sequence[str]) -> int:
     training = max(done.peaks[phase]["host_peak_bytes"] for phase in ("load", "steady_steps"))
     report = {"trainable": done.trainable, "total": done.total, "losses": done.losses, "host_peak_bytes": peak.host_peak_bytes}
     report |= {"training_peak_bytes": training, "peaks": done.peaks, "predicted": done.predicted}
+    report["predicted_vram"] = done.predicted_vram
     (Path(config.out) / "result.json").write_text(json.dumps(report, indent=1))
     return 0
 

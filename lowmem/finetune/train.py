@@ -41,7 +41,7 @@ class Finetuned:
         losses: of the held-out conversations by step; empty if nothing is held out.
         peaks: of memory, by phase: load, steady_steps, save.
         total: numbers of base and adapter; those of a 4-bit base count one by one.
-        predicted: bytes by component.
+        predicted, predicted_vram: bytes by component, of RAM and of a GPU.
     """
 
     model: Any
@@ -51,6 +51,7 @@ class Finetuned:
     total: int
     peaks: dict[str, dict[str, int]]
     predicted: dict[str, int]
+    predicted_vram: dict[str, int]
 
 
 def finetune(config: FinetuneConfig, display: ProgressDisplay) -> Finetuned:
@@ -82,7 +83,8 @@ def finetune(config: FinetuneConfig, display: ProgressDisplay) -> Finetuned:
         with phases("save"):
             _write(config, adapted, directory, folder, data)
         display.message(f"done; adapter and merged model are in {out}")
-        return Finetuned(adapted, directory, losses, run.trainable, predicted.total, phases.as_dict(), predicted.components)
+        ends = (run.trainable, predicted.total, phases.as_dict(), predicted.components, predicted.vram)
+        return Finetuned(adapted, directory, losses, *ends)
     finally:
         run_dir.close()
 

@@ -129,7 +129,7 @@ def speed_svg(results: list[dict[str, Any]]) -> str:
         axes = style.plot_area(figure, left_in=1.6, right_in=_RIGHT_IN, top_in=0.08, bottom_in=0.5)
         fastest = max((result["tokens_per_s"] for result in done), default=1)
         axes.set_xlim(0, fastest * _ROOM)
-        axes.set_ylim(len(done) - 0.5, -0.5)
+        axes.set_ylim(max(1, len(done)) - 0.5, -0.5)
         axes.set_xlabel("tokens per second (median of the steps after the first)", color=style.INK)
         axes.xaxis.grid(True, color=style.INK, alpha=0.12, linewidth=0.6)
         axes.xaxis.set_major_formatter("{x:,.0f}")

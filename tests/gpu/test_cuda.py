@@ -53,9 +53,9 @@ def make_model(name: str, vocab_size: int = VOCAB, max_seq_len: int = SEQ_LEN) -
     return build_model(MODELS[name], vocab_size=vocab_size, max_seq_len=max_seq_len, seed=0)
 
 
-def make_engine(name: str, device: torch.device = CUDA, precision: Precision = "fp32", **optim) -> LocalEngine:
+def make_engine(model: str, device: torch.device = CUDA, precision: Precision = "fp32", **optim) -> LocalEngine:
     config = OptimConfig(**{"lr": LR, **optim})
-    return LocalEngine(make_model(name), config, device=device, precision=precision, micro_batch_size=GLOBAL_BATCH // 2)
+    return LocalEngine(make_model(model), config, device=device, precision=precision, micro_batch_size=GLOBAL_BATCH // 2)
 
 
 def make_batch(seed: int) -> Batch:
@@ -195,7 +195,7 @@ def test_a_run_beyond_budget_vram_ends_with_3_and_one_within_it_trains(tmp_path:
     cuda = {"device": "cuda", "budget.vram": "400MiB", "train.precision": "fp32", "train.steps": 3}
     # 12 layers of 1024: at least 12 * 12 * 1024^2 weights of 4 bytes = 604 MB before any gradient
     big = {"model.dim": 1024, "model.num_layers": 12, "model.num_heads": 8}
-    refused = lowmem("pretrain", "--quiet", *tiny_arguments(tmp_path / "big", text, **cuda, **big))
+    refused = lowmem("pretrain", "--quiet", "--force", *tiny_arguments(tmp_path / "big", text, **cuda, **big))
     assert refused.returncode == 3, refused.stderr
     assert "memory ran out" in refused.stderr
     assert "budget.vram=400MiB" in refused.stderr
