@@ -65,7 +65,14 @@ def config_peaks(folder: Path, name: str) -> dict:
     """A committed configuration for three steps, on other text."""
     out = folder / f"config_{name}"
     failed = lowmem(
-        "profile", f"configs/gpu/{name}.yaml", "--steps", "3", "--out", str(out), "--data.tokenizer_vocab_size=4096", *(f"--{key}={value}" for key, value in TEXT.items())
+        "profile",
+        f"configs/gpu/{name}.yaml",
+        "--steps",
+        "3",
+        "--out",
+        str(out),
+        "--data.tokenizer_vocab_size=4096",
+        *(f"--{key}={value}" for key, value in TEXT.items()),
     )
     files = sorted(out.glob("*.json"))
     return {"failed": failed, "profile": json.loads(files[0].read_text()) if files else None}

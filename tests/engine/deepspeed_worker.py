@@ -134,11 +134,11 @@ def run_out_of_memory(model: nn.Module, *, call: int, backward: bool = False, st
     def fail(*_: Any) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
-    def limited(*arguments: Any) -> torch.Tensor:
+    def limited(*arguments: Any, **more) -> torch.Tensor:
         calls.append(1)
         if len(calls) == call and not backward:
             fail()
-        loss = forward(*arguments)
+        loss = forward(*arguments, **more)
         if len(calls) == call:
             model.embed.weight.register_post_accumulate_grad_hook(fail_once)  # the last gradient of a backward pass
         return loss
