@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lowmem.config import EngineConfig, OptimConfig, RunConfig, TrainConfig
+from lowmem.config import DataConfig, EngineConfig, OptimConfig, RunConfig, TrainConfig
 from lowmem.data.batch import IGNORE_INDEX, Batch
 from lowmem.errors import MemoryBudgetError
 
@@ -71,7 +71,8 @@ def make_batch(step: int) -> Batch:
 def run_config(case: dict[str, Any]) -> RunConfig:
     optim = {"lr": 1e-2, "clip": 0.5, **case.get("optim", {})}
     train = {"steps": 1, "global_batch_size": GLOBAL_BATCH, "micro_batch_size": 2, "precision": "fp32", **case.get("train", {})}
-    return RunConfig(optim=OptimConfig(**optim), train=TrainConfig(**train), engine=EngineConfig(name="deepspeed", **case["engine"]))
+    data, engine = DataConfig(seq_len=SEQ_LEN), EngineConfig(name="deepspeed", **case["engine"])
+    return RunConfig(data=data, optim=OptimConfig(**optim), train=TrainConfig(**train), engine=engine)
 
 
 def make_model(case: dict[str, Any]) -> Any:
