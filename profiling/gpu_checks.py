@@ -3,7 +3,8 @@
     python profiling/gpu_checks.py --out profiling/results/gpu            # about eight minutes on an H100
 
 Tests and runs whose only result is memory go side by side; then those whose speed counts, alone, one after the other: every precision and
-every kind of weights at one shape. Stops starting runs after `--seconds`. Text: the standard library's, by bytes. Adds to checks.json.
+every kind of weights at one shape. `--parts predict` needs no GPU: what fine-tuning's runs are predicted to take on one.
+Stops starting runs after `--seconds`. Text: the standard library's, by bytes. Adds to checks.json.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from machine import describe_machine
@@ -32,7 +34,8 @@ SPEED = {
     **{f"weights {name}": {**LAYERWISE, "train.weight_dtype": name} for name in ("bf16", "int8", "int4", "fp32")},
 }
 CONFIGS = ("4gib_215m", "t4_200m", "8gib_1b", "6gib_361m", "24gib_3b")
-PARTS = ("tests", "finetune", "configs", "precision", "weights")
+PARTS = ("tests", "finetune", "configs", "precision", "weights", "predict")
+FINETUNES = [(method, dtype) for dtype in ("fp32", "bf16") for method in ("lora", "qlora")]
 
 
 def lowmem(*words: str, limit: float = 240) -> str:
@@ -78,30 +81,47 @@ def config_peaks(folder: Path, name: str) -> dict:
     return {"failed": failed, "profile": json.loads(files[0].read_text()) if files else None}
 
 
-def finetune_peaks(folder: Path) -> dict:
-    """LoRA and QLoRA on a Llama of random weights, about 250M numbers."""
+def make_llama(base: Path) -> None:
+    """A Llama of random weights, 237M numbers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from lowmem.data.simple_tokenizers import ByteTokenizer
-
-    base, chat = folder / "llama", folder / "chat.jsonl"
     shape = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 9, "num_attention_heads": 20}
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(vocab_size=512, max_position_embeddings=512, **shape)).save_pretrained(base)
+
+
+def finetune_predictions(base: Path) -> dict:
+    """Bytes of VRAM by component for the runs of `finetune_peaks`."""
+    from lowmem.config_finetune import FinetuneConfig
+    from lowmem.finetune.memory import predict_memory
+
+    found = {}
+    with patch("lowmem.finetune.memory.compute_device", lambda: torch.device("cuda", 0)):
+        for method, dtype in FINETUNES:
+            config = FinetuneConfig(base=str(base), data="chat.jsonl", method=method, base_dtype=dtype, seq_len=256)  # type: ignore[arg-type]
+            found[f"{method} {dtype}"] = predict_memory(config, base).vram
+    return found
+
+
+def finetune_peaks(folder: Path, base: Path) -> dict:
+    """LoRA and QLoRA on that base."""
+    from lowmem.data.simple_tokenizers import ByteTokenizer
+
+    chat = folder / "chat.jsonl"
     ByteTokenizer().save(base / "tokenizer.json")
     records = [{"prompt": f"Name a number above {n}.", "response": f"{n + 1} is above {n}."} for n in range(200)]
     chat.write_text("\n".join(map(json.dumps, records)))
     found = {}
-    for dtype in ("fp32", "bf16"):
-        for method in ("lora", "qlora"):
-            out = folder / f"{method}_{dtype}"
-            options = {"base": base, "data": chat, "out": out, "method": method, "base_dtype": dtype, "steps": 20, "seq_len": 256}
-            failed = lowmem("finetune", "--quiet", *(f"--{key}={value}" for key, value in options.items()), "--optim.lr=0.001")
-            found[f"{method} {dtype}"] = {"failed": failed} if failed else json.loads((out / "result.json").read_text())
+    for method, dtype in FINETUNES:
+        out = folder / f"{method}_{dtype}"
+        options = {"base": base, "data": chat, "out": out, "method": method, "base_dtype": dtype, "steps": 20, "seq_len": 256}
+        failed = lowmem("finetune", "--quiet", *(f"--{key}={value}" for key, value in options.items()), "--optim.lr=0.001")
+        found[f"{method} {dtype}"] = {"failed": failed} if failed else json.loads((out / "result.json").read_text())
     return found
 
 
 def main() -> None:
+    """Parse the command line, run the parts, write after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=400)
@@ -109,9 +129,17 @@ def main() -> None:
     arguments = parser.parse_args()
     started = time.monotonic()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    if list(arguments.parts) == ["predict"]:
+        path = arguments.out / "checks.json"
+        report = json.loads(path.read_text()) if path.exists() else {}
+        with tempfile.TemporaryDirectory() as temporary:
+            make_llama(Path(temporary))
+            report["finetune_predicted_vram"] = {"machine": describe_machine(), "bytes": finetune_predictions(Path(temporary))}
+        path.write_text(json.dumps(report, indent=1) + "\n")
+        return
     device = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "capability": torch.cuda.get_device_capability()}
     path = arguments.out / "checks.json"
-    report: dict = json.loads(path.read_text()) if path.exists() else {"configs": {}, "runs": {}}
+    report = json.loads(path.read_text()) if path.exists() else {"configs": {}, "runs": {}}
     report |= {"machine": describe_machine() | device, "shape": SHAPE}
 
     def write() -> None:
@@ -125,7 +153,8 @@ def main() -> None:
 
     def peaks() -> None:
         if "finetune" in arguments.parts:
-            report["finetune"] = finetune_peaks(folder)
+            make_llama(folder / "llama")
+            report["finetune"] = finetune_peaks(folder, folder / "llama")
         for name in CONFIGS if "configs" in arguments.parts else ():
             if time.monotonic() - started < arguments.seconds / 2:
                 report["configs"][name] = config_peaks(folder, name)
