@@ -1,7 +1,6 @@
 """Several texts at once: each as if it were alone. Stop strings, presets and penalties."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from lowmem.generation.settings import DEFAULTS, Settings
 from lowmem.generation.stop import StopFilter
 from lowmem.models.registry import build_model
 from lowmem.sampling import PRESETS, SamplingOptions, penalize_counts, row_seed, sample_token
+from tests.reference.markdown import table
 
 I3 = {"name": "i3", "attention_rank": 4, "num_heads": 1, "lorpt": LorptConfig(rank=4)}
 PROMPTS = ["a", "hello there", "", "xyz", "hello there, and more words"]
@@ -169,11 +169,9 @@ def test_impossible_penalties_are_refused(name, value):
 
 
 def test_the_page_has_the_presets_as_they_are():
-    page = (Path(__file__).parent.parent / "docs/generation.md").read_text()
-    head, _, *rows = [line for line in page.splitlines() if line.startswith(("| setting |", "|---|---|---|---|---|", "| `--"))]
-    assert head.split(" | ")[2:] == [*list(PRESETS)[:-1], f"{list(PRESETS)[-1]} |"]
-    for row in rows:
-        name, default, *values = [cell.strip(" `-") for cell in row.strip("|").split("|")]
+    (_, _, *names), *rows = table("generation.md", "setting")
+    assert names == list(PRESETS)
+    for name, default, *values in [[cell.strip("`-") for cell in row] for row in rows]:
         assert float(default.split()[0]) == DEFAULTS[name]
         assert [float(value) for value in values] == [preset.get(name, DEFAULTS[name]) for preset in PRESETS.values()]
-    assert {name for preset in PRESETS.values() for name in preset} <= {row.split("`--")[1].split("`")[0] for row in rows}
+    assert {name for preset in PRESETS.values() for name in preset} <= {row[0].strip("`-") for row in rows}

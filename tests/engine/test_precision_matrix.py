@@ -1,7 +1,6 @@
 """Every combination of computed precision, stored weights and update that docs/precision.md promises, and every one it refuses."""
 
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from lowmem.config_check import config_problems
 from lowmem.config_data import DataConfig, SourceConfig
 from lowmem.data.batch import Batch
 from lowmem.engine.build import build_configured_model, build_local_engine
+from tests.reference.markdown import table
 
 UPDATES = ("accumulate", "layerwise")
 STEPS = 12
@@ -19,11 +19,9 @@ STEPS = 12
 
 def documented() -> dict[tuple[str, str, str], bool]:
     """(precision, update, weight_dtype) -> whether the table in docs/precision.md says that it works."""
-    lines = (Path(__file__).parents[2] / "docs" / "precision.md").read_text().splitlines()
-    start = next(number for number, line in enumerate(lines) if line.startswith("| stored"))
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start:] if line.startswith("|")]
-    names, found = rows[0][1:], {}
-    for stored, *cells in rows[2:]:
+    (_, *names), *rows = table("precision.md", r"stored \ computed")
+    found = {}
+    for stored, *cells in rows:
         for precision, cell in zip(names, cells, strict=True):
             assert cell in ("both", "layerwise", "no")
             found |= {(precision, update, stored): cell in ("both", update) for update in UPDATES}
