@@ -196,6 +196,12 @@ class RunConfig:
         return self.model.max_seq_len or self.data.seq_len
 
 
+def auto_micro_batch_sizes(sequences: int, seq_len: int) -> list[int]:
+    """Divisors of `sequences` of at most 4096 tokens, the largest first."""
+    limit = max(1, AUTO_MICRO_BATCH_TOKENS // seq_len)
+    return [size for size in range(min(sequences, limit), 0, -1) if sequences % size == 0]
+
+
 def resolve_micro_batch_size(config: RunConfig, world_size: int) -> int:
     """Sequences computed at once on one rank.
 
@@ -212,8 +218,7 @@ def resolve_micro_batch_size(config: RunConfig, world_size: int) -> int:
         )
     wanted = config.train.micro_batch_size
     if wanted == "auto":
-        limit = max(1, AUTO_MICRO_BATCH_TOKENS // config.data.seq_len)
-        return max(size for size in range(1, min(per_rank, limit) + 1) if per_rank % size == 0)
+        return auto_micro_batch_sizes(per_rank, config.data.seq_len)[0]
     if per_rank % wanted:
         divisors = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
         raise ValueError(

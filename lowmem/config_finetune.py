@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lowmem.config import BudgetConfig, OptimConfig
+from lowmem.config import BudgetConfig, OptimConfig, auto_micro_batch_sizes
 
 Method = Literal["lora", "qlora", "dora", "lora_plus", "rslora", "prefix", "ia3", "head", "last_k", "full"]
 
@@ -59,10 +59,11 @@ class FinetuneConfig:
     """Optimizer steps."""
     batch_size: int = 8
     """Rows per step; conversations are packed into rows."""
-    micro_batch_size: int = 1
-    """Rows computed at once; divides batch_size."""
+    micro_batch_size: int | Literal["auto"] = "auto"
+    """Rows computed at once; divides batch_size. auto: at most 4096 tokens, and no more than is predicted to fit the budget; with
+    update=layerwise batch_size. Lowered when memory runs out."""
     update: Literal["accumulate", "layerwise"] = "accumulate"
-    """layerwise: each gradient is applied and freed as soon as it is there; needs micro_batch_size = batch_size, clips by the last norm."""
+    """layerwise: each gradient is applied and freed as soon as it is there; needs all rows of a step at once, clips by the last norm."""
     gradient_checkpointing: bool = True
     """Keep each block's input only and compute the block again."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, weight_decay=0.0, warmup_steps=10, betas=(0.9, 0.999)))
@@ -79,20 +80,36 @@ class FinetuneConfig:
     """Folder: base/ for a lowmem run, adapter/, merged/, metrics.jsonl. The same command goes on where it was."""
 
 
+def micro_batch_sizes(config: FinetuneConfig) -> list[int]:
+    """Sizes to choose from, the largest first; one unless micro_batch_size is auto."""
+    if config.micro_batch_size != "auto":
+        return [config.micro_batch_size]
+    return [config.batch_size] if config.update == "layerwise" else auto_micro_batch_sizes(config.batch_size, config.seq_len)
+
+
+def memory_remedies(config: FinetuneConfig) -> list[str]:
+    """Settings beside the sizes that are not in force and would take less memory, the most effective first."""
+    remedies = [] if config.method == "qlora" else ["method=qlora"]
+    remedies += [] if config.gradient_checkpointing else ["gradient_checkpointing=true"]
+    return remedies
+
+
 def finetune_problems(config: FinetuneConfig) -> list[str]:
     """Contradictions, one line each."""
     adapter, optim = config.adapter, config.optim
     problems = [f"{name} is empty; name it" for name in ("base", "data", "out") if not getattr(config, name)]
-    least = {"seq_len": 8, "steps": 1, "batch_size": 1, "micro_batch_size": 1, "eval_every": 0, "save_every": 0}
+    least = {"seq_len": 8, "steps": 1, "batch_size": 1, "eval_every": 0, "save_every": 0}
+    micro = config.micro_batch_size
+    least |= {} if micro == "auto" else {"micro_batch_size": 1}
     problems += [f"{key} is {getattr(config, key)}, must be at least {low}" for key, low in least.items() if getattr(config, key) < low]
     if min(adapter.r, adapter.num_virtual_tokens, adapter.last_k) < 1:
         problems.append("adapter.r, num_virtual_tokens and last_k must be at least 1")
     if not adapter.loraplus_lr_ratio >= 1:
         problems.append(f"adapter.loraplus_lr_ratio is {adapter.loraplus_lr_ratio}, must be at least 1: it is B that learns faster than A")
-    if config.micro_batch_size > 0 and config.batch_size % config.micro_batch_size:
-        problems.append(f"micro_batch_size is {config.micro_batch_size}, which does not divide batch_size ({config.batch_size})")
-    if config.update == "layerwise" and config.micro_batch_size != config.batch_size:
-        problems.append("update=layerwise applies gradients as they come: set micro_batch_size to batch_size, or use update=accumulate")
+    if micro != "auto" and micro > 0 and config.batch_size % micro:
+        problems.append(f"micro_batch_size is {micro}, which does not divide batch_size ({config.batch_size})")
+    if config.update == "layerwise" and micro not in ("auto", config.batch_size):
+        problems.append("update=layerwise applies gradients as they come: leave micro_batch_size=auto, or use update=accumulate")
     if not 0 <= config.val_fraction < 1:
         problems.append(f"val_fraction is {config.val_fraction}, must be in [0, 1)")
     if optim.name == "spectron" or optim.backend != "lowmem":

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from lowmem.data.batch import Batch
+from lowmem.engine.micro_batch import MicroBatches
 from lowmem.errors import ConfigError
 from lowmem.models.base import LanguageModel
 
@@ -30,30 +29,19 @@ class StepResult:
     skipped: Literal["", "nonfinite", "loss_scale"]
 
 
-class Engine(ABC):
-    """Computes training steps on one model.
+class Engine(MicroBatches, ABC):
+    """Computes training steps on one model, in micro-batches of this rank.
 
-    Attributes:
+    Attributes, beside those of `MicroBatches`:
         model: the plain module, not wrapped.
-        device: where this rank computes.
         rank, world_size: this process among those that share the global batch.
-        micro_batch_size: sequences computed at once on this rank; lowered when memory runs out.
         longest_seq_len: tokens of the sequences that micro_batch_size counts; 0 is the length of each batch.
-        failed_micro_batch_size: the smallest size known to run out of memory; 0 if none is.
-        messages: what a person should know of recoveries; whoever shows them empties the list.
     """
 
     model: LanguageModel
-    device: torch.device
     rank: int = 0
     world_size: int = 1
-    micro_batch_size: int = 1
-    failed_micro_batch_size: int = 0
     longest_seq_len: int = 0
-    messages: list[str]
-
-    def __init__(self) -> None:
-        self.messages = []
 
     def rows_at_once(self, seq_len: int, sequences: int = 0) -> int:
         """Rows of `seq_len` tokens computed at once: of shorter sequences more fit.
@@ -130,29 +118,6 @@ class Engine(ABC):
     def memory_components(self) -> dict[str, int]:
         """Bytes that this rank keeps between and during steps, by arithmetic: weights, gradients, optimizer_states."""
 
-    def memory_remedies(self) -> list[str]:
-        """Settings that are not in force and would take less memory, as "key=value", the most effective first."""
-        return []
-
-    def set_micro_batch_size(self, size: int) -> None:
-        """Compute `size` sequences at once from now on."""
-        self.micro_batch_size = size
-
-    def micro_batch_state(self) -> dict[str, int]:
-        """For the checkpoint: the present micro-batch, and the smallest that failed."""
-        return {"size": self.micro_batch_size, "failed": self.failed_micro_batch_size}
-
-    def restore_micro_batch(self, state: dict) -> None:
-        """Take over from a checkpoint which size failed, and the size found instead if the configured one would fail again.
-
-        Args:
-            state: what `save` returned; "micro_batch" may be missing.
-        """
-        saved = state.get("micro_batch", {"size": self.micro_batch_size, "failed": 0})
-        self.failed_micro_batch_size = saved["failed"]
-        if 0 < saved["failed"] <= self.micro_batch_size:
-            self.set_micro_batch_size(saved["size"])
-
     def sum_over_ranks(self, value: float) -> float:
         """The sum of every rank's `value`, on every rank."""
         return value
@@ -161,8 +126,8 @@ class Engine(ABC):
         """True on every rank if `flag` is true on at least one."""
         return flag
 
-    def barrier(self) -> None:  # noqa: B027  (one process waits for nobody)
+    def barrier(self) -> None:
         """Wait until every rank is here."""
 
-    def close(self) -> None:  # noqa: B027
+    def close(self) -> None:
         """Release processes and groups."""

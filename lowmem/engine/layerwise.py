@@ -21,10 +21,10 @@ from lowmem.engine.base import StepResult
 from lowmem.engine.boundaries import Boundaries
 from lowmem.engine.clipping import BlockClipping
 from lowmem.engine.layerwise_head import FirstUpdate, LayerwiseHead, Pairs, Tied
-from lowmem.engine.local import HALF_APPLIED, LocalEngine
+from lowmem.engine.local import LocalEngine
 from lowmem.engine.loss_scale import LossScale
 from lowmem.engine.random_state import random_state, restore_random_state
-from lowmem.engine.recovery import cannot_be_repeated, first_line, once_more, release_memory, smaller_micro_batch
+from lowmem.engine.recovery import HALF_APPLIED, cannot_be_repeated, first_line, once_more, release_memory, smaller_micro_batch
 from lowmem.engine.transfer import Tensors, on_device
 from lowmem.fake import representative
 from lowmem.memory.budget import is_out_of_memory

@@ -16,7 +16,7 @@ from lowmem.devices import Precision
 from lowmem.engine.base import Engine, StepResult
 from lowmem.engine.optimizer_state import load_optimizer_tensors, optimizer_tensors
 from lowmem.engine.random_state import random_state, restore_random_state
-from lowmem.engine.recovery import cannot_be_repeated, repeat_with_smaller_micro_batches
+from lowmem.engine.recovery import HALF_APPLIED, cannot_be_repeated, repeat_with_smaller_micro_batches
 from lowmem.engine.teacher import Teacher
 from lowmem.engine.tensor_file import load_into, read_tensors, tensor_shapes, write_tensors
 from lowmem.engine.transfer import on_device
@@ -31,7 +31,6 @@ from lowmem.optim.kernels.scalars import mix_key
 from lowmem.optim.resize import resize_states
 
 _MIN_LOSS_SCALE = 1.0
-HALF_APPLIED = "while weights were updated: some have changed, some have not; run the same command again to go on from the last checkpoint"
 T = TypeVar("T")
 
 

@@ -7,12 +7,13 @@ from typing import TypeVar
 
 import torch
 
-from lowmem.engine.base import Engine
+from lowmem.engine.micro_batch import MicroBatches
 from lowmem.engine.random_state import random_state, restore_random_state
 from lowmem.errors import MemoryBudgetError
 from lowmem.memory.block_cache import release_host_memory
 from lowmem.memory.budget import is_out_of_memory
 
+HALF_APPLIED = "while weights were updated: some have changed, some have not; run the same command again to go on from the last checkpoint"
 T = TypeVar("T")
 
 
@@ -21,7 +22,7 @@ def smaller_micro_batch(size: int) -> int:
     return max((divisor for divisor in range(1, size // 2 + 1) if size % divisor == 0), default=0)
 
 
-def repeat_with_smaller_micro_batches(engine: Engine, work: Callable[[], T], discard: Callable[[], None]) -> T:
+def repeat_with_smaller_micro_batches(engine: MicroBatches, work: Callable[[], T], discard: Callable[[], None]) -> T:
     """`work()`, done again from its beginning with a smaller micro-batch each time it runs out of memory.
 
     Args:
@@ -45,7 +46,7 @@ def repeat_with_smaller_micro_batches(engine: Engine, work: Callable[[], T], dis
         lower_micro_batch(engine, failure)
 
 
-def lower_micro_batch(engine: Engine, failure: str) -> None:
+def lower_micro_batch(engine: MicroBatches, failure: str) -> None:
     """Go on with a smaller micro-batch, remember the one that failed, and say so.
 
     Args:
@@ -89,7 +90,7 @@ def fits(work: Callable[[], None], device: torch.device) -> bool:
 
 
 @contextmanager
-def cannot_be_repeated(engine: Engine, state: str) -> Iterator[None]:
+def cannot_be_repeated(engine: MicroBatches, state: str) -> Iterator[None]:
     """Turn an out-of-memory error into one that a user can act on.
 
     Args:
@@ -105,11 +106,12 @@ def cannot_be_repeated(engine: Engine, state: str) -> Iterator[None]:
         raise MemoryBudgetError(f"memory ran out ({first_line(error)}) {state}; {remedies(engine)}") from error
 
 
-def remedies(engine: Engine) -> str:
+def remedies(engine: MicroBatches) -> str:
     """What would take less memory and is not in force yet."""
     smaller = smaller_micro_batch(engine.micro_batch_size)
-    first = [f"train.micro_batch_size={smaller}"] if smaller else []
-    return f"use {', '.join([*first, *engine.memory_remedies(), 'a shorter data.seq_len'])} or a larger budget"
+    micro_batch, seq_len = engine.size_keys
+    first = [f"{micro_batch}={smaller}"] if smaller else []
+    return f"use {', '.join([*first, *engine.memory_remedies(), f'a shorter {seq_len}'])} or a larger budget"
 
 
 def first_line(error: BaseException) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lowmem.arguments import dotted_overrides
 from lowmem.config_dump import dump_config
-from lowmem.config_finetune import FinetuneConfig, finetune_problems
+from lowmem.config_finetune import FinetuneConfig, finetune_problems, memory_remedies
 from lowmem.config_load import load_config
 from lowmem.config_schema import field_docs
 from lowmem.errors import ConfigError, MemoryBudgetError
@@ -34,7 +34,7 @@ def finetune_main(argv: Sequence[str]) -> int:
     from lowmem.data.storage import compiled_root
     from lowmem.engine.recovery import first_line
     from lowmem.finetune.base_model import base_directory
-    from lowmem.finetune.memory import predict_memory
+    from lowmem.finetune.settle import choose_micro_batch
     from lowmem.finetune.train import finetune
     from lowmem.memory.block_cache import set_up_host_memory
     from lowmem.memory.budget import is_out_of_memory
@@ -42,7 +42,8 @@ def finetune_main(argv: Sequence[str]) -> int:
     from lowmem.train.progress import make_display
 
     if flags.dry_run:
-        print(predict_memory(config, base_directory(config.base, Path(config.out))).line())
+        settled, memory = choose_micro_batch(config, base_directory(config.base, Path(config.out)))
+        print(f"{memory.line()}; micro-batches of {settled.micro_batch_size}")
         return 0
     display = make_display(quiet=flags.quiet)
     set_up_host_memory(compiled_root())
@@ -52,9 +53,9 @@ def finetune_main(argv: Sequence[str]) -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
+        remedies = ", ".join([*memory_remedies(config), "a smaller seq_len"])
         raise MemoryBudgetError(
-            f"memory ran out (budget.ram={config.budget.ram or 'none'}): {first_line(error)}; use method=qlora, micro_batch_size=1, "
-            "or a smaller seq_len"
+            f"memory ran out (budget.ram={config.budget.ram or 'none'}): {first_line(error)}; use {remedies} or a larger budget"
         ) from error
     finally:
         display.close()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from lowmem.config_finetune import FinetuneConfig
+from lowmem.config_finetune import FinetuneConfig, micro_batch_sizes
 from lowmem.data.batch import longest_batch
 from lowmem.data.storage import compiled_root
 from lowmem.fake import pretend_device
@@ -38,7 +38,7 @@ def step_peaks(model: Any, config: FinetuneConfig, device: str) -> dict[str, int
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda parameter: trace.mark([parameter.grad], "gradients"))
-    batch = longest_batch(config.batch_size, config.seq_len, packed=True).rows(0, 2 * config.micro_batch_size)
+    batch = longest_batch(config.batch_size, config.seq_len, packed=True).rows(0, 2 * micro_batch_sizes(config)[0])
     assert batch.segments is not None
     batch.segments[:, config.seq_len // 2 :] = 1 if one_per_row(model, config) else 2
     with meta, trace, pretend_device(device), _fused_attention():

@@ -59,6 +59,8 @@ class FinetuneMemory:
 def predict_memory(config: FinetuneConfig, directory: Path) -> FinetuneMemory:
     """Peak memory of a run, the libraries that are imported by now included.
 
+    Args:
+        config: with micro_batch_size=auto the largest that is allowed counts; see `lowmem.finetune.settle`.
     Memory: none for the model.
     """
     dtype, device = DTYPES[config.base_dtype], compute_device().type

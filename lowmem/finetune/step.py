@@ -4,13 +4,16 @@ Shapes: B rows, T time.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from lowmem.config_finetune import FinetuneConfig
+from lowmem.config_finetune import FinetuneConfig, memory_remedies, micro_batch_sizes
 from lowmem.data.batch import IGNORE_INDEX, Batch
+from lowmem.engine.micro_batch import MicroBatches
+from lowmem.engine.recovery import HALF_APPLIED, cannot_be_repeated, repeat_with_smaller_micro_batches
 from lowmem.finetune.hidden import last_hidden, plain_head
 from lowmem.nn.loss import chunked_cross_entropy
 from lowmem.nn.positions import segment_positions
@@ -55,19 +58,26 @@ def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
-class Stepper:
+class Stepper(MicroBatches):
     """Optimizer steps on the trainable parameters of a model.
+
+    A step that runs out of memory before its update is done again with smaller micro-batches, as is an evaluation.
 
     Args:
         groups: from `parameter_groups`.
+        config: micro_batch_size=auto takes the largest that is allowed.
     Memory: states of the trainable parameters; their gradients, with update=layerwise only one at a time.
     """
 
     def __init__(self, model: Any, groups: list[dict[str, Any]], config: FinetuneConfig, device: torch.device):
+        super().__init__()
         optim = config.optim
         own: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "state_bits": optim.state_bits, "seed": config.seed}
         self.optimizer: LowBitOptimizer = AdamW(groups, eps=optim.eps, **own) if optim.name == "adamw" else Lion(groups, **own)
+        self.optimizer.allocate_states()
         self.model, self.config, self.device = model, config, device
+        self.micro_batch_size = micro_batch_sizes(config)[0]
+        self.size_keys = ("batch_size" if config.update == "layerwise" else "micro_batch_size", "seq_len")
         self.previous_norm = 0.0
         self._squares = 0.0
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -76,28 +86,50 @@ class Stepper:
                 parameter.register_post_accumulate_grad_hook(self._apply_now)
 
     def step(self, batch: Batch, lr: float) -> tuple[float, float]:
-        """One update; loss and gradient norm. Nothing changes if either is not finite, except with update=layerwise what came before it."""
+        """One update; loss and gradient norm. Nothing changes if either is not finite, except with update=layerwise what came before it.
+
+        Raises:
+            MemoryBudgetError: memory ran out and no smaller micro-batch helps, or where the step could not be repeated.
+        """
         self.model.train()
         set_learning_rate(self.optimizer, lr)
-        denominator, self._squares, losses = float(max(1, batch.target_count())), 0.0, []
-        for start in range(0, len(batch), self.config.micro_batch_size):
-            loss = batch_loss(self.model, batch.rows(start, start + self.config.micro_batch_size), denominator, self.device)
+        if self.config.update == "layerwise":
+            self._squares = 0.0
+            with cannot_be_repeated(self, HALF_APPLIED):
+                loss = self._backward(batch)
+            norm = math.sqrt(self._squares) if math.isfinite(self._squares) else math.nan
+            self.previous_norm = norm if math.isfinite(norm) and math.isfinite(loss) else self.previous_norm
+            return loss, norm
+        loss, norm = repeat_with_smaller_micro_batches(self, partial(self._clipped_gradients, batch), self.optimizer.zero_grad)
+        if math.isfinite(loss) and math.isfinite(norm):
+            with cannot_be_repeated(self, HALF_APPLIED):
+                self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss, norm
+
+    def memory_remedies(self) -> list[str]:
+        """Settings of `lowmem finetune` that are not in force and would take less memory."""
+        return memory_remedies(self.config)
+
+    def _clipped_gradients(self, batch: Batch) -> tuple[float, float]:
+        """Loss, and the norm before clipping."""
+        loss = self._backward(batch)
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norm = global_norm(gradients).item()
+        if math.isfinite(loss) and math.isfinite(norm):
+            clip_gradients(gradients, norm, self.config.optim.clip)
+        return loss, norm
+
+    def _backward(self, batch: Batch) -> float:
+        """Gradients of all micro-batches, summed; the loss. Micro-batches whose loss is not finite add nothing."""
+        denominator, losses = float(max(1, batch.target_count())), []
+        for start in range(0, len(batch), self.micro_batch_size):
+            loss = batch_loss(self.model, batch.rows(start, start + self.micro_batch_size), denominator, self.device)
             losses.append(loss.item())
             if math.isfinite(losses[-1]):
                 loss.backward()
             del loss
-        loss_value = math.fsum(losses)
-        if self.config.update == "layerwise":
-            norm = math.sqrt(self._squares) if math.isfinite(self._squares) else math.nan
-            self.previous_norm = norm if math.isfinite(norm) and math.isfinite(loss_value) else self.previous_norm
-            return loss_value, norm
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norm = global_norm(gradients).item()
-        if math.isfinite(loss_value) and math.isfinite(norm):
-            clip_gradients(gradients, norm, self.config.optim.clip)
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss_value, norm
+        return math.fsum(losses)
 
     def _apply_now(self, parameter: torch.Tensor) -> None:
         """Update a parameter whose gradient is complete, and free the gradient; clipped by the norm of the step before."""
@@ -117,7 +149,10 @@ class Stepper:
         self.model.eval()
         total, count = 0.0, 0
         for batch in batches:
-            for start in range(0, len(batch), self.config.micro_batch_size):
-                total += batch_loss(self.model, batch.rows(start, start + self.config.micro_batch_size), 1.0, self.device).item()
+            total += repeat_with_smaller_micro_batches(self, partial(self._summed_loss, batch), lambda: None)
             count += batch.target_count()
         return total / max(1, count)
+
+    def _summed_loss(self, batch: Batch) -> float:
+        starts = range(0, len(batch), self.micro_batch_size)
+        return math.fsum(batch_loss(self.model, batch.rows(n, n + self.micro_batch_size), 1.0, self.device).item() for n in starts)

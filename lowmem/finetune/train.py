@@ -1,6 +1,5 @@
 """A fine-tuning run from its configuration to its adapter: resumable, inside its budget."""
 
-import json
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -12,24 +11,21 @@ from lowmem.engine.optimizer_state import load_optimizer_tensors, optimizer_tens
 from lowmem.engine.random_state import random_state, restore_random_state
 from lowmem.engine.recovery import release_memory
 from lowmem.engine.tensor_file import load_into, read_tensors, write_tensors
-from lowmem.errors import EXIT_INTERRUPTED, ConfigError, DivergedError, MemoryBudgetError, StoppedBySignal
-from lowmem.finetune.base_model import DTYPES, base_directory, compute_device, enable_checkpointing, load_base
+from lowmem.errors import EXIT_INTERRUPTED, DivergedError, StoppedBySignal
+from lowmem.finetune.base_model import DTYPES, base_directory, enable_checkpointing, load_base
 from lowmem.finetune.data import ChatData, chat_data, copy_tokenizer, tokenizer_folder
-from lowmem.finetune.memory import FinetuneMemory, predict_memory
 from lowmem.finetune.methods import WITHOUT_ADAPTER, apply_method, can_checkpoint, one_per_row, parameter_groups
 from lowmem.finetune.save import merged_model, save_adapter, save_merged
+from lowmem.finetune.settle import choose_micro_batch, earlier_micro_batch, enforce_budget
 from lowmem.finetune.step import Stepper
-from lowmem.memory.budget import limit_cuda_memory, limit_host_memory
 from lowmem.memory.phases import PhasePeaks
 from lowmem.optim.schedule import learning_rate
 from lowmem.train.checkpoint import CheckpointStore
 from lowmem.train.progress import ProgressDisplay
 from lowmem.train.run_dir import RunDir
 from lowmem.train.signals import StopRequest
-from lowmem.units import parse_bytes
 
 MAX_BAD_STEPS = 5
-_FREE = {"steps", "eval_every", "save_every", "budget", "out", "micro_batch_size", "gradient_checkpointing"}
 
 
 @dataclass
@@ -63,9 +59,12 @@ def finetune(config: FinetuneConfig, display: ProgressDisplay) -> Finetuned:
     out = Path(config.out)
     run_dir = RunDir(out)
     try:
-        _check_same(config, run_dir)
+        earlier = earlier_micro_batch(config, out)
         directory = base_directory(config.base, out)
-        predicted, phases, dtype = _check_budget(config, directory, display), PhasePeaks(), DTYPES[config.base_dtype]
+        config, predicted = choose_micro_batch(config, directory, at_most=earlier)
+        display.message(f"{predicted.line()}; micro-batches of {config.micro_batch_size}")
+        enforce_budget(config, predicted)
+        phases, dtype = PhasePeaks(), DTYPES[config.base_dtype]
         with phases("load"):
             model = load_base(directory, nf4=config.method == "qlora", double_quant=config.adapter.double_quant, dtype=dtype)
         folder, new_ids = tokenizer_folder(config, directory, model)
@@ -87,37 +86,6 @@ def finetune(config: FinetuneConfig, display: ProgressDisplay) -> Finetuned:
         return Finetuned(adapted, directory, losses, *ends)
     finally:
         run_dir.close()
-
-
-def _check_same(config: FinetuneConfig, run_dir: RunDir) -> None:
-    path = run_dir.path / "finetune.json"
-    if not path.is_file():
-        return
-    saved, wanted = json.loads(path.read_text()), json.loads(json.dumps(asdict(config)))
-    changed = [
-        f"{key} was {saved.get(key)!r}, now {value!r}" for key, value in wanted.items() if key not in _FREE and saved.get(key) != value
-    ]
-    if changed:
-        raise ConfigError(f"{run_dir.path} holds a run with other settings: {'; '.join(changed)}. Keep them, or choose another out")
-
-
-def _check_budget(config: FinetuneConfig, directory: Path, display: ProgressDisplay) -> FinetuneMemory:
-    memory = predict_memory(config, directory)
-    display.message(memory.line())
-    missing = memory.missing(config)
-    if missing:
-        remedies = [] if config.method == "qlora" else ["method=qlora"]
-        remedies += ["micro_batch_size=1"] if config.micro_batch_size > 1 else []
-        remedies += [] if config.gradient_checkpointing else ["gradient_checkpointing=true"]
-        raise MemoryBudgetError(f"this needs about {missing}; use {', '.join([*remedies, 'a smaller seq_len'])} or a larger budget")
-    try:
-        if config.budget.ram:
-            limit_host_memory(parse_bytes(config.budget.ram))
-        if config.budget.vram and memory.vram:
-            limit_cuda_memory(parse_bytes(config.budget.vram), compute_device())
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    return memory
 
 
 def _write(config: FinetuneConfig, model: Any, directory: Path, folder: Path, data: ChatData) -> None:
@@ -153,7 +121,9 @@ class _Run:
         tensors, scalars = optimizer_tensors(self.model, self.stepper.optimizer)
         write_tensors(directory / "trained.safetensors", self.trained)
         write_tensors(directory / "optimizer.safetensors", tensors)
-        return {"optimizer_scalars": scalars, "random": random_state(self.device), "previous_norm": self.stepper.previous_norm}
+        random = random_state(self.device)
+        own = {"previous_norm": self.stepper.previous_norm, "micro_batch": self.stepper.micro_batch_state()}
+        return {"optimizer_scalars": scalars, "random": random, **own}
 
     def train(self) -> dict[int, float]:
         """From the last checkpoint, or the beginning, to the last step; losses of the evaluations by step."""
@@ -169,6 +139,7 @@ class _Run:
                 batch = self.data.train.batch(config.batch_size, seq_len=config.seq_len, step=self.done)
                 lr = learning_rate(config.optim, self.done + 1, config.steps)
                 loss, norm = self.stepper.step(batch, lr)
+                self._tell()
                 self.done += 1
                 finite = math.isfinite(loss) and math.isfinite(norm)
                 bad = 0 if finite else bad + 1
@@ -196,9 +167,14 @@ class _Run:
         if self.data.validation is None or not self.config.eval_every:
             return
         loss = self.stepper.evaluate(self.data.validation.batches())
+        self._tell()
         self.losses[self.done] = loss
         self.run_dir.append_metrics({"step": self.done, "val_loss": loss})
         self.display.on_eval(self.done, loss)
+
+    def _tell(self) -> None:
+        while self.stepper.messages:
+            self.display.message(self.stepper.messages.pop(0))
 
     def _resume(self) -> None:
         found = self.store.newest_valid(skip_damaged=False)
@@ -211,6 +187,7 @@ class _Run:
         load_optimizer_tensors(self.model, self.stepper.optimizer, tensors, engine["optimizer_scalars"])
         restore_random_state(engine["random"], self.device)
         self.stepper.previous_norm = engine["previous_norm"]
+        self.stepper.restore_micro_batch(engine)
         self.data.train.load_state_dict(state["data"])
         self.done, self.losses = state["step"], {int(step): loss for step, loss in state["losses"].items()}
         self.store.repair(self.done, 0)

@@ -1,0 +1,68 @@
+"""What is settled before anything is loaded: that the folder's run is the same one, its micro-batch, its budget."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from lowmem.config_finetune import FinetuneConfig, memory_remedies, micro_batch_sizes
+from lowmem.errors import ConfigError, MemoryBudgetError
+from lowmem.finetune.base_model import compute_device
+from lowmem.finetune.memory import FinetuneMemory, predict_memory
+from lowmem.memory.budget import limit_cuda_memory, limit_host_memory
+from lowmem.units import parse_bytes
+
+_FREE = {"steps", "eval_every", "save_every", "budget", "out", "micro_batch_size", "gradient_checkpointing"}
+
+
+def earlier_micro_batch(config: FinetuneConfig, folder: Path) -> int:
+    """The micro-batch with which the folder's run began, if it was left to lowmem; 0 for a new run or another choice.
+
+    Raises:
+        ConfigError: the folder's run has other settings.
+    """
+    path = folder / "finetune.json"
+    if not path.is_file():
+        return 0
+    saved, wanted = json.loads(path.read_text()), json.loads(json.dumps(asdict(config)))
+    changed = [
+        f"{key} was {saved.get(key)!r}, now {value!r}" for key, value in wanted.items() if key not in _FREE and saved.get(key) != value
+    ]
+    if changed:
+        raise ConfigError(f"{folder} holds a run with other settings: {'; '.join(changed)}. Keep them, or choose another out")
+    return saved["micro_batch_size"] if config.micro_batch_size == "auto" else 0
+
+
+def choose_micro_batch(config: FinetuneConfig, directory: Path, at_most: int = 0) -> tuple[FinetuneConfig, FinetuneMemory]:
+    """The configuration with its micro-batch settled, and what that needs: of those to choose from the largest that fits the budget.
+
+    Args:
+        at_most: the size of the run that is gone on with; 0 is none.
+    """
+    sizes = [size for size in micro_batch_sizes(config) if not 0 < at_most < size] or [at_most]
+    for size in sizes:
+        settled = replace(config, micro_batch_size=size)
+        memory = predict_memory(settled, directory)
+        if not memory.missing(config):
+            break
+    return settled, memory
+
+
+def enforce_budget(config: FinetuneConfig, memory: FinetuneMemory) -> None:
+    """Refuse a run that is predicted to exceed its budget, and limit the process to the budget.
+
+    Raises:
+        MemoryBudgetError: it is; with what would take less.
+        ConfigError: there is no such limit here.
+    """
+    missing = memory.missing(config)
+    if missing:
+        smaller = ["micro_batch_size=auto"] if config.update == "accumulate" and micro_batch_sizes(config) != [1] else []
+        remedies = [*memory_remedies(config), *smaller, "a smaller seq_len"]
+        raise MemoryBudgetError(f"this needs about {missing}; use {', '.join(remedies)} or a larger budget")
+    try:
+        if config.budget.ram:
+            limit_host_memory(parse_bytes(config.budget.ram))
+        if config.budget.vram and memory.vram:
+            limit_cuda_memory(parse_bytes(config.budget.vram), compute_device())
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
