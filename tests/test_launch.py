@@ -54,7 +54,12 @@ def launch(folder: Path, name: str, *launcher: str, arguments: tuple[str, ...] =
         port = listener.getsockname()[1]
     command = [str(Path(sys.executable).parent / "deepspeed"), "-q", "--master_port", str(port), *launcher, "launch/pretrain.py"]
     command += [*ARGUMENTS, f"--run_dir={folder / name}", f"--data.cache_dir={folder / 'cache'}", *arguments]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment, start_new_session=True
     )

@@ -162,13 +162,14 @@ RESUMED = [
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_resumed_run_is_bit_identical(tmp_path: Path, ranks: int) -> None:
+    chosen = RESUMED if ranks > 1 else RESUMED[::3]  # one rank runs the same code with nobody to talk to: every third is enough there
     straight = [
-        case(file, f"{i}-straight", steps=[0, 1, 2, 3], save=str(tmp_path / f"{i}-straight"), **o) for i, (file, o) in enumerate(RESUMED)
+        case(file, f"{i}-straight", steps=[0, 1, 2, 3], save=str(tmp_path / f"{i}-straight"), **o) for i, (file, o) in enumerate(chosen)
     ]
-    halves = [case(file, f"{i}-half", steps=[0, 1], save=str(tmp_path / f"{i}-half"), **o) for i, (file, o) in enumerate(RESUMED)]
+    halves = [case(file, f"{i}-half", steps=[0, 1], save=str(tmp_path / f"{i}-half"), **o) for i, (file, o) in enumerate(chosen)]
     resumed = [
         case(file, f"{i}-resumed", steps=[2, 3], load=str(tmp_path / f"{i}-half"), save=str(tmp_path / f"{i}-resumed"), **o)
-        for i, (file, o) in enumerate(RESUMED)
+        for i, (file, o) in enumerate(chosen)
     ]
     interleaved = [one for pair in zip(straight, halves, strict=True) for one in pair]
     first = launch(interleaved, tmp_path / "first", ranks, timeout_s=400)
@@ -182,7 +183,7 @@ def test_resumed_run_is_bit_identical(tmp_path: Path, ranks: int) -> None:
             assert one["memory"] == other["memory"], after["name"]
             # below stage 3 every rank holds all weights, which the ranks must round alike
             assert one["weights_sha256"] == first[0][before["name"]]["weights_sha256"], before["name"]
-    for index in range(len(RESUMED)):
+    for index in range(len(chosen)):
         compare_checkpoints(tmp_path / f"{index}-straight", tmp_path / f"{index}-resumed")
 
 
