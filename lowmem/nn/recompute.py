@@ -19,13 +19,14 @@ low_rank: like selective, but of LoRPt layers only the rank-sized latents: what 
     a step's products.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple
+from weakref import ReferenceType, ref
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
 
 from lowmem.fake import autocast_kind
 
@@ -102,6 +103,104 @@ class _Scope:
             recipe.output = None
 
 
+class _Enough(Exception):
+    """All that backward asks for is computed."""
+
+
+class _Again:
+    """A block of which only the input is kept: its forward runs again when backward first asks for what was not.
+
+    What `torch.utils.checkpoint` without reentrance does, which imports PyTorch's compiler at its first call (140 MB). Parameters get their
+    gradients whether or not the input needs one, and hooks of modules run in both passes.
+
+    Args:
+        block: computes the same again from the same input, random state and autocast.
+        hidden: its input.
+    """
+
+    def __init__(self, block: Callable[..., torch.Tensor], hidden: torch.Tensor):
+        self.block, self.hidden = block, hidden.detach().requires_grad_(hidden.requires_grad)
+        kinds = sorted({"cpu", autocast_kind(hidden)})
+        self.autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds}
+        self.cached = torch.is_autocast_cache_enabled()
+        self.random = _random_state(hidden)
+        self.slots: list[ReferenceType[_Slot]] = []
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        with saved_tensors_hooks(self._reserve, self._take):
+            return self.block(hidden)
+
+    def _reserve(self, _: torch.Tensor) -> "_Slot":
+        slot = _Slot(self)
+        self.slots.append(ref(slot))
+        return slot
+
+    def _take(self, slot: "_Slot") -> torch.Tensor:
+        if slot.tensor is None:  # the first time, or once more after retain_graph
+            self._run()
+        tensor, slot.tensor = slot.tensor, None
+        assert tensor is not None
+        return tensor
+
+    def _run(self) -> None:
+        """Fill the slots that some node of the graph still has."""
+        made = 0
+
+        def fill(tensor: torch.Tensor) -> None:
+            nonlocal made
+            slot = self.slots[made]() if made < len(self.slots) else None
+            if slot is not None:
+                slot.tensor = tensor.detach()
+            made += 1
+            if made == len(self.slots):
+                raise _Enough
+
+        with _random_state_of(self.hidden, self.random), torch.enable_grad(), ExitStack() as stack:
+            for kind, (enabled, dtype) in self.autocast.items():
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=self.cached))
+            stack.enter_context(saved_tensors_hooks(fill, _not_kept))
+            try:
+                self.block(self.hidden)
+            except _Enough:
+                return
+        raise RuntimeError(f"a block kept {len(self.slots)} tensors for backward in its first run and {made} in its second")
+
+
+class _Slot:
+    """The place of a tensor that backward will ask for; it goes when the node that asks goes."""
+
+    __slots__ = ("__weakref__", "again", "tensor")
+
+    def __init__(self, again: _Again):
+        self.again = again
+        self.tensor: torch.Tensor | None = None
+
+
+def _not_kept(_: None) -> torch.Tensor:
+    raise RuntimeError("a block that is computed again is differentiated in its first run")
+
+
+def _random_state(x: torch.Tensor) -> list[torch.Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(x.device)] if x.is_cuda else [])]
+
+
+@contextmanager
+def _random_state_of(x: torch.Tensor, state: list[torch.Tensor]) -> Iterator[None]:
+    """Random numbers as they were, of the CPU and of the device of `x`; afterwards they go on as if nothing had been."""
+    present = _random_state(x)
+    _set_random_state(x, state)
+    try:
+        yield
+    finally:
+        _set_random_state(x, present)
+
+
+def _set_random_state(x: torch.Tensor, state: list[torch.Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    if x.is_cuda:
+        torch.cuda.set_rng_state(state[1], x.device)
+
+
 _active: ContextVar[_Scope | None] = ContextVar("lowmem_recompute_scope", default=None)
 
 
@@ -148,7 +247,7 @@ def run_block(block: Callable[..., torch.Tensor], hidden: torch.Tensor, mode: Mo
     if mode == "none" or not torch.is_grad_enabled():
         return block(hidden)
     if mode == "block":
-        return checkpoint(block, hidden, use_reentrant=False)
+        return _Again(block, hidden).forward(hidden)
     scope = _Scope(low_rank=mode == "low_rank")
     token = _active.set(scope)
     try:

@@ -133,3 +133,106 @@ def test_a_dense_layer_beside_low_rank_ones_is_kept_as_selective_keeps_it():
         out = run_block(block, hidden, mode)
         results.append((out, *torch.autograd.grad(out.square().sum(), [hidden, *block.parameters()])))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def gradients(mode, block, hidden, seed=3):
+    torch.manual_seed(seed)
+    out = run_block(block, hidden, mode)
+    return torch.autograd.grad(out.float().square().sum(), [x for x in (hidden, *block.parameters()) if x.requires_grad])
+
+
+def test_parameters_of_a_block_whose_input_needs_no_gradient_get_theirs():
+    block, hidden = Block(), torch.randn(5, 8)
+    found, wanted = gradients("block", block, hidden), gradients("none", block, hidden)
+    assert len(found) == len(wanted) == 4
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_frozen_parameters_get_none():
+    block, hidden = Block(), torch.randn(5, 8, requires_grad=True)
+    block.first.requires_grad_(False)
+    found, wanted = gradients("block", block, hidden), gradients("none", block, hidden)
+    assert len(found) == len(wanted) == 3
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_a_block_is_computed_again_under_the_autocast_of_its_first_run():
+    block, hidden = Block(), torch.randn(5, 8, requires_grad=True)
+    results = []
+    for mode in ("none", "block"):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = run_block(block, hidden, mode)
+        results.append(torch.autograd.grad(out.float().square().sum(), [hidden, *block.parameters()]))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_going_back_leaves_the_random_numbers_that_follow_as_they_were():
+    block, hidden = Block(), torch.randn(5, 8, requires_grad=True)
+    drawn = []
+    for mode in ("none", "block"):
+        torch.manual_seed(1)
+        run_block(block, hidden, mode).sum().backward()
+        drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
+
+
+def test_a_graph_that_is_kept_is_gone_through_twice():
+    block, hidden = Block(), torch.randn(5, 8, requires_grad=True)
+    torch.manual_seed(1)
+    loss = run_block(block, hidden, "block").square().sum()
+    inputs = [hidden, *block.parameters()]
+    first, second = torch.autograd.grad(loss, inputs, retain_graph=True), torch.autograd.grad(loss, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, inputs)
+
+
+def test_what_a_block_computes_without_gradients_is_kept_by_nobody():
+    class Gated(Block):
+        def forward(self, x):
+            with torch.no_grad():
+                scale = self.first(x).sigmoid().mean()
+            return super().forward(x) * scale
+
+    block, hidden = Gated(), torch.randn(5, 8, requires_grad=True)
+    found, wanted = gradients("block", block, hidden), gradients("none", block, hidden)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_the_second_run_ends_where_the_last_tensor_that_backward_needs_is_known():
+    runs = []
+
+    class Counted(Block):
+        def forward(self, x):
+            runs.append("begun")
+            out = super().forward(x)
+            runs.append("ended")
+            return out
+
+    run_block(Counted(), torch.randn(5, 8, requires_grad=True), "block").sum().backward()
+    assert runs == ["begun", "ended", "begun"]
+
+
+def test_a_second_run_that_keeps_less_is_an_error_and_not_a_wrong_gradient():
+    class Changing(Block):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x) if self.calls == 1 else x * 2
+
+    out = run_block(Changing(), torch.randn(5, 8, requires_grad=True), "block")
+    with pytest.raises(RuntimeError, match="a block kept 6 tensors for backward in its first run and 0 in its second"):
+        out.sum().backward()
+
+
+def test_tensors_of_the_second_run_go_with_the_nodes_that_needed_them():
+    block, hidden = Block(), torch.randn(5, 8, requires_grad=True)
+    with Allocations([hidden, *block.parameters()]) as allocations:
+        out = run_block(block, hidden, "block")
+        grad = torch.ones_like(out)
+        known = allocations.live_bytes()
+        torch.autograd.grad(out, hidden, grad)
+        del out
+        assert allocations.live_bytes() <= known
