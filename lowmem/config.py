@@ -42,8 +42,9 @@ class OptimConfig:
     clip: float = 1.0
     """Global gradient norm is clipped to this; 0 does not clip."""
     clip_by: Literal["auto", "global", "previous", "block"] = "auto"
-    """Which norm decides. global: this step's. A layerwise update knows it too late: previous takes the last step's, block clips each
-    block's own norm to clip / sqrt(blocks), so that the global norm stays below clip. auto: previous if layerwise, else global."""
+    """Which norm decides. global: this step's. A layerwise update knows it too late: previous estimates it from this step's norm so
+    far and the share that it had in previous steps; block clips each block's own norm to clip / sqrt(blocks), so that the global norm stays
+    below clip. auto: previous if layerwise, else global."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """Decay after warm-up; wsd is constant until the last `decay_fraction` of the run, then linear."""
     warmup_steps: int = 100
@@ -80,7 +81,8 @@ class TrainConfig:
     """Length of sequences from given steps on, such as {0: 256, 500: 512, 1000: 1024}; the longest is data.seq_len. Every step has as many
     tokens, so shorter sequences are more of them: global_batch_size and micro_batch_size count sequences of data.seq_len."""
     micro_batch_size: int | Literal["auto"] = "auto"
-    """Sequences computed at once on one rank: memory and speed, never the result. auto: at most 4096 tokens."""
+    """Sequences computed at once on one rank: memory and speed, never the result beyond the rounding of fp32 sums. auto: at most 4096
+    tokens. 16-bit weights have 16-bit gradients where a step is one micro-batch, and fp32 sums of them where it is several."""
     update: Literal["accumulate", "layerwise"] = "accumulate"
     """accumulate: gradients of all micro-batches are summed, then the optimizer steps. layerwise: each block's gradient is summed over
     the global batch, applied and freed before the next one exists; gradients cost one block, boundary activations the global batch."""

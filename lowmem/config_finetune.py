@@ -115,7 +115,7 @@ def finetune_problems(config: FinetuneConfig) -> list[str]:
     if optim.name == "spectron" or optim.backend != "lowmem":
         problems.append("optim.name must be adamw or lion and optim.backend lowmem here")
     if optim.clip_by != "auto":
-        problems.append(f"optim.clip_by is {optim.clip_by}, must be auto here: global, and with update=layerwise the last step's norm")
+        problems.append(f"optim.clip_by is {optim.clip_by}, must be auto here: global, and with update=layerwise previous")
     if config.add_tokens and config.method in ("prefix", "ia3", "head", "last_k"):
         problems.append(f"add_tokens needs a method that trains rows: lora and its kin, or full; found {config.method}")
     return problems

@@ -36,6 +36,16 @@ class Batch:
         segments = None if self.segments is None else self.segments[start:stop]
         return Batch(self.inputs[start:stop], self.targets[start:stop], segments)
 
+    def padded(self, rows: int) -> "Batch":
+        """This batch, or a copy of at least `rows` sequences whose added ones predict nothing."""
+        missing = rows - len(self)
+        if missing <= 0:
+            return self
+        repeat = np.zeros(missing, dtype=np.int64)  # the first sequence: tokens and segments that the model takes
+        inputs = np.concatenate([self.inputs, self.inputs[repeat]])
+        targets = np.concatenate([self.targets, np.full_like(self.targets[repeat], IGNORE_INDEX)])
+        return Batch(inputs, targets, None if self.segments is None else np.concatenate([self.segments, self.segments[repeat]]))
+
     def target_count(self) -> int:
         """Number of predicted tokens."""
         return int((self.targets != IGNORE_INDEX).sum())

@@ -1,30 +1,42 @@
-"""Clipping where the global norm of the gradient is known too late: each block is updated before the next gradient exists."""
+"""Clipping where the global norm of the gradient is known too late: each part of a model is updated before the next gradient exists."""
 
 import math
-from typing import Literal
+from statistics import median
+from typing import Any, Literal
 
 import torch
 
 from lowmem.optim.clip import global_norm
 
+_STEPS_KEPT = 5  # of which the median is taken: one odd step, or two, change nothing
+
 
 class BlockClipping:
-    """Factors for the gradients of one block after the other, and the global norm once all are known.
+    """Factors for the gradients of one part of a model after the other, and the global norm once all are known.
+
+    With mode previous the global norm is estimated before each update, from the norm of this step so far and from the share of the
+    global norm that recent steps had by the same part:
+
+        estimate_k = n_k / s_k,    n_k^2 = |g_1|^2 + ... + |g_k|^2,    s_k = median over the last 5 steps of n_k / n
+
+    which is exact where the parts keep their proportions, whatever the size of the step; factor_k = min(1, max_norm / estimate_k). As
+    s_k <= 1 the estimate is never below n_k, so where the global norm n exceeds max_norm what is applied never exceeds
+    max_norm * sqrt(1 + ln(n^2 / max_norm^2)), however the gradient is distributed. In the first step s_k = 1.
 
     Args:
         max_norm: 0 never clips.
-        mode: previous: every block is scaled by what the previous step's global norm asks for (nothing in the first step). block: each
-            block's own norm is clipped to max_norm / sqrt(blocks), so that the global norm never exceeds max_norm.
-        blocks: how many gradients a step has.
+        mode: previous: as above. block: each part's own norm is clipped to max_norm / sqrt(blocks), so that the global norm never exceeds
+            max_norm.
+        blocks: how many parts a step has; used by mode block alone.
     """
 
     def __init__(self, max_norm: float, mode: Literal["previous", "block"], blocks: int):
         self.max_norm, self.mode, self.blocks = max_norm, mode, blocks
-        self.previous_norm = 0.0
+        self._shares: list[list[float]] = []
         self._squares: list[float] = []
 
     def factor(self, gradients: list[torch.Tensor], unscale: float) -> float:
-        """What to multiply the gradients of a block by, `unscale` included; NaN if they are not finite.
+        """What to multiply the gradients of a part by, `unscale` included; NaN if they are not finite.
 
         Args:
             unscale: 1 / loss scale.
@@ -33,9 +45,16 @@ class BlockClipping:
         self._squares.append(norm * norm)
         if not math.isfinite(norm):
             return math.nan
-        limit = self.max_norm if self.mode == "previous" else self.max_norm / math.sqrt(self.blocks)
-        reference = self.previous_norm if self.mode == "previous" else norm
+        limit, reference = self.max_norm, self._estimate()
+        if self.mode == "block":
+            limit, reference = self.max_norm / math.sqrt(self.blocks), norm
         return unscale * (limit / reference if 0 < limit < reference else 1.0)
+
+    def _estimate(self) -> float:
+        """The global norm of this step, as far as it can be known by now."""
+        so_far, part = math.sqrt(math.fsum(self._squares)), len(self._squares) - 1
+        share = median(shares[part] for shares in self._shares) if self._shares and part < len(self._shares[0]) else 1.0
+        return so_far / share if share > 0 else so_far
 
     def forget(self) -> None:
         """Drop the gradients of a step that does not end."""
@@ -43,8 +62,20 @@ class BlockClipping:
 
     def end_step(self) -> float:
         """The global norm before clipping; non-finite if a gradient was."""
-        norm = math.sqrt(math.fsum(self._squares)) if all(map(math.isfinite, self._squares)) else math.nan
-        self._squares = []
-        if math.isfinite(norm):
-            self.previous_norm = norm
+        squares, self._squares = self._squares, []
+        norm = math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.nan
+        if not (0 < norm < math.inf):
+            return norm
+        so_far = [math.sqrt(math.fsum(squares[: part + 1])) / norm for part in range(len(squares))]
+        if self._shares and len(self._shares[0]) != len(so_far):
+            self._shares = []  # the parts are others than before
+        self._shares = [*self._shares, so_far][-_STEPS_KEPT:]
         return norm
+
+    def state(self) -> dict[str, Any]:
+        """JSON-ready, enough to go on exactly."""
+        return {"shares": self._shares}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`; from a checkpoint without one, as in a first step."""
+        self._shares = [list(map(float, shares)) for shares in state.get("shares", [])]

@@ -163,8 +163,8 @@ class DeepSpeedEngine(Engine):
     def _accumulate(self, batch: Batch) -> float:
         """Forward and backward over this rank's rows; the mean loss of the global batch."""
         denominator = max(1, batch.target_count()) / self.world_size
-        share = len(batch) // self.world_size
-        rows = batch.rows(self.rank * share, (self.rank + 1) * share)
+        share = -(-len(batch) // self.world_size)  # a schedule of lengths makes batches that the ranks do not divide
+        rows = batch.padded(share * self.world_size).rows(self.rank * share, (self.rank + 1) * share)
         at_once = self.rows_at_once(batch.inputs.shape[1])
         last = (share - 1) // at_once * at_once
         recoverable = self.zero_stage == 0 and self.world_size == 1

@@ -40,8 +40,9 @@ Graphs = list[tuple[torch.Tensor, torch.Tensor]]
 class LayerwiseEngine(LocalEngine):
     """Updates head, blocks and embedding one after the other, from the last to the first.
 
-    Clipping cannot use the global norm of the same step: see `lowmem.engine.clipping`. A loss that is not finite changes nothing; a
-    gradient that turns non-finite on the way down leaves its block and those below unchanged, those above are updated already.
+    Clipping goes by an estimate of the global norm, which is known too late: see `lowmem.engine.clipping`. A loss that is not finite
+    changes nothing; a gradient that turns non-finite on the way down leaves its block and those below unchanged, those above are updated
+    already.
 
     Memory that runs out before the first update restarts the step with a smaller micro-batch. Later each part repeats itself: a block
     with a smaller micro-batch of its own, the head's rows with fewer tokens at once, all else once more after memory was given back.
@@ -262,7 +263,7 @@ class LayerwiseEngine(LocalEngine):
 
     def save(self, directory: Any) -> dict:
         more = {
-            "previous_norm": self.clipping.previous_norm,
+            "clipping": self.clipping.state(),
             "block_micro_batches": self.block_micro_batches,
             "head_block_tokens": self.head.block_tokens,
         }
@@ -270,7 +271,7 @@ class LayerwiseEngine(LocalEngine):
 
     def load(self, directory: Any, state: dict) -> None:
         super().load(directory, state)
-        self.clipping.previous_norm = state["layerwise"]["previous_norm"]
+        self.clipping.load(state["layerwise"].get("clipping", {}))
         self.block_micro_batches = [min(size, self.micro_batch_size) for size in state["layerwise"]["block_micro_batches"]]
         self.head.block_tokens = state["layerwise"].get("head_block_tokens", 0)
 

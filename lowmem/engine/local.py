@@ -46,7 +46,8 @@ class LocalEngine(Engine):
         teacher: a model to learn from, on `device`; None learns from the text alone.
         precision: what is computed in; autocast where it differs from the stored dtype.
         seed: of stochastic rounding.
-    Memory: weights, one gradient and the optimizer states per parameter, and one micro-batch of activations.
+    Memory: weights, one gradient and the optimizer states per parameter, and one micro-batch of activations. Gradients of 16-bit weights
+        have 16 bits where the global batch is one micro-batch, else 32.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class LocalEngine(Engine):
         stored = next(model.parameters()).dtype
         compute = {"fp32": torch.float32, "fp16": torch.float16}.get(precision, torch.bfloat16)
         self.autocast_dtype = None if compute == stored else compute
+        self._narrow = [p for p in self.model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
 
     def _build_optimizer(self, model: LanguageModel, optim: OptimConfig, seed: int) -> torch.optim.Optimizer:
         return build_optimizer(model, optim, seed=seed)
@@ -81,6 +83,8 @@ class LocalEngine(Engine):
         set_learning_rate(self.optimizer, lr)
         loss, norm, applied = self._repeat(partial(self._gradients, batch))
         with cannot_be_repeated(self, HALF_APPLIED):
+            if applied and self.optim.backend == "bitsandbytes":
+                self._round_sums()
             if applied:
                 self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -150,7 +154,7 @@ class LocalEngine(Engine):
 
     def memory_components(self) -> dict[str, int]:
         weights = stored_bytes(self.model.parameters())
-        gradients = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        gradients = sum(p.numel() * p.grad_dtype.itemsize for p in self.model.parameters() if p.requires_grad)
         states, _ = optimizer_tensors(self.model, self.optimizer)
         taught = {} if self.teacher is None else {"teacher": sum(self.teacher.model.component_bytes().values())}
         return {
@@ -190,6 +194,14 @@ class LocalEngine(Engine):
             clip_gradients(gradients, norm, self.max_norm)
         return loss, norm, applied
 
+    def _round_sums(self) -> None:
+        """fp32 sums as gradients in the dtype of their weights, which bitsandbytes insists on."""
+        for parameter in self._narrow:
+            if parameter.grad is not None and parameter.grad.dtype != parameter.dtype:
+                rounded, parameter.grad = parameter.grad.to(parameter.dtype), None
+                parameter.grad_dtype = parameter.dtype
+                parameter.grad = rounded
+
     def _kept_gradients(self) -> list[torch.Tensor]:
         return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
 
@@ -212,12 +224,18 @@ class LocalEngine(Engine):
     def _accumulate(self, batch: Batch) -> float:
         """Gradients of the mean loss over the whole global batch, whatever the micro-batch; returns that loss."""
         denominator = max(1, batch.target_count())
+        self._sum_in_fp32(several=len(batch) > self.rows_at_once(batch.inputs.shape[1]))
         losses = []
         for micro_batch in self._micro_batches(batch):
             loss = self._loss(micro_batch, denominator)
             self.scaler.scale(loss).backward()
             losses.append(loss.detach())
         return math.fsum(loss.item() for loss in losses)
+
+    def _sum_in_fp32(self, several: bool) -> None:
+        """Have autograd add the gradients of 16-bit weights in fp32: in bf16 a sum of 64 micro-batches errs by 0.8 %."""
+        for parameter in self._narrow:
+            parameter.grad_dtype = torch.float32 if several else parameter.dtype
 
     def _loss(self, batch: Batch, denominator: float) -> torch.Tensor:
         inputs, targets, segments = on_device(batch, self.device)

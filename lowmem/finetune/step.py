@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from lowmem.config_finetune import FinetuneConfig, memory_remedies, micro_batch_sizes
 from lowmem.data.batch import IGNORE_INDEX, Batch
+from lowmem.engine.clipping import BlockClipping
 from lowmem.engine.micro_batch import MicroBatches
 from lowmem.engine.recovery import HALF_APPLIED, cannot_be_repeated, repeat_with_smaller_micro_batches
 from lowmem.finetune.hidden import last_hidden, plain_head
@@ -78,8 +79,7 @@ class Stepper(MicroBatches):
         self.model, self.config, self.device = model, config, device
         self.micro_batch_size = micro_batch_sizes(config)[0]
         self.size_keys = ("batch_size" if config.update == "layerwise" else "micro_batch_size", "seq_len")
-        self.previous_norm = 0.0
-        self._squares = 0.0
+        self.clipping = BlockClipping(optim.clip, "previous", blocks=1)
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         if config.update == "layerwise":
             for parameter in self.parameters:
@@ -94,12 +94,13 @@ class Stepper(MicroBatches):
         self.model.train()
         set_learning_rate(self.optimizer, lr)
         if self.config.update == "layerwise":
-            self._squares = 0.0
+            self.clipping.forget()
             with cannot_be_repeated(self, HALF_APPLIED):
                 loss = self._backward(batch)
-            norm = math.sqrt(self._squares) if math.isfinite(self._squares) else math.nan
-            self.previous_norm = norm if math.isfinite(norm) and math.isfinite(loss) else self.previous_norm
-            return loss, norm
+            if math.isfinite(loss):
+                return loss, self.clipping.end_step()
+            self.clipping.forget()
+            return loss, math.nan
         loss, norm = repeat_with_smaller_micro_batches(self, partial(self._clipped_gradients, batch), self.optimizer.zero_grad)
         if math.isfinite(loss) and math.isfinite(norm):
             with cannot_be_repeated(self, HALF_APPLIED):
@@ -132,15 +133,12 @@ class Stepper(MicroBatches):
         return math.fsum(losses)
 
     def _apply_now(self, parameter: torch.Tensor) -> None:
-        """Update a parameter whose gradient is complete, and free the gradient; clipped by the norm of the step before."""
+        """Update a parameter whose gradient is complete, and free the gradient."""
         assert parameter.grad is not None
-        square = global_norm([parameter.grad]).item() ** 2
-        clip = self.config.optim.clip
-        if math.isfinite(square):
-            factor = min(1.0, clip / self.previous_norm) if clip and self.previous_norm > 0 else 1.0
+        factor = self.clipping.factor([parameter.grad], unscale=1.0)
+        if not math.isnan(factor):
             self.optimizer.begin(parameter)
             self.optimizer.update(parameter, parameter.grad, grad_scale=factor)
-        self._squares += square
         parameter.grad = None
 
     @torch.no_grad()

@@ -122,7 +122,7 @@ class _Run:
         write_tensors(directory / "trained.safetensors", self.trained)
         write_tensors(directory / "optimizer.safetensors", tensors)
         random = random_state(self.device)
-        own = {"previous_norm": self.stepper.previous_norm, "micro_batch": self.stepper.micro_batch_state()}
+        own = {"clipping": self.stepper.clipping.state(), "micro_batch": self.stepper.micro_batch_state()}
         return {"optimizer_scalars": scalars, "random": random, **own}
 
     def train(self) -> dict[int, float]:
@@ -186,7 +186,7 @@ class _Run:
         tensors = dict(read_tensors(path / "optimizer.safetensors"))
         load_optimizer_tensors(self.model, self.stepper.optimizer, tensors, engine["optimizer_scalars"])
         restore_random_state(engine["random"], self.device)
-        self.stepper.previous_norm = engine["previous_norm"]
+        self.stepper.clipping.load(engine.get("clipping", {}))
         self.stepper.restore_micro_batch(engine)
         self.data.train.load_state_dict(state["data"])
         self.done, self.losses = state["step"], {int(step): loss for step, loss in state["losses"].items()}

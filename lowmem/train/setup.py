@@ -282,6 +282,6 @@ def _update_description(run: Run) -> str:
     if isinstance(engine, LocalEngine) and isinstance(engine.optimizer, LowBitOptimizer):
         parts.append(engine.optimizer.describe())
     if isinstance(engine, LayerwiseEngine) and run.config.optim.clip:
-        which = "its own norm" if engine.clipping.mode == "block" else "the previous step's norm"
+        which = "its own norm" if engine.clipping.mode == "block" else "the global norm as estimated by then"
         parts.append(f"layerwise: each block is clipped by {which}")
     return "".join(f"; {part}" for part in parts)

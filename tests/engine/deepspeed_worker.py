@@ -105,7 +105,8 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         if case.get("runs_out", {}).get("step") == step and engine.rank == engine.world_size - 1:
             run_out_of_memory(model, **case["runs_out"])
         try:
-            result = engine.step(make_batch(step), lr=config.optim.lr * (1 + step) / 20)
+            batch = make_batch(step).rows(0, case.get("rows", GLOBAL_BATCH))
+            result = engine.step(batch, lr=config.optim.lr * (1 + step) / 20)
         except MemoryBudgetError as error:
             return {"error": str(error)}  # of no use any more
         steps.append([result.loss, result.grad_norm, result.skipped])

@@ -234,7 +234,7 @@ def test_checkpoints_from_before_there_was_recovery_load(case, tmp_path: Path):
 def everything(engine: LocalEngine) -> dict:
     more = {"scaler": engine.scaler.state_dict(), "random": torch.get_rng_state().tolist(), "training": engine.model.training}
     if isinstance(engine, LayerwiseEngine):
-        more["norm"] = engine.clipping.previous_norm
+        more["clipping"] = engine.clipping.state()
     return bits(engine) | more
 
 
