@@ -9,7 +9,8 @@ class SourceConfig:
     """One source of text. Exactly one of `path`, `hub`, `stdlib` is set."""
 
     path: str = ""
-    """A file, a folder or a glob: .txt .jsonl .parquet, each also .gz .bz2 .xz .zst. Relative to the working directory."""
+    """A file, a folder or a glob: .txt .jsonl .parquet, each also .gz .bz2 .xz .zst. Relative to the working directory. Links are followed;
+    names that begin with a dot are passed over unless they are spelled out."""
     hub: str = ""
     """A Hugging Face dataset by name."""
     stdlib: bool = False

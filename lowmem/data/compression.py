@@ -4,16 +4,29 @@ import bz2
 import gzip
 import io
 import lzma
+import os
+import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, Protocol, cast
 
 from lowmem.errors import DataError
+from lowmem.units import format_bytes
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
-_ZSTD_BLOCK_BYTES = 16 * 1024
+MAX_WINDOW_BYTES = 128 * 1024**2  # what zstd itself reads without being told otherwise
+_MAX_XZ_BYTES = 256 * 1024**2
+_INPUT_BYTES = 16 * 1024
+_OUTPUT_BYTES = 256 * 1024
+# 128 blocks of 4 bytes, each of which can stand for 128 KiB: what one portion makes stays below 17 MiB
+_ZSTD_PORTION_BYTES = 512
+_ZSTD_HEADER_BYTES = 18
+_KINDS = (
+    (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
+    (stat.S_ISDIR, "a folder"),
+)  # fmt: skip
 
 
 def strip_compression(path: Path) -> tuple[str, str]:
@@ -22,18 +35,29 @@ def strip_compression(path: Path) -> tuple[str, str]:
     return (path.name[: -len(suffix)], suffix) if suffix in COMPRESSIONS else (path.name, "")
 
 
+def irregular_kind(mode: int) -> str:
+    """What a file is that cannot be read twice from its beginning, such as "a device"; "" for a regular file.
+
+    Args:
+        mode: `st_mode` of `os.stat`.
+    """
+    if stat.S_ISREG(mode):
+        return ""
+    return next((kind for test, kind in _KINDS if test(mode)), "no file")
+
+
 @contextmanager
 def open_compressed(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """The decompressed stream of a file, and the file itself, whose position tells how far the reading has come.
 
     Raises:
-        DataError: the file is missing, unreadable, damaged or cut short (also when that shows later, inside the `with`), or
-            zstandard is not installed.
-    Memory: the decompressor's window.
+        DataError: the file is missing, unreadable, no regular file, damaged or cut short (also when that shows later, inside the
+            `with`), needs more memory to be unpacked than is allowed, or zstandard is not installed.
+    Memory: the decompressor's window, at most 128 MiB for .zst and 256 MiB for .xz, and at most 33 MiB of unpacked text.
     """
     try:
-        with open(path, "rb") as raw:
-            stream = cast(BinaryIO, _decompressed(raw, strip_compression(path)[1]))
+        with open_regular(path) as raw:
+            stream = cast(BinaryIO, _decompressed(path, raw))
             yield stream, raw
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise _damaged(path, error) from error
@@ -44,15 +68,35 @@ def open_compressed(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
         raise DataError(f"cannot read {path}: {error.strerror}; check the path and its permissions") from error
 
 
-def _decompressed(raw: BinaryIO, suffix: str) -> IO[bytes]:
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file, opened for reading; the kind is checked on what was opened, so that a pipe never makes it wait.
+
+    Raises:
+        DataError: it is a pipe, a device, a socket or a folder.
+        OSError: it cannot be opened.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        kind = irregular_kind(os.fstat(handle).st_mode)
+        if kind:
+            raise DataError(f"{path} is {kind}, allowed are regular files, because text is read several times; write it to a file")
+        return cast(BinaryIO, os.fdopen(handle, "rb"))
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def _decompressed(path: Path, raw: BinaryIO) -> IO[bytes]:
+    suffix = strip_compression(path)[1]
     if suffix == ".gz":
         return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
-    if suffix == ".bz2":
-        return bz2.BZ2File(raw)
-    if suffix == ".xz":
-        return lzma.LZMAFile(raw)
-    if suffix == ".zst":
-        return io.BufferedReader(_ZstdReader(raw))
+    makers: dict[str, Callable[[], _Frame]] = {
+        ".bz2": bz2.BZ2Decompressor,
+        ".xz": lambda: _XzFrame(path),
+        ".zst": lambda: _ZstdFrame(path),
+    }
+    if suffix in makers:
+        return io.BufferedReader(_FrameReader(raw, makers[suffix]), _OUTPUT_BYTES)
     return raw
 
 
@@ -61,19 +105,24 @@ def _damaged(path: Path, error: Exception) -> DataError:
     return DataError(f"{path} is damaged or cut short ({reason}); replace it with an intact copy")
 
 
-class _ZstdReader(io.RawIOBase):
-    """Frame after frame; unlike zstandard's own reader it notices a file that ends inside a frame."""
+class _Frame(Protocol):
+    """One compressed unit of a file, as bz2 and lzma offer it."""
 
-    def __init__(self, raw: BinaryIO):
-        try:
-            import zstandard
-        except ImportError as error:
-            raise DataError("reading .zst files needs the zstandard package: pip install 'lowmem[zstd]'") from error
-        self._zstd = zstandard
-        self._raw = raw
-        self._frame: Any = None
+    eof: bool
+    needs_input: bool
+    unused_data: bytes
+
+    def decompress(self, data: bytes, max_length: int) -> bytes: ...
+
+
+class _FrameReader(io.RawIOBase):
+    """Frame after frame; unlike the libraries' own readers it notices a file that ends inside a frame, or whose second one is damaged."""
+
+    def __init__(self, raw: BinaryIO, new_frame: Callable[[], _Frame]):
+        self._raw, self._new_frame = raw, new_frame
+        self._frame: _Frame | None = None
         self._input = b""
-        self._output = b""
+        self._output = memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -87,18 +136,101 @@ class _ZstdReader(io.RawIOBase):
         return count
 
     def _fill(self) -> bool:
-        self._input = self._input or self._raw.read(_ZSTD_BLOCK_BYTES)
-        if not self._input:
-            if self._frame is not None:
-                raise EOFError("the file ends inside a zstd frame")
-            return False
+        """Decompress some more; false at the end of the file."""
+        if not self._input and (self._frame is None or self._frame.needs_input):
+            self._input = self._raw.read(_INPUT_BYTES)
+            if not self._input and self._frame is not None:
+                raise EOFError("the file ends inside a compressed frame")
+            if not self._input:
+                return False
         if self._frame is None:
-            self._frame = self._zstd.ZstdDecompressor().decompressobj()
+            self._input = self._input.lstrip(b"\0")  # tapes and xz pad with zeros
+            if not self._input:
+                return True
+            self._frame = self._new_frame()
+        self._output = memoryview(self._frame.decompress(self._input, _OUTPUT_BYTES))
+        self._input = b""
+        if self._frame.eof:
+            self._input, self._frame = self._frame.unused_data, None
+        return True
+
+
+class _XzFrame:
+    """An .xz stream whose dictionary has a limit."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._decompressor = lzma.LZMADecompressor(memlimit=_MAX_XZ_BYTES)
+
+    @property
+    def eof(self) -> bool:
+        return self._decompressor.eof
+
+    @property
+    def needs_input(self) -> bool:
+        return self._decompressor.needs_input
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._decompressor.unused_data
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
         try:
-            self._output = self._frame.decompress(self._input)
+            return self._decompressor.decompress(data, max_length)
+        except lzma.LZMAError as error:
+            if "limit" not in str(error):
+                raise
+            raise DataError(
+                f"{self._path} needs more than {format_bytes(_MAX_XZ_BYTES)} of memory to be unpacked, which is what is allowed; "
+                "compress it again with xz -9 or less"
+            ) from error
+
+
+class _ZstdFrame:
+    """A zstd frame, fed in portions so small that what they unpack to stays small."""
+
+    def __init__(self, path: Path):
+        try:
+            import zstandard
+        except ImportError as error:
+            raise DataError("reading .zst files needs the zstandard package: pip install 'lowmem[zstd]'") from error
+        self._zstd, self._path = zstandard, path
+        self._frame: Any = None
+        self._pending = memoryview(b"")
+        self.needs_input = True
+
+    @property
+    def eof(self) -> bool:
+        return self._frame is not None and self._frame.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._frame.unused_data + bytes(self._pending)
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        if data:
+            self._pending = memoryview(bytes(self._pending) + data)
+        try:
+            if self._frame is None and not self._begin():
+                return b""
+            portion, self._pending = self._pending[:_ZSTD_PORTION_BYTES], self._pending[_ZSTD_PORTION_BYTES:]
+            self.needs_input = not self._pending
+            return self._frame.decompress(portion)
         except self._zstd.ZstdError as error:
             raise EOFError(str(error)) from error
-        self._input = self._frame.unused_data if self._frame.eof else b""
-        if self._frame.eof:
-            self._frame = None
+
+    def _begin(self) -> bool:
+        """Look at the frame's header; false while it is incomplete."""
+        try:
+            window = self._zstd.get_frame_parameters(self._pending).window_size
+        except self._zstd.ZstdError:
+            if len(self._pending) < _ZSTD_HEADER_BYTES:
+                return False
+            raise
+        if window > MAX_WINDOW_BYTES:
+            raise DataError(
+                f"{self._path} needs a window of {format_bytes(window)} of memory to be unpacked, allowed is "
+                f"{format_bytes(MAX_WINDOW_BYTES)}; unpack it with zstd -d --long=31, and compress it again without --long"
+            )
+        self._frame = self._zstd.ZstdDecompressor().decompressobj()
         return True

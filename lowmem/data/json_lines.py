@@ -1,37 +1,50 @@
 """Documents of a .jsonl file: one JSON object a line."""
 
 import json
+import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from lowmem.data.compression import open_compressed
 from lowmem.data.text_source import ReadCounters
-from lowmem.data.utf8 import DecodeErrors, Utf8Reader, replace_surrogates
+from lowmem.data.utf8 import DecodeErrors, Utf8Reader, check_encoding, replace_surrogates, without_marks
 from lowmem.errors import DataError
+from lowmem.units import format_bytes
 
-_BOM = b"\xef\xbb\xbf"
+MAX_LINE_BYTES = 64 * 1024**2
+_SPACE = re.compile("[ \t\r\n\ufeff]*")
+_SHOWN_FIELDS = 20
 
 
 def json_line_texts(path: Path, field: str, decode_errors: DecodeErrors, counters: ReadCounters) -> Iterator[str]:
-    """The text of each line; blank lines are passed over.
+    """The text of each line, and of each object where joined files left several on one; blank lines are passed over.
 
     Raises:
-        DataError: a line is not UTF-8, not JSON, or has no text in `field`; the message names file and line.
-    Memory: the longest line.
+        DataError: a line is not UTF-8, not JSON, too long, or has no text in `field`; the message names file and line.
+    Memory: the longest line, at most 64 MiB of it.
     """
-    before = counters.input_bytes
+    before, number = counters.input_bytes, 0
     with open_compressed(path) as (stream, raw):
-        for number, line in enumerate(stream, start=1):
-            if number == 1 and line.startswith(_BOM):
-                line = line[len(_BOM) :]
-            if line.strip():
-                reader = Utf8Reader(str(path), decode_errors, first_line=number)
-                value = _parse(reader.decode(line, final=True), path, number)
+        while line := stream.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if number == 1:
+                check_encoding(str(path), line)
+            if len(line) > MAX_LINE_BYTES:
+                raise DataError(
+                    f"{path}:{number}: a line of more than {format_bytes(MAX_LINE_BYTES)}, which is what is allowed; "
+                    "divide the document, or give it as .txt"
+                )
+            if not line.strip():
+                continue
+            reader = Utf8Reader(str(path), decode_errors, first_line=number)
+            for value in _parse(without_marks(reader.decode(line, final=True)), path, number):
                 text, replaced = replace_surrogates(field_text(value, field, f"{path}:{number}"), str(path), number, decode_errors)
-                counters.replacements += reader.replacements + replaced
+                counters.replacements += replaced
                 counters.input_bytes = before + raw.tell()
                 yield text
+            counters.replacements += reader.replacements
 
 
 def field_text(value: Any, field: str, place: str) -> str:
@@ -45,7 +58,7 @@ def field_text(value: Any, field: str, place: str) -> str:
     if not isinstance(value, dict):
         raise DataError(f"{place}: found {_kind(value)}, expected an object with the field {field!r}")
     if field not in value:
-        found = ", ".join(map(repr, value)) or "no fields"
+        found = ", ".join(map(repr, islice(value, _SHOWN_FIELDS))) or "no fields"
         raise DataError(f"{place}: no field {field!r}, found {found}; set text_field of the source to the one with the text")
     if not isinstance(value[field], str):
         raise DataError(
@@ -54,16 +67,34 @@ def field_text(value: Any, field: str, place: str) -> str:
     return value[field]
 
 
-def _parse(line: str, path: Path, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}:{number}: malformed JSON ({error.msg} at column {error.colno}); expected one JSON object a line"
-        ) from error
-    except (RecursionError, ValueError) as error:
-        # nesting and numbers beyond what Python's parser takes
-        raise DataError(f"{path}:{number}: JSON that cannot be parsed ({error}); expected one JSON object a line") from error
+def _parse(line: str, path: Path, number: int) -> Iterator[Any]:
+    """The values of a line one after the other; where the first is no object there is only one."""
+    position = 0
+    while (position := _after_space(line, position)) < len(line):
+        try:
+            value, position = _DECODER.raw_decode(line, position)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{path}:{number}: malformed JSON ({error.msg} at column {error.colno}); expected one JSON object a line"
+            ) from error
+        except (RecursionError, ValueError) as error:
+            # nesting beyond what Python's parser takes
+            raise DataError(f"{path}:{number}: JSON that cannot be parsed ({error}); expected one JSON object a line") from error
+        yield value
+
+
+def _after_space(line: str, position: int) -> int:
+    found = _SPACE.match(line, position)
+    assert found is not None
+    return found.end()
+
+
+def _number(digits: str) -> float:
+    """Stands for every number: nothing here computes with them, Python refuses long ones, and equal ones take no memory."""
+    return 0.0
+
+
+_DECODER = json.JSONDecoder(parse_int=_number, parse_float=_number)
 
 
 def _kind(value: Any) -> str:

@@ -79,6 +79,9 @@ def prepare_data(
     _check_settings(config)
     cache = cache_root(config.cache_dir)
     sources = [open_source(source, config.decode_errors) for source in config.sources]
+    for source in sources:
+        if source.note:
+            report(DataProgress("warning", source.label, message=source.note))
     tokenizer = tokenizer or prepare_tokenizer(config, sources, cache, report)
     parts = [
         _streamed_part(config, source_config, tokenizer, cache, report)

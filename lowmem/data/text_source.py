@@ -27,11 +27,13 @@ class TextSource(ABC):
     Attributes:
         label: the source as the user named it, for messages.
         total_bytes: about what `ReadCounters.input_bytes` ends at; None when nobody knows.
+        note: one line about what was passed over, for the user; empty if there is nothing to say.
         streamed: read over the network each time, so that only its beginning is used for training a tokenizer.
     """
 
     label: str
     total_bytes: int | None = None
+    note: str = ""
     streamed: bool = False
 
     @abstractmethod
@@ -56,7 +58,7 @@ class LimitedSource(TextSource):
     """The first `max_bytes` bytes of text of another source."""
 
     def __init__(self, source: TextSource, max_bytes: int):
-        self.label = source.label
+        self.label, self.note = source.label, source.note
         self.total_bytes = min(source.total_bytes or max_bytes, max_bytes)
         self.streamed = source.streamed
         self._source = source

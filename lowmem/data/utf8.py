@@ -6,6 +6,63 @@ from typing import Literal
 from lowmem.errors import DataError
 
 DecodeErrors = Literal["fail", "replace"]
+_MARK = "\ufeff"
+_HEAD_BYTES = 4096
+_OTHER_MARKS = (
+    (b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"),
+)  # fmt: skip
+
+
+def check_encoding(name: str, head: bytes) -> None:
+    """Refuse a file that is UTF-16 or UTF-32, of which much would pass as UTF-8 full of NUL characters.
+
+    Args:
+        name: the file, for the message.
+        head: its beginning.
+    Raises:
+        DataError: it begins with the mark of another encoding, or every other byte is NUL.
+    """
+    head = head[:_HEAD_BYTES]
+    found = next((encoding for mark, encoding in _OTHER_MARKS if head.startswith(mark)), "")
+    even, odd = head[::2], head[1::2]
+    nul_even, nul_odd = even.count(0), odd.count(0)
+    # Latin letters in UTF-16 have NUL in one half of every pair and never in the other
+    if not found and ((nul_even == 0 and 2 * nul_odd > len(odd)) or (nul_odd == 0 and 2 * nul_even > len(even) > 1)):
+        found = "UTF-16"
+    if found:
+        raise DataError(f"{name} is {found}, expected UTF-8; convert it: iconv -f {found} -t UTF-8")
+
+
+def without_marks(text: str, line_begins: bool = True) -> str:
+    """Text without byte order marks at the beginning of its lines; elsewhere U+FEFF is a character like any other.
+
+    Args:
+        line_begins: the text begins a line.
+    """
+    if text.isascii() or _MARK not in text:
+        return text
+    if line_begins:
+        text = text.removeprefix(_MARK)
+    return text.replace(f"\n{_MARK}", "\n")
+
+
+def decode_value(data: bytes, place: str, errors: DecodeErrors) -> tuple[str, int]:
+    """The text of a value that is bytes, and how many sequences of bytes were replaced.
+
+    Args:
+        place: file and row, for the message.
+    Raises:
+        DataError: it is not UTF-8, and `errors` is fail.
+    """
+    try:
+        return data.decode(), 0
+    except UnicodeDecodeError as error:
+        if errors == "fail":
+            raise DataError(
+                f"{place}: byte 0x{data[error.start]:02x} is not UTF-8 ({error.reason}); mend the row, or set data.decode_errors=replace"
+            ) from error
+    reader = Utf8Reader(place, errors)
+    return reader.decode(data, final=True), reader.replacements
 
 
 class Utf8Reader:

@@ -200,3 +200,10 @@ def test_a_missing_package_names_its_extra(tmp_path, monkeypatch, package, name,
 def test_contradictory_source_settings(settings, message):
     with pytest.raises(ConfigError, match=message):
         open_source(SourceConfig(**settings), "fail")
+
+
+def test_a_column_whose_name_begins_another_is_not_mixed_up(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text.language": ["en", "de"], "text": ["one", "two"]}), path)
+    assert documents(path) == ["one", "two"]
+    assert documents(path, text_field="text.language") == ["en", "de"]

@@ -1,0 +1,324 @@
+"""Sources of text that were read wrong, refused wrongly, or waited for without end."""
+
+import bz2
+import gzip
+import json
+import os
+import socket
+import threading
+import tracemalloc
+from types import SimpleNamespace
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from lowmem.config import SourceConfig
+from lowmem.data import json_lines, parquet_files
+from lowmem.data.sources import open_source
+from lowmem.data.text_source import ReadCounters
+from lowmem.errors import DataError, StorageError
+
+MIB = 1024**2
+
+
+def documents(path, errors="fail", counters=None, **settings) -> list[str]:
+    found, text = [], ""
+    for piece in open_source(SourceConfig(path=str(path), **settings), errors).pieces(counters or ReadCounters()):
+        text += piece.text
+        if piece.ends_document:
+            found.append(text)
+            text = ""
+    assert text == ""
+    return found
+
+
+def parquet(path, table) -> None:
+    pyarrow.parquet.write_table(table if isinstance(table, pyarrow.Table) else pyarrow.table(table), path)
+
+
+# Which files
+
+
+def test_folders_behind_links_are_read_once_and_loops_end(tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "b.txt").write_text("behind a link")
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "a.txt").write_text("plain")
+    (corpus / "link").symlink_to(outside)
+    (corpus / "same").symlink_to(outside)
+    (outside / "loop").symlink_to(corpus)
+    (corpus / "self").symlink_to(".")
+    assert documents(corpus) == ["plain", "behind a link"]
+
+
+def test_two_loops_do_not_make_a_glob_exponential(tmp_path):
+    (tmp_path / "a.txt").write_text("once")
+    for name in ("one", "two"):
+        (tmp_path / name).symlink_to(".")
+    assert documents(tmp_path / "**" / "*.txt") == ["once"]
+
+
+def test_hidden_files_are_passed_over_and_counted(tmp_path):
+    (tmp_path / "a.txt").write_text("shown")
+    (tmp_path / ".b.txt").write_text("hidden")
+    (tmp_path / ".folder").mkdir()
+    (tmp_path / ".folder" / "c.txt").write_text("below a hidden folder")
+    assert documents(tmp_path) == ["shown"]
+    assert "passed over 1 whose names begin with a dot" in open_source(SourceConfig(path=str(tmp_path)), "fail").note
+    assert documents(tmp_path / ".b.txt") == ["hidden"]
+    assert documents(tmp_path / ".folder") == ["below a hidden folder"]
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "b.txt").symlink_to("missing.txt")
+    with pytest.raises(DataError, match=r"b\.txt is a link to a file that is missing"):
+        documents(tmp_path)
+
+
+def test_a_folder_with_brackets_in_its_name(tmp_path, monkeypatch):
+    folder = tmp_path / "[2023] a"
+    folder.mkdir()
+    (folder / "x.txt").write_text("brackets")
+    monkeypatch.chdir(tmp_path)
+    assert documents("[2023] a/*.txt") == ["brackets"]
+    assert documents("[2023] a/**") == ["brackets"]
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [("x" * 300 + ".txt", "File name too long"), ("a\0b.txt", "holds a NUL byte"), ("caf\udce9.txt", "is not UTF-8")],
+)
+def test_names_that_no_file_can_have(tmp_path, name, message):
+    with pytest.raises(DataError, match=message):
+        documents(f"{tmp_path}/{name}")
+
+
+def test_a_name_in_a_folder_that_is_not_utf8(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("x")
+    with pytest.raises(DataError, match=r"caf\\udce9\.txt' is not UTF-8; rename"):
+        documents(tmp_path)
+
+
+def test_no_permission_to_list_a_folder(tmp_path, monkeypatch):
+    (tmp_path / "shut").mkdir()
+    (tmp_path / "a.txt").write_text("x")
+    listdir = os.listdir
+
+    def refuse(folder):
+        if str(folder).endswith("shut"):
+            raise PermissionError(13, "Permission denied")
+        return listdir(folder)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(DataError, match=r"cannot read the folder .*shut: Permission denied"):
+        documents(tmp_path)
+
+
+def test_no_home_directory(monkeypatch):
+    with pytest.raises(DataError, match="write it without ~"):
+        documents("~nobody-of-this-name/a.txt")
+
+
+# What is no file
+
+
+def make_fifo(path):
+    os.mkfifo(path)
+
+
+def make_socket(path):
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
+def make_device_link(path):
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("make, kind", [(make_fifo, "a named pipe"), (make_socket, "a socket"), (make_device_link, "a device")])
+def test_pipes_sockets_and_devices_are_refused_and_passed_over(tmp_path, monkeypatch, make, kind):
+    monkeypatch.chdir(tmp_path)  # the path of a socket has at most 107 bytes
+    make(tmp_path.joinpath("odd.txt") if make is not make_socket else "odd.txt")
+    with pytest.raises(DataError, match=f"odd.txt is {kind}, allowed are regular files"):
+        documents("odd.txt")
+    with pytest.raises(DataError, match="1 that are no regular files"):
+        documents(".")
+    (tmp_path / "a.txt").write_text("x")
+    assert documents(".") == ["x"]
+    assert documents("*.txt") == ["x"]
+    assert "passed over 1 that are no regular files" in open_source(SourceConfig(path="."), "fail").note
+
+
+def test_a_file_that_became_a_pipe_is_not_waited_for(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("x")
+    source = open_source(SourceConfig(path=str(path)), "fail")
+    path.unlink()
+    os.mkfifo(path)
+    opened = threading.Thread(target=lambda: os.close(os.open(path, os.O_WRONLY)), daemon=True)
+    opened.start()  # lets a reader that would wait go on, so that this test ends either way
+    with pytest.raises(DataError, match="is a named pipe"):
+        list(source.pieces(ReadCounters()))
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK)):
+        opened.join()
+
+
+# What text
+
+
+@pytest.mark.parametrize("compress", [lambda data: data, gzip.compress])
+def test_byte_order_marks_of_txt_are_no_characters(tmp_path, compress):
+    mark = "\ufeff"
+    path = tmp_path / ("a.txt" if compress(b"") == b"" else "a.txt.gz")
+    path.write_bytes(compress(f"{mark}one\n{mark}two {mark} inside\n".encode()))
+    assert documents(path) == [f"one\ntwo {mark} inside\n"]
+    # where a block ends makes no difference
+    path.write_bytes(compress(("x" * (64 * 1024 - 1) + f"\n{mark}y").encode()))
+    assert documents(path) == ["x" * (64 * 1024 - 1) + "\ny"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("errors", ["fail", "replace"])
+def test_other_encodings_are_named_whatever_is_replaced(tmp_path, encoding, errors):
+    (tmp_path / "a.txt").write_bytes("Some words of text\n".encode(encoding))
+    (tmp_path / "b.jsonl").write_bytes('{"text": "words"}\n'.encode(encoding))
+    for name in ("a.txt", "b.jsonl"):
+        with pytest.raises(DataError, match=rf"{name} is UTF-{encoding[4:6]}, expected UTF-8; convert it"):
+            documents(tmp_path / name, errors)
+
+
+def test_joined_jsonl_files(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('\ufeff{"text": "one"}\ufeff{"text": "two"} {"text": "three"}\n\ufeff{"text": "four"}\n'.encode())
+    assert documents(path) == ["one", "two", "three", "four"]
+
+
+def test_long_numbers_in_other_fields_do_not_matter(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"text": "x", "id": {"9" * 5000}}}\n')
+    assert documents(path) == ["x"]
+
+
+def test_a_line_without_end_is_refused_in_little_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_lines, "MAX_LINE_BYTES", 8 * MIB)
+    path = tmp_path / "a.jsonl.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(b'{"text": "')
+        for _ in range(100):
+            file.write(b"a" * MIB)
+        file.write(b'"}\n')
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=r"a\.jsonl\.gz:1: a line of more than 8 MiB"):
+            documents(path)
+        # the line up to the limit, twice while it is joined
+        assert tracemalloc.get_traced_memory()[1] < 20 * MIB
+    finally:
+        tracemalloc.stop()
+
+
+# Parquet
+
+
+def invalid_utf8(values: list[bytes]):
+    return pyarrow.array(values, pyarrow.binary()).view(pyarrow.string())
+
+
+def test_parquet_that_is_not_utf8_names_the_row_or_is_replaced(tmp_path):
+    path = tmp_path / "a.parquet"
+    parquet(path, {"text": invalid_utf8([b"good", b"b\xc9d"])})
+    with pytest.raises(DataError, match=r"a\.parquet: row 2: byte 0xc9 is not UTF-8 .* set data\.decode_errors=replace"):
+        documents(path)
+    counters = ReadCounters()
+    assert documents(path, "replace", counters) == ["good", "b\ufffdd"]
+    assert counters.replacements == 1
+
+
+@pytest.mark.parametrize("kind", [pyarrow.dictionary(pyarrow.int32(), pyarrow.string()), pyarrow.binary(), pyarrow.large_binary()])
+def test_parquet_columns_that_hold_text_in_other_types(tmp_path, kind):
+    path = tmp_path / "a.parquet"
+    texts = ["naïve", "b", "naïve"]
+    parquet(path, {"text": pyarrow.array([text.encode() for text in texts] if "binary" in str(kind) else texts).cast(kind)})
+    assert documents(path) == texts
+
+
+def test_parquet_with_two_columns_of_the_name(tmp_path):
+    path = tmp_path / "a.parquet"
+    parquet(path, pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"]))
+    with pytest.raises(DataError, match="2 columns are named 'text'"):
+        documents(path)
+
+
+def test_a_row_that_unpacks_to_more_than_a_document_may_have(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet_files, "MAX_LINE_BYTES", MIB)
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a" * 2 * MIB]}), path, use_dictionary=False, compression="zstd")
+    with pytest.raises(DataError, match=r"1 rows of 'text' unpack .* allowed are 1 MiB a row"):
+        documents(path)
+
+
+def test_a_compressed_file_that_is_no_parquet_is_not_unpacked(tmp_path):
+    path = tmp_path / "a.parquet.gz"
+    path.write_bytes(gzip.compress(b"\0" * 8 * MIB))
+    with pytest.raises(DataError, match=r"a\.parquet\.gz is damaged or no parquet file, after row 0 \(it does not begin as one\)"):
+        documents(path)
+
+
+def test_a_compressed_parquet_leaves_room_on_the_disk(tmp_path, monkeypatch):
+    plain, path = tmp_path / "b.tmp", tmp_path / "a.parquet.gz"
+    parquet(plain, {"text": ["x"]})
+    path.write_bytes(gzip.compress(plain.read_bytes()))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=100 * MIB))
+    with pytest.raises(StorageError, match="set TMPDIR to a folder on a larger disk"):
+        documents(path)
+
+
+# Compression
+
+
+def test_zstd_is_read_in_linear_time_and_flat_memory(tmp_path):
+    path = tmp_path / "a.txt.zst"
+    line = b"the same line again and again, which zstd stores once\n"
+    with open(path, "wb") as file, zstandard.ZstdCompressor().stream_writer(file) as writer:
+        for _ in range(32):
+            writer.write(line * (MIB // len(line)))
+    assert path.stat().st_size < 16 * 1024  # one read of the file gave all of it at once
+    tracemalloc.start()
+    try:
+        total = sum(len(piece.text) for piece in open_source(SourceConfig(path=str(path)), "fail").pieces(ReadCounters()))
+        assert total == 32 * (MIB // len(line)) * len(line)
+        # 512 bytes stand for at most 128 blocks of 128 KiB, twice while they are joined: 33 MiB; here far fewer
+        assert tracemalloc.get_traced_memory()[1] < 20 * MIB
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_intact_zstd_file_with_a_long_window_is_not_called_damaged(tmp_path):
+    parameters = zstandard.ZstdCompressionParameters(window_log=28)
+    path = tmp_path / "a.txt.zst"
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    path.write_bytes(compressor.compress(b"text") + compressor.flush())
+    with pytest.raises(DataError, match="needs a window of 256 MiB of memory to be unpacked, allowed is 128 MiB"):
+        documents(path)
+
+
+def test_a_damaged_second_part_of_bz2_is_not_left_out_silently(tmp_path):
+    path = tmp_path / "a.txt.bz2"
+    second = bytearray(bz2.compress(b"two"))
+    second[0] ^= 1
+    path.write_bytes(bz2.compress(b"one") + bytes(second))
+    with pytest.raises(DataError, match="damaged or cut short"):
+        documents(path)
+
+
+def test_json_errors_name_few_fields(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({f"field{number}": 0 for number in range(10_000)}) + "\n")
+    with pytest.raises(DataError, match="no field 'text'") as caught:
+        documents(path)
+    assert len(str(caught.value)) < 1000
