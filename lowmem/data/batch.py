@@ -14,8 +14,8 @@ class Batch:
     Attributes:
         inputs: (sequences, seq_len) int64 token ids.
         targets: (sequences, seq_len) int64 next tokens; `IGNORE_INDEX` where nothing is predicted.
-        segments: (sequences, seq_len) int32, which conversation of its row a token belongs to: tokens of one see none of another, and
-            positions begin anew. 0 is padding. None where every row is one text.
+        segments: (sequences, seq_len) int32, which conversation or document of its row a token belongs to: tokens of one see none of
+            another, and positions begin anew. 0 is padding. None where every row is one text.
     """
 
     inputs: np.ndarray
@@ -23,10 +23,17 @@ class Batch:
     segments: np.ndarray | None = None
 
     @classmethod
-    def from_windows(cls, windows: np.ndarray) -> "Batch":
-        """Next-token prediction over (sequences, seq_len + 1) windows of text."""
+    def from_windows(cls, windows: np.ndarray, document_end: int | None = None) -> "Batch":
+        """Next-token prediction over (sequences, seq_len + 1) windows of text.
+
+        Args:
+            document_end: the token that ends a document, where documents are to be kept apart. As a target it is the last token of its
+                document, as an input the first one of the next: no prediction looks beyond its document, and none is left out.
+        """
         windows = windows.astype(np.int64, copy=False)
-        return cls(inputs=windows[:, :-1], targets=windows[:, 1:])
+        inputs = windows[:, :-1]
+        segments = None if document_end is None else 1 + np.cumsum(inputs == document_end, axis=1, dtype=np.int32)
+        return cls(inputs=inputs, targets=windows[:, 1:], segments=segments)
 
     def __len__(self) -> int:
         return len(self.inputs)

@@ -90,7 +90,8 @@ def prepare_data(
         for number, (source_config, source) in enumerate(zip(config.sources, sources, strict=True))
     ]
     weights = [source.weight_at for source in config.sources]
-    train = TrainStream([part.windows for part in parts], weights, seq_len=config.seq_len, seed=seed, exhausted=config.exhausted)
+    windows, end = [part.windows for part in parts], _document_end(config, tokenizer)
+    train = TrainStream(windows, weights, seq_len=config.seq_len, seed=seed, exhausted=config.exhausted, document_end=end)
     validation = _validation(config, parts, tokenizer, cache, report)
     description = {
         "tokenizer": {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256()},
@@ -111,6 +112,11 @@ def _check_settings(config: DataConfig) -> None:
         raise ConfigError("data.sources is empty; name a path, a hub dataset or stdlib: true")
     if config.val_split == "tail" and _own_fraction(config) and any(source.streaming for source in config.sources):
         raise ConfigError("data.val_split is tail, but a streamed source has no known end; choose blocks, or set data.val_source")
+
+
+def _document_end(config: DataConfig, tokenizer: Tokenizer) -> int | None:
+    """The token at which a window goes over to another document, if they are to be kept apart."""
+    return tokenizer.eos_id if config.document_mask else None
 
 
 def _own_fraction(config: DataConfig) -> float:
@@ -151,10 +157,11 @@ def _validation(
         shards = build_shards(source, tokenizer, cache, progress)
         _facts(source.label, shards, progress)
         regions, _ = split_tokens(len(shards), seq_len=config.seq_len, val_fraction=0, mode="blocks")
-        validation = ValidationSet([(shards, regions)], seq_len=config.seq_len)
+        validation = ValidationSet([(shards, regions)], seq_len=config.seq_len, document_end=_document_end(config, tokenizer))
         remedy = "give more text in data.val_source, or lower data.seq_len"
     elif config.val_fraction:
-        validation = ValidationSet([part.held_out for part in parts if part.held_out], seq_len=config.seq_len)
+        held_out = [part.held_out for part in parts if part.held_out]
+        validation = ValidationSet(held_out, seq_len=config.seq_len, document_end=_document_end(config, tokenizer))
         remedy = "give more text, lower data.seq_len, name a data.val_source, or set data.val_fraction=0"
     else:
         return None

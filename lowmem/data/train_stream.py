@@ -45,15 +45,24 @@ class TrainStream:
         weights: see `Mixture`.
         seq_len: tokens that the longest sequence predicts.
         exhausted: see `Mixture`.
+        document_end: see `Batch.from_windows`.
     """
 
     def __init__(
-        self, sources: Sequence[WindowSource], weights: Sequence[Weight], *, seq_len: int, seed: int, exhausted: Exhausted = "repeat"
+        self,
+        sources: Sequence[WindowSource],
+        weights: Sequence[Weight],
+        *,
+        seq_len: int,
+        seed: int,
+        exhausted: Exhausted = "repeat",
+        document_end: int | None = None,
     ):
         self._sources = list(sources)
         self._mixture = Mixture(weights, [source.windows_per_epoch for source in sources], seed=seed, exhausted=exhausted)
         self._seed = seed
         self._seq_len = seq_len
+        self._document_end = document_end
 
     def batch(self, sequences: int, *, seq_len: int, step: int) -> Batch:
         """The next global batch: sequences * longest tokens, cut to sequences of `seq_len`.
@@ -69,7 +78,7 @@ class TrainStream:
         pieces = self._seq_len // seq_len
         windows = self.next(-(-rows // pieces), step)
         cut = [windows[:, piece * seq_len : (piece + 1) * seq_len + 1] for piece in range(pieces)]
-        return Batch.from_windows(np.concatenate(cut)[:rows] if pieces > 1 else windows[:rows])
+        return Batch.from_windows(np.concatenate(cut)[:rows] if pieces > 1 else windows[:rows], self._document_end)
 
     def next(self, count: int, step: int = 0) -> np.ndarray:
         """The next sequences of the longest length, each with the token after its last one.

@@ -17,10 +17,11 @@ class ValidationSet:
     Args:
         parts: shards with their held-out (n, 2) regions, one for each source.
         seq_len: tokens that a window predicts.
+        document_end: see `Batch.from_windows`.
     """
 
-    def __init__(self, parts: Sequence[tuple[TokenShards, np.ndarray]], *, seq_len: int):
-        self._seq_len = seq_len
+    def __init__(self, parts: Sequence[tuple[TokenShards, np.ndarray]], *, seq_len: int, document_end: int | None = None):
+        self._seq_len, self._document_end = seq_len, document_end
         self._shards = [shards for shards, _ in parts]
         starts, owners = [], []
         for owner, (_, regions) in enumerate(parts):
@@ -53,7 +54,7 @@ class ValidationSet:
 
     def batches(self, limit: int = 0) -> Iterator[Batch]:
         """`windows` as batches."""
-        return (Batch.from_windows(part) for part in self.windows(limit))
+        return (Batch.from_windows(part, self._document_end) for part in self.windows(limit))
 
     def _window(self, number: int) -> np.ndarray:
         return self._shards[self._owners[number]].read(int(self._starts[number]), self._seq_len + 1)

@@ -54,7 +54,8 @@ def trace_run(config: RunConfig, world_size: int = 1) -> tuple[Trace, LanguageMo
         _mark_gradients(trace, model, engine)
         trace.mark(_optimizer_tensors(engine), "optimizer_states")
         kinds = sorted({phase.kind for phase in config.all_phases()}, reverse=True)
-        batches = [longest_batch(config.train.global_batch_size, config.data.seq_len, packed=kind == "chat") for kind in kinds]
+        mask, sequences = config.data.document_mask, config.train.global_batch_size
+        batches = [longest_batch(sequences, config.data.seq_len, packed=mask or kind == "chat") for kind in kinds]
         for phase in ("first_step", "steady_steps"):
             with trace.phase(phase):
                 for batch in batches:
@@ -62,7 +63,7 @@ def trace_run(config: RunConfig, world_size: int = 1) -> tuple[Trace, LanguageMo
         if config.train.eval_every:
             with trace.phase("evaluation"):
                 sequences = min(EVALUATION_BATCH, config.train.eval_sequences or EVALUATION_BATCH)
-                engine.evaluate([longest_batch(sequences, config.data.seq_len)])
+                engine.evaluate([longest_batch(sequences, config.data.seq_len, packed=mask)])
         with trace.phase("save"):  # tensors are written from where they are
             del batch, batches
     trace.name_storages(model.vocab_size)

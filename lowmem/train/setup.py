@@ -186,14 +186,20 @@ def load_teacher(config: RunConfig, device: torch.device) -> LanguageModel | Non
     """The model that `train.distill` names; None if it names none.
 
     Raises:
-        ConfigError: it is no run, has another tokenizer than this one's data, or positions that end too early.
+        ConfigError: it is no run, has another tokenizer than this one's data, positions that end too early, or cannot keep documents
+            apart that `data.document_mask` does.
         CheckpointError: its weights are missing or damaged.
     """
     distill = config.train.distill
     if not distill.teacher:
         return None
     teacher_config(distill, vocab_size=config.model.vocab_size, seq_len=config.data.seq_len)
-    return load_run_model(distill.teacher, device=device).model
+    model = load_run_model(distill.teacher, device=device).model
+    if config.data.document_mask and not model.keeps_segments_apart:
+        raise ConfigError(
+            f"train.distill.teacher is {distill.teacher}, a recurrent model that cannot keep documents apart; set data.document_mask=false"
+        )
+    return model
 
 
 def _try_worst_case(run: Run) -> None:
@@ -201,8 +207,9 @@ def _try_worst_case(run: Run) -> None:
     if run.is_complete():
         return
     kinds = {phase.kind for phase in run.config.all_phases()[run.state.phase :]}
+    data, sequences = run.config.data, run.config.train.global_batch_size
     for kind in sorted(kinds, reverse=True):
-        run.engine.rehearse(longest_batch(run.config.train.global_batch_size, run.config.data.seq_len, packed=kind == "chat"))
+        run.engine.rehearse(longest_batch(sequences, data.seq_len, packed=data.document_mask or kind == "chat"))
 
 
 def _resume(run: Run, skip_damaged: bool) -> None:

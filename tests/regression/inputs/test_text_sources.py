@@ -9,15 +9,20 @@ import threading
 import tracemalloc
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 import zstandard
 
-from lowmem.config import SourceConfig
+from lowmem.config import DataConfig, ModelConfig, RunConfig, SourceConfig
+from lowmem.config_check import config_problems
 from lowmem.data import json_lines, parquet_files
+from lowmem.data.prepare import prepare_data
 from lowmem.data.sources import open_source
 from lowmem.data.text_source import ReadCounters
+from lowmem.engine.build import build_configured_model
 from lowmem.errors import DataError, StorageError
 
 MIB = 1024**2
@@ -322,3 +327,46 @@ def test_json_errors_name_few_fields(tmp_path):
     with pytest.raises(DataError, match="no field 'text'") as caught:
         documents(path)
     assert len(str(caught.value)) < 1000
+
+
+# Documents in one window
+
+
+def masked_data(folder, first: str):
+    folder.mkdir()
+    # a document of 19 bytes and its end, again and again, with one of 9 before it
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [first, *["the same text again"] * 8]))
+    config = DataConfig(
+        sources=[SourceConfig(path=str(folder))], tokenizer="bytes", seq_len=30, val_fraction=0.2, val_split="tail", cache_dir=str(folder)
+    )
+    config.document_mask = True
+    return prepare_data(config, seed=0)
+
+
+def test_no_token_sees_the_document_before_its_own(tmp_path):
+    logits = []
+    model_config = ModelConfig(dim=32, num_layers=2, num_heads=2, vocab_size=257, max_seq_len=30, positions="learned")
+    model = build_configured_model(RunConfig(model=model_config)).eval()
+    for name, first in (("one", "something"), ("two", "NOTHING!!")):
+        data = masked_data(tmp_path / name, first)
+        batch = next(
+            batch for batch in (data.train.batch(1, seq_len=30, step=0) for _ in range(1000)) if batch.inputs[0, 0] == ord(first[0])
+        )
+        # the end of a document is its last target and the first input of the next one: nothing to predict is left out
+        assert np.array_equal(np.flatnonzero(np.diff(batch.segments[0])) + 1, np.flatnonzero(batch.inputs[0] == 256))
+        assert batch.target_count() == 30
+        held_out = next(data.validation.batches())
+        assert np.array_equal(held_out.segments, 1 + np.cumsum(held_out.inputs == 256, axis=1))
+        tokens, segments = torch.from_numpy(batch.inputs.copy()), torch.from_numpy(batch.segments)
+        with torch.no_grad():
+            hidden = model.embed(tokens, segments_BT=segments)
+            for index in range(2):
+                hidden = model.block(index, segments)(hidden)
+        logits.append(hidden[:, 9:])
+    assert torch.equal(*logits)
+
+
+def test_a_recurrent_model_refuses_the_mask():
+    config = RunConfig(model=ModelConfig(name="i3"))
+    config.data.document_mask = True
+    assert any("data.document_mask needs model.name=decoder" in problem for problem in config_problems(config))
