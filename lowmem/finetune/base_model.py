@@ -11,6 +11,7 @@ from lowmem.data.storage import make_directory
 from lowmem.devices import resolve_device
 from lowmem.errors import CheckpointError, ConfigError
 from lowmem.finetune.stream import stream_tensors
+from lowmem.nn.exact import use_exact_gradients
 from lowmem.run_model import load_run_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -103,6 +104,7 @@ def empty_model(directory: Path, dtype: torch.dtype) -> Any:
             f"{directory} is no causal language model that transformers knows ({' '.join(str(error).split())[:200]})"
         ) from error
     model.config.name_or_path = model.name_or_path = str(directory)
+    use_exact_gradients(model)
     return model.to(dtype)
 
 

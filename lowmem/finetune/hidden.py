@@ -24,7 +24,7 @@ def plain_head(model: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         return None
     if head is None and getattr(inner.config, "model_type", "") == "lowmem" and inner.config.tie_word_embeddings:
         embedding = inner.get_input_embeddings()
-        return (embedding.weight, None) if type(embedding) is nn.Embedding else None
+        return (embedding.weight, None) if isinstance(embedding, nn.Embedding) else None
     return (head.weight, head.bias) if type(head) is nn.Linear else None
 
 

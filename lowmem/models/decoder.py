@@ -13,6 +13,7 @@ from lowmem.errors import ConfigError
 from lowmem.models.base import LanguageModel
 from lowmem.models.counting import attention_flops, head_loss_options, matrix_parameters, parameters_by_component, store_as
 from lowmem.nn.attention import Attention, LowRankAttention
+from lowmem.nn.embedding import Embedding
 from lowmem.nn.factory import LinearFactory
 from lowmem.nn.head import DenseHead, TiedHead, make_head
 from lowmem.nn.kv_cache import LayerCache, ModelCache
@@ -109,7 +110,7 @@ class Decoder(LanguageModel):
         self.config, self.vocab_size, self.max_seq_len = config, vocab_size, max_seq_len
         factory = LinearFactory(config.lorpt)
         rotary = RotaryTable(config.dim // config.num_heads, config.rope_theta) if config.positions == "rope" else None
-        self.embedding = nn.Embedding(vocab_size, config.dim, _weight=torch.empty(vocab_size, config.dim))
+        self.embedding = Embedding(vocab_size, config.dim, _weight=torch.empty(vocab_size, config.dim))
         nn.init.normal_(self.embedding.weight, std=INIT_STD)
         store_as(self.embedding, dtype)
         self.positions = store_as(LearnedPositions(max_seq_len, config.dim), dtype) if config.positions == "learned" else None

@@ -20,6 +20,7 @@ from lowmem.fake import is_fake
 from lowmem.models.base import LanguageModel
 from lowmem.models.counting import attention_flops, head_loss_options, matrix_parameters, parameters_by_component, store_as
 from lowmem.nn.attention import LowRankAttention
+from lowmem.nn.embedding import Embedding
 from lowmem.nn.factory import LinearFactory
 from lowmem.nn.head import make_head
 from lowmem.nn.kv_cache import LayerCache, ModelCache
@@ -158,7 +159,7 @@ class I3(LanguageModel):
         config = resolve_i3(config)
         self.config, self.vocab_size, self.max_seq_len = config, vocab_size, max_seq_len
         factory = LinearFactory(config.lorpt)
-        self.embedding = nn.Embedding(vocab_size, config.dim, _weight=torch.empty(vocab_size, config.dim))
+        self.embedding = Embedding(vocab_size, config.dim, _weight=torch.empty(vocab_size, config.dim))
         nn.init.normal_(self.embedding.weight, std=INIT_STD)
         store_as(self.embedding, dtype)
         self.positions = store_as(LearnedPositions(max_seq_len, config.dim), dtype)

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from lowmem.errors import ConfigError
 from lowmem.fake import is_fake
+from lowmem.nn.embedding import embedding
 
 
 class RotaryTable:
@@ -142,10 +143,10 @@ class LearnedPositions(nn.Module):
                 "shorten it, train with a larger model.max_seq_len, or use positions rope or alibi"
             )
         if segments_BT is not None:
-            return hidden_BTD + torch.nn.functional.embedding(segment_positions(segments_BT), self.weight)
+            return hidden_BTD + embedding(segment_positions(segments_BT), self.weight)
         if isinstance(start, int):
             return hidden_BTD + self.weight[start:stop]
-        return hidden_BTD + torch.nn.functional.embedding(token_positions(start, hidden_BTD.shape[1], self.weight.device), self.weight)
+        return hidden_BTD + embedding(token_positions(start, hidden_BTD.shape[1], self.weight.device), self.weight)
 
 
 def token_positions(start: int | tuple[int, ...], time: int, device: torch.device) -> torch.Tensor:

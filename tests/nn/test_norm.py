@@ -62,3 +62,23 @@ def test_layer_norm_equals_torch():
     reference = torch.nn.LayerNorm(8)
     x = torch.randn(5, 8)
     assert torch.equal(layer(x), reference(x))
+
+
+@pytest.mark.parametrize("parts", ["both", "weight", "none"])
+def test_layer_norm_in_bf16_has_the_gradients_of_its_definition(parts):
+    x, grad = torch.randn(5, 7).bfloat16(), torch.randn(5, 7).bfloat16()
+    weight, bias = (torch.rand(7) + 0.5).bfloat16(), torch.randn(7).bfloat16()
+    chosen = [x] + {"both": [weight, bias], "weight": [weight], "none": []}[parts]
+
+    def gradients(dtype, function):
+        leaves = [tensor.to(dtype, copy=True).requires_grad_() for tensor in chosen]
+        padded = [*leaves, None, None][:3]
+        output = function(*padded)
+        return output, torch.autograd.grad(output, leaves, grad.to(dtype))
+
+    output, found = gradients(torch.bfloat16, lambda x, w, b: norm.layer_norm(x, w, b, 1e-5))
+    expected, exact = gradients(torch.float64, lambda x, w, b: torch.nn.functional.layer_norm(x, (7,), w, b, 1e-5))
+    for ours, theirs in zip([output, *found], [expected, *exact], strict=True):
+        assert ours.dtype == torch.bfloat16
+        # fp32 inside, terms up to 10, and one rounding to 8 bits
+        torch.testing.assert_close(ours.double(), theirs, rtol=2**-8, atol=1e-5)
