@@ -37,7 +37,7 @@ def finetune_main(argv: Sequence[str]) -> int:
     from lowmem.finetune.settle import choose_micro_batch
     from lowmem.finetune.train import finetune
     from lowmem.memory.block_cache import set_up_host_memory
-    from lowmem.memory.budget import is_out_of_memory
+    from lowmem.memory.budget import is_out_of_memory, lift_host_limit
     from lowmem.memory.measure import measure_peak
     from lowmem.train.progress import make_display
 
@@ -50,14 +50,17 @@ def finetune_main(argv: Sequence[str]) -> int:
     try:
         with measure_peak() as peak:
             done = finetune(config, display)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    except Exception as error:
+        out_of_memory = is_out_of_memory(error)
+        lift_host_limit()
+        if isinstance(error, MemoryBudgetError) or not out_of_memory:
             raise
         remedies = ", ".join([*memory_remedies(config), "a smaller seq_len"])
         raise MemoryBudgetError(
             f"memory ran out (budget.ram={config.budget.ram or 'none'}): {first_line(error)}; use {remedies} or a larger budget"
         ) from error
     finally:
+        lift_host_limit()
         display.close()
     training = max(done.peaks[phase]["host_peak_bytes"] for phase in ("load", "steady_steps"))
     report = {"trainable": done.trainable, "total": done.total, "losses": done.losses, "host_peak_bytes": peak.host_peak_bytes}

@@ -18,6 +18,7 @@ from lowmem.finetune.methods import WITHOUT_ADAPTER, apply_method, can_checkpoin
 from lowmem.finetune.save import merged_model, save_adapter, save_merged
 from lowmem.finetune.settle import choose_micro_batch, earlier_micro_batch, enforce_budget
 from lowmem.finetune.step import Stepper
+from lowmem.memory.budget import check_host_limit
 from lowmem.memory.phases import PhasePeaks
 from lowmem.optim.schedule import learning_rate
 from lowmem.train.checkpoint import CheckpointStore
@@ -74,6 +75,7 @@ def finetune(config: FinetuneConfig, display: ProgressDisplay) -> Finetuned:
         adapted = apply_method(model, config, new_ids)
         if config.gradient_checkpointing and can_checkpoint(config):
             enable_checkpointing(model)
+        check_host_limit()
         run = _Run(config, adapted, data, run_dir, display)
         run_dir.write_json("finetune.json", asdict(config))
         with phases("steady_steps"):

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import os
 import platform
+import stat
 import subprocess
 import sys
 import tempfile
@@ -79,9 +80,23 @@ def block_counts() -> BlockCounts:
     return BlockCounts(*counts)
 
 
+def limit_block_cache(limit_bytes: int) -> bool:
+    """Refuse blocks that would take the resident memory of this process past `limit_bytes`; 0 lifts the limit.
+
+    A refused block is PyTorch's error of memory that ran out; what is no block of the cache still comes from the system.
+
+    Returns:
+        Whether there is such a limit now: False where the cache is not in use.
+    """
+    return _installed is not None and bool(_installed.lowmem_limit_block_cache(ctypes.c_size_t(limit_bytes)))
+
+
 @functools.cache
 def block_cache_library(folder: Path) -> tuple[ctypes.CDLL | None, str]:
-    """The library for this PyTorch below `folder`, not yet in use, and why there is none; compiled if it is not there (about a second)."""
+    """The library for this PyTorch below `folder`, not yet in use, and why there is none; compiled if it is not there (about a second).
+
+    A library is code: it is loaded only if nobody else could have written it, and if it is what was written.
+    """
     import torch
 
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
@@ -89,7 +104,13 @@ def block_cache_library(folder: Path) -> tuple[ctypes.CDLL | None, str]:
     key = hashlib.sha256(_SOURCE.read_bytes() + versions.encode()).hexdigest()[:16]
     path = folder / f"block_cache-{key}.so"
     try:
-        if not path.exists():
+        foreign = written_by_others(folder) if folder.exists() else ""
+        if foreign and _make_private(folder):
+            path.unlink(missing_ok=True)  # whoever wrote it
+            foreign = ""
+        if foreign:
+            return None, f"the cache of memory blocks is not loaded: {foreign}; {_WITHOUT}; XDG_CACHE_HOME names another folder"
+        if not _is_sound(path):
             problem = _compile(path, abi, Path(torch.__file__).parent)
             if problem:
                 return None, problem
@@ -101,6 +122,38 @@ def block_cache_library(folder: Path) -> tuple[ctypes.CDLL | None, str]:
         )
 
 
+def written_by_others(path: Path) -> str:
+    """Why a file or folder may hold what another user wrote; empty if only this user, or root, can have.
+
+    Raises:
+        OSError: it is not there.
+    """
+    status = path.stat()
+    if status.st_uid not in (0, os.geteuid()):
+        return f"{path} belongs to user {status.st_uid}"
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"{path} can be written by others (mode {stat.S_IMODE(status.st_mode):o})"
+    return ""
+
+
+def _make_private(folder: Path) -> bool:
+    """Take the right to write from everyone else; False if the folder is not ours."""
+    status = folder.stat()
+    if status.st_uid != os.geteuid():
+        return False
+    folder.chmod(stat.S_IMODE(status.st_mode) & ~(stat.S_IWGRP | stat.S_IWOTH))
+    return not written_by_others(folder)
+
+
+def _is_sound(path: Path) -> bool:
+    """Whether the library is there, was written by this user, and is whole: its last bytes are the hash of all before them."""
+    if not path.is_file() or written_by_others(path):
+        return False
+    content = path.read_bytes()
+    size = hashlib.sha256().digest_size
+    return hashlib.sha256(content[:-size]).digest() == content[-size:]
+
+
 def _compile(path: Path, abi: str, torch_folder: Path) -> str:
     """Make the library, whole or not at all; what went wrong, in one line.
 
@@ -110,10 +163,11 @@ def _compile(path: Path, abi: str, torch_folder: Path) -> str:
     compiler = cxx_compiler()
     if sys.platform != "linux" or compiler is None:
         return f"the cache of memory blocks needs Linux and a C++ compiler (g++ or clang++); {_WITHOUT}"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    _make_private(path.parent)  # whatever the umask
     with open(path.with_suffix(".lock"), "w") as lock, tempfile.TemporaryDirectory(dir=path.parent) as temporary:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the other ranks wait for the one that compiles
-        if path.exists():
+        if _is_sound(path):
             return ""
         made = Path(temporary) / path.name
         command = [
@@ -123,5 +177,8 @@ def _compile(path: Path, abi: str, torch_folder: Path) -> str:
         if result.returncode:
             reason = next((line for line in result.stderr.splitlines() if "error" in line), "no message")
             return f"the cache of memory blocks does not compile ({reason[:200]}); {_WITHOUT}"
+        with open(made, "ab") as file:  # a loader reads what its headers name, and nothing behind it
+            file.write(hashlib.sha256(made.read_bytes()).digest())
+        made.chmod(0o755)
         made.replace(path)
     return ""

@@ -70,7 +70,7 @@ def _train(config: RunConfig, flags: argparse.Namespace, predicted: dict[str, An
     from lowmem.data.storage import compiled_root
     from lowmem.engine.recovery import first_line
     from lowmem.memory.block_cache import block_cache_library
-    from lowmem.memory.budget import is_out_of_memory
+    from lowmem.memory.budget import is_out_of_memory, lift_host_limit
     from lowmem.memory.measure import measure_peak
     from lowmem.memory.phases import PhasePeaks
     from lowmem.train.loop import train
@@ -88,22 +88,25 @@ def _train(config: RunConfig, flags: argparse.Namespace, predicted: dict[str, An
                 run = set_up(config, display, fresh=flags.fresh, resume=flags.resume)
             run.phases = phases
             train(run)
-    except (MemoryError, RuntimeError) as error:
+    except StoppedBySignal:
+        raise
+    except Exception as error:
+        out_of_memory = is_out_of_memory(error)
+        lift_host_limit()
         together = False
-        if distributed.is_peer_failure(error):
+        if isinstance(error, RuntimeError) and distributed.is_peer_failure(error):
             distributed.wait_for_launcher()
-        if not is_out_of_memory(error):
+        if isinstance(error, MemoryBudgetError) or not out_of_memory:
             raise
         raise MemoryBudgetError(
             f"memory ran out (budget.ram={config.budget.ram or 'none'}, budget.vram={config.budget.vram or 'none'}): {first_line(error)}; "
             "use a smaller train.micro_batch_size, train.activation_checkpointing=block, or a larger budget"
         ) from error
-    except StoppedBySignal:
-        raise
     except BaseException:
         together = False
         raise
     finally:
+        lift_host_limit()
         display.close()
         if run is not None:
             _finish(run, peak, predicted, together=together or run.engine.world_size == 1)

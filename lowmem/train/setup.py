@@ -24,7 +24,8 @@ from lowmem.engine.teacher import teacher_config
 from lowmem.engine.tensor_file import meta_tensors, read_tensors
 from lowmem.errors import ConfigError
 from lowmem.memory.block_cache import release_host_memory, set_up_host_memory
-from lowmem.memory.budget import limit_cuda_memory, limit_host_memory
+from lowmem.memory.budget import check_host_limit, limit_cuda_memory, limit_host_memory
+from lowmem.memory.measure import shared_bytes
 from lowmem.models.base import LanguageModel
 from lowmem.nn.quantized import assign, dequantized
 from lowmem.nn.rank_change import check_rank, following_layers
@@ -90,7 +91,9 @@ def _assemble(
     _resume(run, skip_damaged)
     release_memory(device)  # weights are initialised in fp32, whatever they are kept in
     if config.budget.ram or config.budget.vram or device.type == "cuda":
+        check_host_limit()
         _try_worst_case(run)
+        check_host_limit()
     if run_dir is not None:
         run_dir.write_config(config)
         data.tokenizer.save(run_dir.path / "tokenizer.json")
@@ -265,7 +268,8 @@ def _enforce_budget(config: RunConfig, device: torch.device) -> None:
     ram, vram = parse_bytes(config.budget.ram or "0"), parse_bytes(config.budget.vram or "0")
     try:
         if ram:
-            limit_host_memory(ram // distributed.local_world_size())
+            ranks = distributed.local_world_size()
+            limit_host_memory(ram // ranks + (shared_bytes() if ranks > 1 else 0))  # of what ranks share each has its share alone
         if vram and device.type == "cuda":
             limit_cuda_memory(vram, device)
     except ValueError as error:

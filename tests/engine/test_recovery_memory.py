@@ -24,7 +24,7 @@ from lowmem.config import ModelConfig, OptimConfig, TrainConfig
 from lowmem.data.batch import Batch
 from lowmem.engine.layerwise import LayerwiseEngine
 from lowmem.engine.local import LocalEngine
-from lowmem.memory.budget import limit_host_memory
+from lowmem.memory.budget import CODE_BYTES, RESERVE_BYTES, limit_host_memory
 from lowmem.memory.procfs import status_bytes
 from lowmem.models.registry import build_model
 
@@ -38,7 +38,7 @@ else:
     engine = LocalEngine(model, OptimConfig(state_bits=8), **settings)
 batches = [Batch.from_windows(np.random.default_rng(seed).integers(0, 96, (256, 129))) for seed in range(2)]
 before = set(sys.modules)
-limit_host_memory(status_bytes()["VmData"] + 160_000_000)
+limit_host_memory(status_bytes()["VmRSS"] + RESERVE_BYTES + CODE_BYTES + 160_000_000)
 losses = [engine.step(batch, 1e-3).loss for batch in batches]
 sizes = [engine.micro_batch_size, *getattr(engine, "block_micro_batches", [])]
 print(json.dumps({"losses": losses, "sizes": sizes, "messages": engine.messages, "imported": sorted(set(sys.modules) - before)}))

@@ -26,12 +26,13 @@ def python(code: str, *arguments: object) -> str:
 def test_a_limit_below_what_is_used_is_refused_and_not_set():
     code = """
 import resource
+from lowmem.errors import MemoryBudgetError
 from lowmem.memory.budget import limit_host_memory
 ballast = b"x" * (100 << 20)
 before = resource.getrlimit(resource.RLIMIT_DATA)
 try:
     limit_host_memory(100 << 20)  # the ballast alone takes as much, the interpreter and torch come on top
-except ValueError as error:
+except MemoryBudgetError as error:
     print(error)
 assert resource.getrlimit(resource.RLIMIT_DATA) == before
 """
@@ -46,7 +47,7 @@ def test_allocations_past_the_limit_raise_out_of_memory_and_the_process_lives_on
 import numpy, torch
 from lowmem.memory.budget import is_out_of_memory, limit_host_memory
 from lowmem.memory.procfs import status_bytes
-limit_host_memory(status_bytes()["VmData"] + (200 << 20))
+limit_host_memory(status_bytes()["VmRSS"] + (220 << 20))
 size = 400 << 20
 for allocate in (lambda: torch.empty(size, dtype=torch.uint8), lambda: bytearray(size), lambda: numpy.empty(size, numpy.uint8)):
     try:
@@ -68,7 +69,7 @@ from lowmem.memory.procfs import status_bytes
 from lowmem.train.progress import make_display
 from lowmem.train.setup import set_up
 run = set_up(load_run_config("", sys.argv[1:]), make_display(quiet=True))
-print(status_bytes()["VmData"])
+print(status_bytes()["VmHWM"])
 """
 
 
@@ -117,6 +118,6 @@ def test_a_budget_below_what_the_program_itself_needs_is_refused_before_the_star
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()
     forced = lowmem("pretrain", "--quiet", "--force", *arguments)
-    assert forced.returncode == 2, forced.stderr
+    assert forced.returncode == 3, forced.stderr
     assert "its limit is 20" in forced.stderr
     assert "Traceback" not in forced.stderr
