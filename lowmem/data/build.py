@@ -14,6 +14,7 @@ from lowmem.data.shard_writer import PROGRESS_FILE, FinishedShard, ShardWriter
 from lowmem.data.shards import FORMAT, INDEX_FILE, VERIFIED_FILE, TokenShards
 from lowmem.data.storage import exclusive_lock, json_sha256, make_directory, write_json
 from lowmem.data.text_source import ReadCounters, TextSource
+from lowmem.data.tokenizer_probe import too_many_tokens
 from lowmem.data.tokenizers import Tokenizer
 from lowmem.errors import DataError
 
@@ -114,6 +115,11 @@ class _Build:
 
     def _write(self, batch: list[tuple[int, Piece]]) -> None:
         for (number, piece), ids in zip(batch, self._tokenizer.encode_batch([piece.text for _, piece in batch]), strict=True):
+            if too_many_tokens(len(ids), len(piece.text)):
+                raise DataError(
+                    f"{self._source.label}: the tokenizer makes {len(ids)} tokens of {len(piece.text)} characters; "
+                    "choose another data.tokenizer"
+                )
             if piece.ends_document:
                 ids.append(self._tokenizer.eos_id)
             offset = self._resumed.next_offset if self._resumed and self._resumed.next_piece == number else 0

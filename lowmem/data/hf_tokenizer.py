@@ -6,11 +6,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lowmem.data.compression import open_regular
 from lowmem.data.storage import write_json
+from lowmem.data.tokenizer_probe import check_foreign_tokenizer
 from lowmem.data.tokenizers import END_OF_TEXT, Tokenizer, surrogate_error
 from lowmem.errors import ConfigError, DataError
 
 MIN_BPE_VOCAB = 257  # the 256 bytes and end of text
+_MAX_HOLES = 65536
+_SHOWN_CHARACTERS = 200
 _COMPANION = "tokenizer_config.json"
 # Names that models give to their end-of-text token, most usual first.
 _END_NAMES = (
@@ -71,18 +75,24 @@ class HuggingFaceTokenizer(Tokenizer):
         return cls(tokenizer, END_OF_TEXT, kind="bpe")
 
     @classmethod
-    def from_file(cls, path: Path) -> "HuggingFaceTokenizer":
+    def from_content(cls, content: str, value: dict[str, Any], path: Path) -> "HuggingFaceTokenizer":
         """A tokenizer.json; the tokenizer_config.json beside it, where there is one, names the end-of-document token.
 
+        Args:
+            content: of the file.
+            value: the same, parsed.
+            path: where it is.
         Raises:
-            DataError: the library does not understand the file.
+            DataError: the library does not understand the file, or it takes more time or memory than a tokenizer may.
         """
         from tokenizers import Tokenizer as Library
 
+        check_foreign_tokenizer(content, value, str(path))
         try:
-            tokenizer = Library.from_file(str(path))
+            tokenizer = Library.from_str(content)
         except Exception as error:  # the library raises plain Exception
-            raise DataError(f"{path} is no tokenizer file ({error}); expected a tokenizer.json") from error
+            raise DataError(f"{path} is no tokenizer file ({_line(error)}); expected a tokenizer.json") from error
+        _check_ids(tokenizer, str(path))
         return cls(tokenizer, _companion_end(path.with_name(_COMPANION)))
 
     @classmethod
@@ -102,6 +112,9 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"data.tokenizer is {name!r}: no such file, and the hub gave none ({reason}); "
                 "allowed: bpe, chunk, bytes, chars, a tokenizer.json, a folder with one, or a hub name"
             ) from error
+        content = tokenizer.to_str()
+        check_foreign_tokenizer(content, json.loads(content), f"of {name}")
+        _check_ids(tokenizer, name)
         return cls(tokenizer)
 
     def encode(self, text: str) -> list[int]:
@@ -117,6 +130,8 @@ class HuggingFaceTokenizer(Tokenizer):
                 except UnicodeEncodeError as error:
                     raise surrogate_error(error) from error
             raise
+        except Exception as error:  # as above
+            raise DataError(f"the tokenizer cannot encode the text ({_line(error)}); choose another one, or mend it") from error
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
@@ -135,15 +150,31 @@ class HuggingFaceTokenizer(Tokenizer):
             write_json(Path(path).with_name(_COMPANION), {"eos_token": self._eos_token})
 
 
+def _check_ids(tokenizer: Any, name: str) -> None:
+    """Refuse ids far beyond the vocabulary: an embedding has a row for each number below the largest id."""
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    largest = max(vocabulary.values(), default=0)
+    if largest >= _MAX_HOLES + 2 * len(vocabulary):
+        raise DataError(f"the tokenizer {name} has {len(vocabulary)} tokens, but one has the id {largest}; number them without gaps")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:_SHOWN_CHARACTERS].rstrip(".")
+
+
 def _usual_end(tokenizer: Any) -> str:
     return next((name for name in _END_NAMES if tokenizer.token_to_id(name) is not None), END_OF_TEXT)
 
 
 def _companion_end(path: Path) -> str:
     try:
-        named = json.loads(path.read_text(encoding="utf-8")).get("eos_token") or ""
+        with open_regular(path) as file:
+            named = json.loads(file.read().decode()).get("eos_token") or ""
     except FileNotFoundError:
         return ""
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error}); mend or remove it") from error
-    return named if isinstance(named, str) else named.get("content", "")
+    named = named.get("content", "") if isinstance(named, dict) else named
+    if not isinstance(named, str):
+        raise DataError(f"{path} cannot be read (eos_token is no text); mend or remove it")
+    return named

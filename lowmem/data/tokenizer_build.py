@@ -76,9 +76,13 @@ def _check_settings(config: DataConfig) -> None:
 
 
 def _ready_made(name: str) -> Tokenizer:
-    path = Path(name).expanduser()
-    if path.exists():
-        return load_tokenizer(path)
+    try:
+        path = Path(name).expanduser()
+        if path.exists():
+            return load_tokenizer(path)
+    except (OSError, RuntimeError, ValueError) as error:
+        # too long, NUL bytes, no permission, or no such user's home
+        raise DataError(f"data.tokenizer is {name!a}, which cannot be looked for ({error}); check the path") from error
     # a hub name has at most one slash and is no file name
     if path.suffix == ".json" or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise DataError(

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lowmem.data.compression import open_regular
 from lowmem.data.storage import json_sha256, write_json
 from lowmem.errors import DataError
+from lowmem.units import format_bytes
 
 END_OF_TEXT = "<|endoftext|>"
+_MAX_BYTES = 256 * 1024**2  # ten times the largest vocabularies there are
 
 
 class Tokenizer(ABC):
@@ -66,25 +69,40 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
         DataError: the file is missing or malformed.
     """
-    place = Path(path)
-    if place.is_dir():
-        place = place / "tokenizer.json"
+    place, content = _read(Path(path))
     try:
-        value = json.loads(place.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"cannot read the tokenizer {place}: {error.strerror}; check the path") from error
-    except ValueError as error:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{place} is no tokenizer file ({error}); expected a tokenizer.json") from error
     if not isinstance(value, dict):
         raise DataError(f"{place} is no tokenizer file; expected a JSON object, found {type(value).__name__}")
     if "lowmem_tokenizer" not in value:
         from lowmem.data.hf_tokenizer import HuggingFaceTokenizer
 
-        return HuggingFaceTokenizer.from_file(place)
+        return HuggingFaceTokenizer.from_content(content, value, place)
     try:
         return _own_tokenizer(value)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{place} is a damaged tokenizer file ({type(error).__name__}: {error}); restore it") from error
+
+
+def _read(place: Path) -> tuple[Path, str]:
+    """The file that is meant, and its text."""
+    try:
+        if place.is_dir():
+            place = place / "tokenizer.json"
+        with open_regular(place) as file:
+            content = file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise DataError(f"cannot read the tokenizer {place}: {error.strerror}; check the path") from error
+    except ValueError as error:  # NUL in the path, or a name that is not UTF-8
+        raise DataError(f"cannot read the tokenizer {str(place)!a} ({error}); check the path") from error
+    if len(content) > _MAX_BYTES:
+        raise DataError(f"{place} is no tokenizer file: it has more than {format_bytes(_MAX_BYTES)}")
+    try:
+        return place, content.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place} is no tokenizer file ({error}); expected a tokenizer.json") from error
 
 
 def _own_tokenizer(value: dict[str, Any]) -> Tokenizer:
@@ -92,6 +110,11 @@ def _own_tokenizer(value: dict[str, Any]) -> Tokenizer:
     from lowmem.data.simple_tokenizers import ByteTokenizer, CharTokenizer
 
     kind = value["lowmem_tokenizer"]
+    texts = value["chunks"] if kind == "chunk" else [value["characters"]] if kind == "chars" else []
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("chunks and characters must be text")
+    if kind == "chunk" and not isinstance(value["lowercase"], bool):
+        raise ValueError("lowercase must be true or false")
     if kind == "chunk":
         return ChunkTokenizer(value["chunks"], lowercase=value["lowercase"])
     if kind == "chars":

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from lowmem.data.chunk_tokenizer import ChunkTokenizer
 from lowmem.data.hf_tokenizer import HuggingFaceTokenizer
@@ -205,3 +206,11 @@ def test_forking_after_use_prints_no_warning():
     environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert done.stderr == ""
+
+
+def test_usual_patterns_pass_the_trial_of_foreign_tokenizers(tmp_path):
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3}, [("a", "b")]))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(" ", "\u2581")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"), "isolated")
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
+    assert load_tokenizer(tmp_path).vocab_size == 4
