@@ -3,6 +3,7 @@
 `lowmem.config_check` finds contradictions between fields, `lowmem.config_load` reads YAML and the command line.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -222,9 +223,11 @@ def resolve_micro_batch_size(config: RunConfig, world_size: int) -> int:
     if wanted == "auto":
         return auto_micro_batch_sizes(per_rank, config.data.seq_len)[0]
     if per_rank % wanted:
-        divisors = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
+        low = [size for size in range(1, math.isqrt(per_rank) + 1) if per_rank % size == 0]
+        divisors = sorted({*low, *(per_rank // size for size in low)})
+        nearest = [*(size for size in divisors if size < wanted)][-8:] + [*(size for size in divisors if size > wanted)][:8]
         raise ValueError(
             f"train.micro_batch_size is {wanted}, which does not divide the {per_rank} sequences of a rank; "
-            f"allowed: {', '.join(map(str, divisors))} or auto"
+            f"allowed: {', '.join(map(str, nearest))} or auto"
         )
     return wanted

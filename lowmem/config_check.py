@@ -1,4 +1,4 @@
-"""Contradictions between the fields of a configuration, all of them at once."""
+"""Contradictions between the fields of a configuration, all of them at once; `lowmem.config_values` has what each field may hold."""
 
 from lowmem.config import DataConfig, LorptConfig, ModelConfig, RunConfig, resolve_micro_batch_size
 from lowmem.config_check_data import length_problems, phase_problems, source_problems
@@ -19,22 +19,7 @@ def config_problems(config: RunConfig) -> list[str]:
 
 
 def _model_problems(model: ModelConfig, data: DataConfig) -> list[str]:
-    problems = [
-        f"model.{name} is {value}, must be at least 1"
-        for name, value in (("dim", model.dim), ("num_layers", model.num_layers), ("num_heads", model.num_heads))
-        if value < 1
-    ]
-    problems += [
-        f"model.{name} is {value}, must be 0 or more"
-        for name, value in (
-            ("hidden_dim", model.hidden_dim),
-            ("vocab_size", model.vocab_size),
-            ("max_seq_len", model.max_seq_len),
-            ("attention_rank", model.attention_rank),
-            ("lorpt.rank", 0 if model.lorpt.rank == "auto" else model.lorpt.rank),
-        )
-        if value < 0
-    ]
+    problems = []
     if model.num_heads > 0 and model.dim % model.num_heads:
         problems.append(f"model.dim is {model.dim}, not a multiple of model.num_heads ({model.num_heads})")
     elif model.num_heads > 0 and model.num_kv_heads and (model.num_kv_heads < 0 or model.num_heads % model.num_kv_heads):
@@ -55,14 +40,8 @@ def _model_problems(model: ModelConfig, data: DataConfig) -> list[str]:
 
 
 def _rank_problems(lorpt: LorptConfig) -> list[str]:
-    """A rank schedule without low-rank layers, or with impossible numbers."""
-    problems = [
-        f"model.lorpt.schedule has {step}: {rank}; steps and ranks must be at least 1"
-        for step, rank in lorpt.schedule.items()
-        if min(step, rank) < 1
-    ]
-    if lorpt.grow_to < 0 or lorpt.grow_patience < 1:
-        problems.append(f"model.lorpt.grow_to is {lorpt.grow_to} and grow_patience {lorpt.grow_patience}; must be at least 0 and 1")
+    """A rank schedule without low-rank layers, or two of them."""
+    problems = []
     if lorpt.schedule and lorpt.grow_to:
         problems.append("model.lorpt.schedule and grow_to are both set; the rank follows one of them: drop the other")
     if (lorpt.schedule or lorpt.grow_to) and not lorpt.rank:
@@ -76,12 +55,6 @@ def _rank_problems(lorpt: LorptConfig) -> list[str]:
 
 def _data_problems(data: DataConfig) -> list[str]:
     problems = []
-    if data.seq_len < 1:
-        problems.append(f"data.seq_len is {data.seq_len}, must be at least 1")
-    if data.tokenizer_vocab_size < 2:
-        problems.append(f"data.tokenizer_vocab_size is {data.tokenizer_vocab_size}, must be at least 2; leave it out for 4096")
-    if not 0 <= data.val_fraction < 1:
-        problems.append(f"data.val_fraction is {data.val_fraction}, must be in [0, 1)")
     if not data.sources:
         problems.append("data.sources is empty; name a path, a hub dataset or stdlib: true")
     problems += source_problems(data.sources, "data.sources", data.exhausted)
@@ -89,27 +62,16 @@ def _data_problems(data: DataConfig) -> list[str]:
 
 
 def _training_problems(config: RunConfig) -> list[str]:
-    train, optim, engine = config.train, config.optim, config.engine
+    train, engine = config.train, config.engine
     problems = []
     if not config.phases:
         problems += length_problems("train", train.steps, train.tokens)
-    problems += [
-        f"train.{name} is {getattr(train, name)}, must be at least {least}"
-        for name, least in (
-            ("steps", 0), ("global_batch_size", 1), ("save_every", 0), ("keep_last", 1), ("eval_every", 0),
-            ("eval_sequences", 0), ("max_bad_steps", 1), ("threads", 0), ("loss_chunk_tokens", 0), ("z_loss", 0),
-        )
-        if getattr(train, name) < least
-    ]  # fmt: skip
-    if isinstance(train.micro_batch_size, int) and train.micro_batch_size < 1:
-        problems.append(f"train.micro_batch_size is {train.micro_batch_size}, must be at least 1 or auto")
-    elif train.global_batch_size > 0 and engine.name == "local" and config.data.seq_len > 0:
+    sound = min(train.global_batch_size, config.data.seq_len) > 0 and (train.micro_batch_size == "auto" or train.micro_batch_size > 0)
+    if sound and engine.name == "local":
         try:
             resolve_micro_batch_size(config, world_size=1)
         except ValueError as error:
             problems.append(str(error))
-    if not 0 <= train.label_smoothing < 1:
-        problems.append(f"train.label_smoothing is {train.label_smoothing}, must be in [0, 1)")
     problems += [*_float8_problems(config), *_quantized_problems(config)]
     fp8_beside_bf16 = (train.weight_dtype, train.precision) == ("bf16", "fp8")
     follows_precision = train.weight_dtype in ("fp32", *QUANTIZED)
@@ -119,16 +81,6 @@ def _training_problems(config: RunConfig) -> list[str]:
         )
     problems += _update_problems(config)
     problems += _distill_problems(config)
-    if not optim.lr >= 0:
-        problems.append(f"optim.lr is {optim.lr}, must be 0 or more")
-    problems += [f"optim.betas has {beta}, must be in [0, 1)" for beta in optim.betas if not 0 <= beta < 1]
-    problems += [
-        f"optim.{name} is {getattr(optim, name)}, must be 0 or more"
-        for name in ("eps", "weight_decay", "clip", "warmup_steps", "min_lr_ratio")
-        if getattr(optim, name) < 0
-    ]
-    if not 0 < optim.decay_fraction <= 1:
-        problems.append(f"optim.decay_fraction is {optim.decay_fraction}, must be in (0, 1]")
     if engine.name == "local" and (engine.zero_stage or engine.offload != "none" or engine.config):
         problems.append("engine.zero_stage, engine.offload and engine.config need engine.name=deepspeed")
     if engine.offload == "cpu" and engine.zero_stage == 0 and not engine.config:
@@ -207,8 +159,6 @@ def _quantized_problems(config: RunConfig) -> list[str]:
 
 def _distill_problems(config: RunConfig) -> list[str]:
     distill, problems = config.train.distill, []
-    if not 0 <= distill.weight <= 1 or not distill.temperature > 0:
-        problems.append(f"train.distill.weight is {distill.weight} and temperature {distill.temperature}; must be in [0, 1] and above 0")
     if distill.teacher and (config.train.update == "layerwise" or config.engine.name == "deepspeed"):
         problems.append("train.distill needs train.update=accumulate and engine.name=local; set them, or drop the teacher")
     return problems
@@ -229,8 +179,6 @@ def _spectron_problems(config: RunConfig) -> list[str]:
         )
     if lorpt.grow_to and not config.train.eval_every:
         problems.append("model.lorpt.grow_to waits for evaluations, but train.eval_every is 0; set it")
-    if optim.matrix_lr < 0 or not 0 <= optim.momentum < 1:
-        problems.append(f"optim.matrix_lr is {optim.matrix_lr} and optim.momentum {optim.momentum}; must be at least 0 and in [0, 1)")
     if optim.name != "spectron" and optim.matrix_lr:
         problems.append(f"optim.matrix_lr is {optim.matrix_lr}, which only optim.name=spectron uses; remove it or set optim.name=spectron")
     return problems
@@ -238,14 +186,8 @@ def _spectron_problems(config: RunConfig) -> list[str]:
 
 def _place_problems(config: RunConfig) -> list[str]:
     """Device, its memory, and the run's folder."""
-    problems, sizes = [], {}
-    for name in ("ram", "vram"):
-        text = getattr(config.budget, name)
-        try:
-            sizes[name] = parse_bytes(text) if text else None
-        except ValueError as error:
-            problems.append(f"budget.{name}: {error}")
-    vram = sizes.get("vram")
+    problems = []
+    vram = parse_bytes(config.budget.vram) if config.budget.vram else None
     if vram == 0 and config.device == "cuda":
         problems.append(f"budget.vram is {config.budget.vram} (no GPU), but device is cuda; set device=cpu or auto, or raise budget.vram")
     if vram and config.device == "cpu":

@@ -19,12 +19,6 @@ def source_problems(sources: Sequence[SourceConfig], where: str, exhausted: str)
         given = [name for name in ("path", "hub", "stdlib") if getattr(source, name)]
         if len(given) != 1:
             problems.append(f"{key} has {' and '.join(given) or 'no source'}; set exactly one of path, hub, stdlib")
-        if not source.weight > 0:
-            problems.append(f"{key}.weight is {source.weight}, must be above 0")
-        if any(step < 0 or not weight >= 0 for step, weight in source.weight_schedule.items()):
-            problems.append(f"{key}.weight_schedule is {source.weight_schedule}; steps and weights must be 0 or more")
-        if source.max_bytes < 0:
-            problems.append(f"{key}.max_bytes is {source.max_bytes}, must be 0 or more; 0 reads everything")
         if source.streaming and not source.hub:
             problems.append(f"{key}.streaming is for hub datasets; files are streamed anyway")
         if source.streaming and exhausted != "repeat":
@@ -60,9 +54,6 @@ def phase_problems(config: RunConfig) -> list[str]:
         key = f"phases[{index}]"
         problems += length_problems(key, phase.steps, phase.tokens)
         problems += source_problems(phase.sources, f"{key}.sources", config.data.exhausted)
-        if phase.steps < 0 or not phase.lr >= 0 or phase.warmup_steps < -1:
-            found = f"steps {phase.steps}, lr {phase.lr}, warmup_steps {phase.warmup_steps}"
-            problems.append(f"{key} has {found}; must be at least 0, 0 and -1")
         problems += (_chat_problems if phase.kind == "chat" else _text_problems)(phase, key)
     if any(phase.kind == "chat" for phase in config.phases) and config.train.distill.teacher and config.model.name == "i3":
         problems.append("train.distill with a chat phase needs model.name=decoder; drop one of the two")
@@ -101,6 +92,6 @@ def _schedule_problems(config: RunConfig) -> list[str]:
     if uneven := sorted({length for length in schedule.values() if tokens % length}):
         return [
             f"{text}: the {tokens} tokens of a step are no whole number of sequences of {uneven[0]}; use lengths that divide "
-            f"train.global_batch_size * data.seq_len, such as {max(d for d in range(1, uneven[0]) if tokens % d == 0)}"
+            f"train.global_batch_size * data.seq_len, such as {next(d for d in range(uneven[0] - 1, 0, -1) if tokens % d == 0)}"
         ]
     return []

@@ -4,27 +4,25 @@ jsonargparse converts and checks types field by field; unknown keys and every pr
 """
 
 import difflib
+import itertools
+import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser, get_loader
+from jsonargparse import ArgumentError, ArgumentParser
 
 from lowmem.config import RunConfig
 from lowmem.config_check import config_problems
 from lowmem.config_schema import hints, item_class, known_keys
+from lowmem.config_values import MAX_ENTRIES, bounded, expand_home, shown, value_problems
+from lowmem.config_yaml import parse_scalar, parse_yaml, read_config_text
 from lowmem.errors import ConfigError
 
 T = typing.TypeVar("T")
-
-
-class _TextLoader(yaml.SafeLoader):
-    """Reads every scalar as the text that was written; merge keys still work."""
-
-    yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}  # noqa: RUF012 (PyYAML's own attribute)
+_MOST_SHOWN = 10
 
 
 def load_run_config(path: str | Path = "", overrides: Sequence[str] = (), *, check: bool = True) -> RunConfig:
@@ -42,38 +40,75 @@ def load_config(cls: type[T], path: str | Path, overrides: Sequence[str], find_p
     Args:
         cls: a dataclass whose fields may be sections, and lists of dataclasses.
         path: a YAML file; empty starts from the defaults.
-        overrides: "section.key=value", later ones win.
+        overrides: "section.key=value", later ones win; a text field takes the value as it is, other fields read it as YAML.
         find_problems: contradictions between fields, one line each.
     Raises:
-        ConfigError: the file cannot be read, or the configuration has problems; all of them are listed.
+        ConfigError: the file cannot be read, or the configuration has problems; all of them are listed, the first ten at length.
     """
     values, problems = _read_yaml(Path(path), cls) if path else {}, []
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
-            problems.append(f"--{override} has no value; write --{key}=VALUE")
+            problems.append(f"--{_cut(override)} has no value; write --{_cut(key)}=VALUE")
             continue
         try:
-            _set_dotted(values, key, _parse_yaml(known_keys(cls).get(key), text))
-        except (ValueError, yaml.YAMLError) as error:
-            problems.append(f"--{key}: {_one_line(error)}")
+            _set_dotted(values, key, _parse_override(known_keys(cls).get(key), text))
+        except ValueError as error:
+            problems.append(f"--{_cut(key)}: {error}")
+    return _checked(cls, values, problems, find_problems, where=f"{path}: " if path else "")
+
+
+def config_from_values(cls: type[T], values: dict[str, typing.Any]) -> T:
+    """A configuration from nested dictionaries, as `dataclasses.asdict` and JSON have them; contradictions are not looked for.
+
+    Raises:
+        ConfigError: unknown keys, wrong types, numbers out of range.
+    """
+    return _checked(cls, values, [], lambda config: [], where="")
+
+
+def _checked(cls: type[T], values: dict, problems: list[str], find_problems: Callable[[T], list[str]], where: str) -> T:
+    entries = _count_entries(values, cls)
+    if entries > MAX_ENTRIES:
+        raise ConfigError(f"{where}{entries} sources and phases are listed, at most {MAX_ENTRIES} are read; name folders or globs instead")
     config = None if problems else _build_at_once(cls, values)
+    found: Iterator[Callable[[], str]] = iter(())
     if config is None:  # something is wrong: look at every key on its own to report all of it
-        problems += list(_unknown_keys(values, cls, known_keys(cls)))
-        problems += [problem for leaf in _leaves(values, cls) for problem in leaf.problems()]
-        config = None if problems else _build(cls, values)
+        found = itertools.chain(
+            _unknown_keys(values, cls, known_keys(cls)),
+            (lambda problem=problem: problem for leaf in _leaves(values, cls) for problem in leaf.problems()),
+        )
+    listed = [lambda problem=problem: problem for problem in problems]  # type: ignore[misc]
+    listed += list(found)
+    if config is None and not listed:
+        config = _build(cls, values)
     if config is not None:
-        problems = find_problems(config)
-    if problems or config is None:
-        where = f"{path}: " if path else ""
-        raise ConfigError(where + f"{len(problems)} problem{'s' if len(problems) > 1 else ''}\n" + "\n".join(f"  {p}" for p in problems))
+        simple = expand_home(config)
+        wrong = value_problems(config)
+        contradictions = find_problems(bounded(config, wrong) if wrong else config)
+        contradictions = [problem for problem in contradictions if not any(key in problem for key in wrong)]
+        everything = [*simple, *itertools.chain(*wrong.values()), *contradictions]
+        listed += [lambda problem=problem: problem for problem in everything]  # type: ignore[misc]
+    if listed or config is None:
+        raise ConfigError(where + _listing(listed))
     return config
+
+
+def _listing(problems: Sequence[Callable[[], str]]) -> str:
+    """One problem on one line; several below their number, the first ten at length."""
+    if len(problems) == 1:
+        return problems[0]()
+    lines = [f"  {problem()}" for problem in problems[:_MOST_SHOWN]]
+    rest = len(problems) - len(lines)
+    return "\n".join([f"{len(problems)} problems", *lines, *([f"  and {rest} more"] if rest else [])])
 
 
 def _build_at_once(cls: type[T], values: dict) -> T | None:
     """The configuration if every key and type is right, else None."""
+    if next(_unknown_keys(values, cls, ()), None) or any(leaf.misfit() for leaf in _leaves(values, cls)):
+        return None
     try:
-        return None if any(leaf.value is None for leaf in _leaves(values, cls)) else _build(cls, values)
+        return _build(cls, values)
     except (ArgumentError, TypeError, ValueError, AttributeError):
         return None
 
@@ -89,40 +124,89 @@ def _build(cls: typing.Any, values: dict) -> typing.Any:
         elif item_class(kind):
             built[name] = [_build(item_class(kind), entry) for entry in value]
         else:
-            plain[name] = value
+            plain[name] = _normal(kind, value)
     parsed = _parser(cls).instantiate(_parser(cls).parse_object(plain))
     return cls(**{item.name: built[item.name] if item.name in built else parsed[item.name] for item in fields(cls)})
 
 
 def _read_yaml(path: Path, cls: type) -> dict:
+    name = _cut(str(path), most=300)
     try:
-        values = _parse_yaml(cls, path.read_text(encoding="utf-8"))
+        values = parse_yaml(read_config_text(path), cls)
     except FileNotFoundError as error:
-        nearby = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))[:5]) or "none"
-        raise ConfigError(f"--config: {path} does not exist; YAML files there: {nearby}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config: {path} cannot be read: {_one_line(error)}") from error
+        nearby = ", ".join(sorted(map(str, itertools.islice(path.parent.glob("*.yaml"), 5)))) or "none"
+        raise ConfigError(f"--config: {name} does not exist; YAML files there: {nearby}") from error
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"--config: {name} cannot be read: {why}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"--config: {path} holds a {type(values).__name__}, expected sections such as model: and train:")
+        what = "nothing" if values is None else "a list" if isinstance(values, list) else "a single value"
+        raise ConfigError(f"--config: {path} holds {what}, expected sections such as model: and train:")
     return values
 
 
-def _parse_yaml(kind: typing.Any, text: str) -> typing.Any:
-    """The value of a field of type `kind`, or of a whole configuration."""
-    if not text and kind is str:
-        return ""
-    return _keep_text(kind, get_loader("yaml")(text), yaml.load(text, _TextLoader))
+def _parse_override(kind: typing.Any, text: str) -> typing.Any:
+    """The value that a word of the command line is for a field of type `kind`, None for an unknown key.
+
+    Raises:
+        ValueError: a list, a map or a section that is no YAML.
+    """
+    if kind is str or kind is None:
+        return text
+    if is_dataclass(kind) or item_class(kind) or typing.get_origin(kind) in (list, tuple, dict):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("it is no UTF-8 text; write it in UTF-8") from error
+        return parse_yaml(text, kind)
+    return parse_scalar(text)
 
 
-def _keep_text(kind: typing.Any, value: typing.Any, as_text: typing.Any) -> typing.Any:
-    """`value` with numbers and booleans in text fields put back as `as_text`, the same YAML read by _TextLoader, has them."""
-    if kind is str and isinstance(value, (bool, int, float)):
-        return as_text
-    if is_dataclass(kind) and isinstance(value, dict) and isinstance(as_text, dict):
-        return {name: _keep_text(hints(kind).get(name), item, as_text.get(str(name))) for name, item in value.items()}
-    if item_class(kind) and isinstance(value, list):
-        return [_keep_text(item_class(kind), *pair) for pair in zip(value, as_text, strict=True)]
+def _cut(text: str, most: int = 80) -> str:
+    return shown(text, quotes=False, most=most)
+
+
+def _count_entries(values: dict, cls: typing.Any) -> int:
+    """Entries of lists of sections, lists inside them counted too."""
+    count = 0
+    for key, value in values.items():
+        kind = hints(cls).get(key)
+        if is_dataclass(kind) and isinstance(value, dict):
+            count += _count_entries(value, kind)
+        elif (inside := item_class(kind)) and isinstance(value, list):
+            count += len(value) + sum(_count_entries(entry, inside) for entry in value if isinstance(entry, dict))
+    return count
+
+
+def _normal(kind: typing.Any, value: typing.Any) -> typing.Any:
+    """`value` with text that stands for a number, as in quotes, as that number; jsonargparse would read 010 as 8.
+
+    Raises:
+        ValueError: text where a field takes none, or a number where it takes another kind of value.
+    """
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if isinstance(value, str) and not _takes_text(kind, value):
+        value = parse_scalar(value)
+        if value is None or isinstance(value, str):
+            raise ValueError("text")
+    if origin is typing.Literal and not any(type(value) is type(arg) and value == arg for arg in args):
+        raise ValueError("not among the values")
+    if kind is int and type(value) is not int:
+        raise ValueError("no whole number")
+    if origin in (list, tuple) and isinstance(value, (list, tuple)):
+        return [_normal(args[0], item) for item in value]
+    if origin is dict and isinstance(value, dict):
+        return {_normal(args[0], key): _normal(args[1], item) for key, item in value.items()}
     return value
+
+
+def _takes_text(kind: typing.Any, text: str) -> bool:
+    if typing.get_origin(kind) is typing.Literal:
+        return text in typing.get_args(kind)
+    return kind is str or any(_takes_text(arg, text) for arg in typing.get_args(kind) if typing.get_origin(kind) in _UNIONS)
+
+
+_UNIONS = (typing.Union, types.UnionType)
 
 
 def _set_dotted(values: dict, key: str, value: object) -> None:
@@ -142,11 +226,13 @@ def _parser(cls: type) -> ArgumentParser:
     return parser
 
 
-def _unknown_keys(values: dict, cls: typing.Any, candidates: typing.Collection[str], prefix: str = "") -> Iterator[str]:
+def _unknown_keys(values: dict, cls: typing.Any, candidates: typing.Collection[str], prefix: str = "") -> Iterator[Callable[[], str]]:
+    """A message for each key that is none; the nearest one is looked up when the message is wanted, which takes a while."""
     for key, value in values.items():
         kind, dotted = hints(cls).get(key), f"{prefix}{key}"
         if kind is None:
-            yield f"{dotted} is not a known key{_nearest(key if '[' in prefix else dotted, candidates)}"
+            name = key if "[" in prefix else dotted
+            yield lambda dotted=dotted, name=name: f"{_cut(dotted) or repr('')} is not a known key{_nearest(name, candidates)}"  # type: ignore[misc]
         elif is_dataclass(kind) and isinstance(value, dict):
             yield from _unknown_keys(value, kind, candidates, f"{dotted}.")
         elif (inside := item_class(kind)) and isinstance(value, list):
@@ -157,6 +243,7 @@ def _unknown_keys(values: dict, cls: typing.Any, candidates: typing.Collection[s
 
 def _nearest(key: str, known: typing.Collection[str]) -> str:
     """The best match by full key, else by the last part alone (a right name in a wrong section)."""
+    key = key[:100]
     same_name = [candidate for candidate in known if candidate.rpartition(".")[2] == key.rpartition(".")[2]]
     close = same_name or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not close:
@@ -174,19 +261,31 @@ class _Leaf:
     name: str
     value: object
 
+    def misfit(self) -> bool:
+        """Whether it is null or of another kind than its field, as far as that is told without jsonargparse, which takes null for any."""
+        kind = hints(self.cls)[self.name] if self.name else None
+        if self.value is None or kind is None or is_dataclass(kind) or (item_class(kind) and not isinstance(self.value, list)):
+            return True
+        try:
+            _normal(kind, self.value)
+        except (ValueError, TypeError):
+            return True
+        return False
+
     def problems(self) -> list[str]:
         if not self.name:
             first = fields(self.cls)[0].name
-            return [f"{self.dotted} is {self.value!r}, expected keys such as {first}: {'FILE' if first == 'path' else first.upper()}"]
+            return [f"{self.dotted} is {shown(self.value)}, expected keys such as {first}: {'FILE' if first == 'path' else first.upper()}"]
         kind = hints(self.cls)[self.name]
         if is_dataclass(kind):
-            return [f"{self.dotted} is {self.value!r}, expected a section with keys below it"]
+            return [f"{self.dotted} is {shown(self.value)}, expected a section with keys below it"]
+        wrong = [f"{self.dotted} is {shown(self.value)}, expected {_describe(kind)}"]
+        if self.misfit():
+            return wrong
         try:
-            if self.value is None:  # jsonargparse takes it for any type
-                raise TypeError("null")
-            _parser(self.cls).parse_object({self.name: self.value})
+            _parser(self.cls).parse_object({self.name: _normal(kind, self.value)})
         except (ArgumentError, TypeError, ValueError):
-            return [f"{self.dotted} is {self.value!r}, expected {_describe(kind)}"]
+            return wrong
         return []
 
 
@@ -208,18 +307,22 @@ def _leaves(values: dict, cls: typing.Any, prefix: str = "") -> Iterator[_Leaf]:
             yield _Leaf(dotted, cls, key, value)
 
 
-def _describe(kind: type) -> str:
+_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+_PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
+
+
+def _describe(kind: typing.Any) -> str:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
         return " | ".join(map(str, args))
-    if origin in (list, tuple):
-        return f"a list of {_describe(args[0])}"
+    if inside := item_class(kind):
+        return f"a list of entries with keys such as {fields(inside)[0].name}"
+    if origin is tuple:
+        return f"a list of {len(args)} {_PLURALS[args[0]]}"
+    if origin is list:
+        return f"a list of {_PLURALS.get(args[0]) or _describe(args[0])}"
     if origin is dict:
-        return f"a map of {_describe(args[0])} to {_describe(args[1])}"
+        return f"a map of {_PLURALS[args[0]]} to {_PLURALS.get(args[1]) or _describe(args[1])}"
     if args:
         return " or ".join(_describe(arg) for arg in args)
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(kind, getattr(kind, "__name__", str(kind)))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return _NAMES[kind]

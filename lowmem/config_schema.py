@@ -5,6 +5,7 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 
 from lowmem.config import RunConfig
+from lowmem.config_values import allowed
 
 
 def known_keys(cls: typing.Any = RunConfig) -> dict[str, type]:
@@ -47,7 +48,7 @@ def field_docs(cls: typing.Any = RunConfig) -> dict[str, str]:
 
 
 def docs_of(cls: typing.Any) -> dict[str, str]:
-    """The docstrings of the fields of a section."""
+    """The docstrings of the fields of a section, and the ranges of those that are numbers."""
     return _docs_of(cls)
 
 
@@ -55,5 +56,9 @@ def docs_of(cls: typing.Any) -> dict[str, str]:
 def _docs_of(cls: typing.Any) -> dict[str, str]:
     from docstring_parser import parse_from_object  # the docstring reader that jsonargparse uses
 
-    parsed = {item.arg_name: item.description or "" for item in parse_from_object(cls).params}
-    return {item.name: " ".join(parsed.get(item.name, "").split()) for item in fields(cls)}
+    parsed = {item.arg_name: " ".join((item.description or "").split()) for item in parse_from_object(cls).params}
+    return {item.name: parsed.get(item.name, "") + _allowed(cls, item.name) for item in fields(cls)}
+
+
+def _allowed(cls: typing.Any, name: str) -> str:
+    return f" Allowed: {found}." if (found := allowed(cls, name)) else ""

@@ -33,7 +33,7 @@ def remembered(measurements):
 
 
 def plan(*arguments: str, ram: int = 60 * MIB) -> int:
-    return main(["plan", *ON_CPU, f"--budget.ram={ram}", *arguments])
+    return main(["plan", *ON_CPU, f"--budget.ram={ram}B", *arguments])
 
 
 def test_a_table_with_the_fastest_plan_first(remembered, capsys):
@@ -83,7 +83,7 @@ def test_nothing_fits(remembered, tmp_path, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("lowmem: error: nothing fits: the smallest plan lacks ")
-    assert f"of RAM (budget {ram})" in captured.err
+    assert f"of RAM (budget {ram}B)" in captured.err
     assert "The nearest plans:\n" in captured.err
     nearest = captured.err.split("The nearest plans:\n")[1].splitlines()
     assert len([line for line in nearest if " of RAM: micro_batch_size=" in line]) == 4

@@ -36,3 +36,9 @@ def test_formats():
     assert format_count(12691186) == "12.69M"
     assert format_seconds(3725) == "1:02:05"
     assert format_seconds(59.6) == "1:00"
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "1e999", "nan", "inf", "-1", "1e-3"])
+def test_counts_that_are_none(text):
+    with pytest.raises(ValueError, match="expected a count such as"):
+        parse_count(text)

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lowmem.config import RunConfig
-from lowmem.config_load import load_run_config
+from lowmem.config_load import config_from_values
 from lowmem.errors import EXIT_INTERRUPTED, ConfigError
 
 
@@ -55,7 +55,7 @@ def main() -> None:
 
 def config_from(values: dict[str, Any]) -> RunConfig:
     """A configuration from its dictionary."""
-    return load_run_config(overrides=[f"{key}={json.dumps(value)}" for key, value in values.items()], check=False)
+    return config_from_values(RunConfig, values)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def test_missing_bytes_are_those_beyond_the_budget_less_its_margin():
     vram, ram = prediction.cuda_reserved.peak_bytes, prediction.host.peak_bytes
     assert missing_bytes(prediction, margin=0) == {"ram": ram - (40 << 20), "vram": vram - (8 << 20)}
     assert missing_bytes(prediction, margin=0.5) == {"ram": ram - (20 << 20), "vram": vram - (4 << 20)}
-    prediction.config.budget.ram, prediction.config.budget.vram = f"{ram}", ""
+    prediction.config.budget.ram, prediction.config.budget.vram = f"{ram}B", ""
     assert missing_bytes(prediction, margin=0) == {}
     assert missing_bytes(prediction, margin=0.03) == {"ram": round(ram - ram * 0.97)}
 
@@ -86,7 +86,7 @@ def test_a_refusal_names_need_budget_components_and_the_largest_saving():
     best = max(savings, key=savings.__getitem__)
     assert f") of RAM, the budget is 52MiB. Largest saving: {best} (-{format_bytes(savings[best])}). " in paragraph
     assert paragraph.endswith("See: lowmem plan")
-    assert refusal(predict_peak(small_config(f"budget.ram={BASE_BYTES + (8 << 20)}"))) == ""
+    assert refusal(predict_peak(small_config(f"budget.ram={BASE_BYTES + (8 << 20)}B"))) == ""
 
 
 def test_named_hardware_and_this_machine():

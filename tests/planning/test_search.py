@@ -31,7 +31,7 @@ def budget(kib: int) -> int:
 
 @pytest.fixture(scope="module")
 def plans(measurements) -> dict[int, Plan]:
-    return {kib: plan(small_config(*SETTINGS, f"budget.ram={budget(kib)}"), margin=0.0) for kib in BUDGETS_KIB}
+    return {kib: plan(small_config(*SETTINGS, f"budget.ram={budget(kib)}B"), margin=0.0) for kib in BUDGETS_KIB}
 
 
 def weighed_seconds(found: Plan) -> float:
@@ -100,13 +100,13 @@ def test_alternatives_are_other_plans(plans):
 
 
 def test_a_margin_is_kept_free():
-    found = plan(small_config(*SETTINGS, f"budget.ram={budget(6000)}"), margin=0.05)
+    found = plan(small_config(*SETTINGS, f"budget.ram={budget(6000)}B"), margin=0.05)
     assert found.fits
     assert found.prediction.host.peak_bytes <= budget(6000) * 0.95
 
 
 def test_from_python_with_a_budget_of_its_own():
     config = small_config(*SETTINGS)
-    found = plan_for(config, type(config.budget)(ram=f"{2 * budget(8000)}"))
+    found = plan_for(config, type(config.budget)(ram=f"{2 * budget(8000)}B"))
     assert found.fits
     assert config == small_config(*SETTINGS)

@@ -41,7 +41,7 @@ CASES = {
 @pytest.mark.parametrize("key", CASES)
 def test_the_value_fits_and_the_next_does_not(key):
     settings, room = CASES[key]
-    config = small_config("model.num_layers=1", *settings, f"budget.ram={BASE_BYTES + room}")
+    config = small_config("model.num_layers=1", *settings, f"budget.ram={BASE_BYTES + room}B")
     found = solve(config, key, margin=0.0)
     assert found.key == key
     assert 0 < found.value < found.beyond
@@ -60,14 +60,14 @@ def test_all_keys_are_here():
 
 
 def test_widths_are_divided_by_the_heads():
-    config = small_config("model.num_layers=1", "model.dim=96", "model.num_heads=3", f"budget.ram={BASE_BYTES + 24 * MIB}")
+    config = small_config("model.num_layers=1", "model.dim=96", "model.num_heads=3", f"budget.ram={BASE_BYTES + 24 * MIB}B")
     found = solve(config, "model.dim")
     assert found.value % 192 == 0  # of 64 and of twice three heads
     assert found.prediction.config.model.dim == found.value
 
 
 def test_not_even_the_smallest_fits():
-    found = solve(small_config("model.num_layers=1", f"budget.ram={BASE_BYTES}"), "model.num_layers")
+    found = solve(small_config("model.num_layers=1", f"budget.ram={BASE_BYTES}B"), "model.num_layers")
     assert (found.value, found.beyond) == (0, 1)
     assert found.prediction.host.peak_bytes > BASE_BYTES
 

@@ -80,7 +80,7 @@ def test_when_the_rank_changes():
 
 @pytest.mark.parametrize("overrides, message", [
     ({"model.lorpt.schedule": "{5: 32}"}, "asks for 32, layer blocks.0.attention.qkv.q"),
-    ({"model.lorpt.schedule": "{0: 8}"}, "model.lorpt.schedule has 0: 8; steps and ranks must be at least 1"),
+    ({"model.lorpt.schedule": "{0: 8}"}, "model.lorpt.schedule has 0: 8; allowed: keys at least 1"),
     ({"model.lorpt.schedule": "{5: 8}", "model.lorpt.grow_to": 8}, "are both set"),
     ({"model.lorpt.rank": 0, "model.lorpt.grow_to": 8}, "model.lorpt.rank is 0"),
     ({"model.lorpt.rank": "auto", "model.lorpt.grow_to": 8}, "model.lorpt.rank is auto, which differs by layer"),

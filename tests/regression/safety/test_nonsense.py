@@ -1,0 +1,103 @@
+"""Numbers that mean nothing are refused before any work, by one table of ranges."""
+
+import math
+import types
+import typing
+from dataclasses import fields, is_dataclass
+
+import pytest
+
+from lowmem.config import RunConfig
+from lowmem.config_finetune import FinetuneConfig, finetune_problems
+from lowmem.config_load import load_config, load_run_config
+from lowmem.errors import ConfigError
+
+UNIONS = (typing.Union, types.UnionType)
+
+
+def refusal(override, cls=RunConfig):
+    load = (lambda: load_run_config("", given)) if cls is RunConfig else (lambda: load_config(cls, "", given, finetune_problems))
+    own = [] if override.startswith("train.steps") else ["train.steps=3"]
+    given = [*(own if cls is RunConfig else ["base=b", "data=d"]), override]
+    with pytest.raises(ConfigError) as caught:
+        load()
+    return str(caught.value)
+
+
+def with_every_number(cls, value, prefix=""):
+    """A configuration in which every number is `value`, and the dotted keys of those numbers."""
+    config, keys = cls(), []
+    for item in fields(cls):
+        kind = typing.get_type_hints(cls)[item.name]
+        if is_dataclass(kind):
+            section, inside = with_every_number(kind, value, f"{prefix}{item.name}.")
+            setattr(config, item.name, section)
+            keys += inside
+        elif kind in (int, float) or (typing.get_origin(kind) in UNIONS and {int, float} & set(typing.get_args(kind))):
+            setattr(config, item.name, value)
+            keys.append(f"{prefix}{item.name}")
+    return config, keys
+
+
+@pytest.mark.parametrize("cls", [RunConfig, FinetuneConfig])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -3, 10**40])
+def test_no_number_is_nonsense(cls, value):
+    """Not a number, infinities, what is below every range, and what no machine or run has."""
+    from lowmem.config_values import value_problems
+
+    config, keys = with_every_number(cls, value)
+    assert len(keys) > 15
+    assert set(value_problems(config)) >= {key for key in keys if not key.endswith("tokens")}
+
+
+@pytest.mark.parametrize("text", [".nan", ".inf", "-.inf", "1e400", "-1e400"])
+def test_the_command_line_takes_no_nonsense(text):
+    assert "must be at least 0, at most 1e+30" in refusal(f"optim.lr={text}")
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("model.rope_theta=0", "model.rope_theta is 0.0, must be at least 1, at most 1e+12"),
+        ("model.norm_eps=-1e-5", "model.norm_eps is -1e-05, must be 0, or at least 1e-12, at most 1"),
+        ("model.num_layers=100000", "model.num_layers is 100000, must be at least 1, at most 4096"),
+        ("optim.weight_decay=1e30", "optim.weight_decay is 1e+30, must be at least 0, at most 1000"),
+        ("optim.min_lr_ratio=3", "optim.min_lr_ratio is 3.0, must be at least 0, at most 1"),
+        ("optim.eps=0", "optim.eps is 0.0, must be at least 1e-30, at most 1"),
+        ("optim.betas=[.nan, 0.9]", "optim.betas has nan, must be in [0, 1)"),
+        ("train.z_loss=.nan", "train.z_loss is nan, must be at least 0, at most 1"),
+        ("train.threads=1000000000", "train.threads is 1000000000, must be at least 0, at most 1024"),
+        ("train.global_batch_size=2147483648", "train.global_batch_size is 2147483648, must be at least 1, at most 1048576"),
+        ("train.seed=99999999999999999999999", "train.seed is 99999999999999999999999, must be at least 0, at most 9223372036854775807"),
+        ("train.distill.temperature=.inf", "train.distill.temperature is inf, must be at least 0.001"),
+        ("data.sources=[{path: a, weight: .inf}]", "data.sources[0].weight is inf, must be above 0, at most 1e+06"),
+        ("data.sources=[{path: a, weight_schedule: {0: .nan}}]", "data.sources[0].weight_schedule has 0: nan; allowed: keys at least 0"),
+        ("budget.ram=4", "budget.ram: found 4, which has no unit and would be bytes; write 4GiB, or 4B for bytes"),
+        ("budget.ram=0", "budget.ram is 0, but nothing runs in no memory; leave it out for no limit"),
+        ("budget.ram=99999999999TiB", "budget.ram: found 99999999999TiB, more than any machine has"),
+        ("train.tokens=1e999", "train.tokens"),
+    ],
+)
+def test_the_message_has_the_range(override, expected):
+    assert expected in refusal(override)
+
+
+@pytest.mark.parametrize(
+    "override", ["optim.lr=-1", "adapter.lora_alpha=-1", "adapter.lora_dropout=1", "optim.lr=x", "seed=-1", "budget.ram=4", "steps=0.5"]
+)
+def test_fine_tuning_refuses_by_the_same_table(override):
+    assert override.partition("=")[0] in refusal(override, FinetuneConfig)
+
+
+@pytest.mark.parametrize("text", ["a\0b", "x" * 300, "y/" * 2100, "\udcff"])
+def test_no_key_is_a_text_that_no_file_has(text):
+    assert "run_dir is " in (message := refusal(f"run_dir={text}"))
+    assert len(message) < 250
+
+
+def test_contradictions_are_still_found_beside_nonsense():
+    with pytest.raises(ConfigError) as caught:
+        load_run_config("", ["train.steps=3", "optim.lr=.nan", "model.num_heads=3", "data.seq_len=0"])
+    message = str(caught.value)
+    assert "3 problems" in message
+    assert "model.dim is 256, not a multiple of model.num_heads (3)" in message
