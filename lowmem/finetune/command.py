@@ -1,7 +1,6 @@
 """The `finetune` command: flags, and what is written at the end."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 
@@ -39,6 +38,7 @@ def finetune_main(argv: Sequence[str]) -> int:
     from lowmem.memory.block_cache import set_up_host_memory
     from lowmem.memory.budget import is_out_of_memory, lift_host_limit
     from lowmem.memory.measure import measure_peak
+    from lowmem.train.checkpoint import json_text
     from lowmem.train.progress import make_display
 
     if flags.dry_run:
@@ -66,7 +66,7 @@ def finetune_main(argv: Sequence[str]) -> int:
     report = {"trainable": done.trainable, "total": done.total, "losses": done.losses, "host_peak_bytes": peak.host_peak_bytes}
     report |= {"training_peak_bytes": training, "peaks": done.peaks, "predicted": done.predicted}
     report["predicted_vram"] = done.predicted_vram
-    (Path(config.out) / "result.json").write_text(json.dumps(report, indent=1))
+    (Path(config.out) / "result.json").write_text(json_text(report, indent=1))
     return 0
 
 

@@ -23,6 +23,7 @@ from lowmem.memory.phases import PhasePeaks
 from lowmem.optim.schedule import learning_rate
 from lowmem.train.checkpoint import CheckpointStore
 from lowmem.train.progress import ProgressDisplay
+from lowmem.train.run import are_finite
 from lowmem.train.run_dir import RunDir
 from lowmem.train.signals import StopRequest
 
@@ -151,10 +152,12 @@ class _Run:
                 self.run_dir.append_metrics(record)
                 self.display.on_step(record)
                 if bad >= MAX_BAD_STEPS:
-                    raise DivergedError(f"loss or gradients were not finite for {bad} steps in a row; lower optim.lr ({config.optim.lr})")
+                    raise self._diverged(f"loss or gradients were not finite for {bad} steps in a row")
                 last = self.done == config.steps
                 if config.eval_every and (self.done % config.eval_every == 0 or last):
                     self._evaluate()
+                if last:
+                    self._check_end(bad)
                 if stop.exit_code or last or (config.save_every and self.done % config.save_every == 0):
                     state = {"step": self.done, "data": self.data.train.state_dict(), "losses": self.losses}
                     self.store.save(self.done, self, state, best_step=0)  # type: ignore[arg-type]
@@ -173,6 +176,19 @@ class _Run:
         self.losses[self.done] = loss
         self.run_dir.append_metrics({"step": self.done, "val_loss": loss})
         self.display.on_eval(self.done, loss)
+
+    def _check_end(self, bad: int) -> None:
+        """Before the last state is saved: a model that computes nothing is no result."""
+        if not are_finite(self.trained):
+            raise self._diverged(f"weights are not finite after step {self.done}")
+        if self.done in self.losses:
+            if not math.isfinite(self.losses[self.done]):
+                raise self._diverged(f"the held-out loss is {self.losses[self.done]} after step {self.done}")
+        elif bad:
+            raise self._diverged(f"loss or gradients of the last {bad} steps were not finite")
+
+    def _diverged(self, found: str) -> DivergedError:
+        return DivergedError(f"{found}; lower optim.lr ({self.config.optim.lr}), lengthen optim.warmup_steps or set optim.clip")
 
     def _tell(self) -> None:
         while self.stepper.messages:

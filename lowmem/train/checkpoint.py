@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ from lowmem.engine.base import Engine
 from lowmem.errors import CheckpointError, StorageError
 from lowmem.memory.block_cache import release_host_memory
 
-_STEP_NAME = re.compile(r"step-(\d{8})")
+_STEP_NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})")  # eight digits, more where a step has more
 _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
 _HASH_BYTES = 1 << 20
 
@@ -193,9 +194,22 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON, in which NaN and infinity, which it does not have, are null."""
+    return json.dumps(_without_nonfinite(value), indent=indent, allow_nan=False)
+
+
+def _without_nonfinite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _without_nonfinite(item) for key, item in value.items()}
+    return [_without_nonfinite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
 def _write_json(path: Path, value: Any) -> None:
     with open(path, "w") as file:
-        json.dump(value, file, indent=1)
+        file.write(json_text(value, indent=1))
         file.flush()
         os.fsync(file.fileno())
 

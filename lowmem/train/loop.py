@@ -12,7 +12,7 @@ from lowmem.nn.rank_change import following_layers
 from lowmem.optim.kernels.scalars import mix_key
 from lowmem.train.phase_steps import count_speed, describe_speed, end_of_data, enter_next_phase, next_batch, phase_learning_rate
 from lowmem.train.rank_schedule import count_evaluation, next_rank
-from lowmem.train.run import Run
+from lowmem.train.run import Run, are_finite
 from lowmem.train.signals import StopRequest
 
 
@@ -21,7 +21,8 @@ def train(run: Run) -> None:
 
     Raises:
         StoppedBySignal: after saving a checkpoint.
-        DivergedError: `train.max_bad_steps` non-finite steps in a row; checkpoints on disk are intact.
+        DivergedError: `train.max_bad_steps` non-finite steps in a row, or weights or a held-out loss that are not finite at the end of a
+            phase; checkpoints on disk are intact.
         StorageError: a checkpoint or the metrics could not be written.
     """
     config, state, engine = run.config, run.state, run.engine
@@ -39,7 +40,7 @@ def train(run: Run) -> None:
             with run.phases(phase):
                 batch = next_batch(run)
                 if batch is None:
-                    end_of_data(run, evaluate=_evaluate, save=save)
+                    end_of_data(run, evaluate=_evaluate, save=_save_end)
                     continue
                 lr = phase_learning_rate(run)
                 result = engine.step(batch, lr)
@@ -55,6 +56,7 @@ def train(run: Run) -> None:
             # within a bad streak the weights may be broken already: they must not push out the last good checkpoint
             due = _due(config.train.save_every, state.step, ended) and not state.bad_steps
             if ended:
+                _check_end(run)
                 enter_next_phase(run)
             if stopping or improved or due or ended:
                 save(run)
@@ -100,14 +102,41 @@ def _count(run: Run, batch: Batch, result: StepResult) -> None:
 def _check_divergence(run: Run, result: StepResult) -> None:
     state = run.state
     if state.bad_steps >= run.config.train.max_bad_steps:
-        steps, optim = run.checkpoints.steps(), run.config.optim
-        remedy = f"the last checkpoint is step {steps[-1]}" if steps else "no checkpoint was saved yet"
-        raise DivergedError(
+        raise _diverged(
+            run,
             f"loss or gradients were not finite for {state.bad_steps} steps in a row up to step {state.step} "
-            f"(loss {result.loss}, gradient norm {result.grad_norm}; train.max_bad_steps is {run.config.train.max_bad_steps}); "
-            f"{remedy}; lower optim.lr ({optim.lr}), lengthen optim.warmup_steps or set optim.clip, "
-            "with --fresh or in another run_dir"
+            f"(loss {result.loss}, gradient norm {result.grad_norm}; train.max_bad_steps is {run.config.train.max_bad_steps})",
         )
+
+
+def _diverged(run: Run, found: str) -> DivergedError:
+    steps, optim = run.checkpoints.steps(), run.config.optim
+    remedy = f"the last checkpoint is step {steps[-1]}" if steps else "no checkpoint was saved yet"
+    return DivergedError(
+        f"{found}; {remedy}; lower optim.lr ({optim.lr}), lengthen optim.warmup_steps or set optim.clip, with --fresh or in another run_dir"
+    )
+
+
+def _check_end(run: Run) -> None:
+    """Before the last state of a phase is saved: a model that computes nothing is no result.
+
+    Steps that were skipped at the very end are none of its business if the held-out loss is a number afterwards.
+    """
+    state, evaluated = run.state, run.last_evaluation
+    if run.engine.any_rank(not are_finite(dict(run.engine.model.named_parameters()))):
+        raise _diverged(run, f"weights are not finite after step {state.step}")
+    if evaluated is not None and evaluated[0] == state.step:
+        if not math.isfinite(evaluated[1]):
+            raise _diverged(run, f"the held-out loss is {evaluated[1]} after step {state.step}")
+    elif state.bad_steps:
+        what = "the last step was" if state.bad_steps == 1 else f"the last {state.bad_steps} steps were"
+        raise _diverged(run, f"loss or gradients of {what} not finite, up to step {state.step}, the end")
+
+
+def _save_end(run: Run) -> None:
+    """Save the state at the end of a phase whose data is exhausted."""
+    _check_end(run)
+    save(run)
 
 
 def _report_step(run: Run, batch: Batch, result: StepResult, lr: float, seconds: float) -> None:
@@ -147,6 +176,7 @@ def _evaluate(run: Run) -> bool:
     with run.phases("evaluation"):
         loss = run.engine.evaluate(validation.batches(run.config.train.eval_sequences))
     state = run.state
+    run.last_evaluation = (state.step, loss)
     if run.run_dir is not None:
         record = {"step": state.step, "val_loss": _json_number(loss)}
         run.run_dir.append_metrics(record)

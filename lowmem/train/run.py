@@ -1,11 +1,16 @@
 """A run: its parts, and where it is."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+import torch
 
 from lowmem.config import PhaseConfig, RunConfig
 from lowmem.data.prepare import PreparedData
 from lowmem.engine.base import Engine
 from lowmem.memory.phases import PhasePeaks
+from lowmem.nn.quantized import stored_tensors
 from lowmem.train.checkpoint import CheckpointStore
 from lowmem.train.loggers import MetricsLogger
 from lowmem.train.progress import ProgressDisplay
@@ -24,6 +29,7 @@ class Run:
         loggers: rank 0 only, empty elsewhere.
         resumed: whether it goes on from a checkpoint.
         phases: the peak memory of set-up, steps, evaluation and saving.
+        last_evaluation: step and loss of the last one of this process.
         speeds: tokens a second of every step of this process, by length of its sequences.
     """
 
@@ -37,6 +43,7 @@ class Run:
     loggers: list[MetricsLogger]
     resumed: bool = False
     phases: PhasePeaks = field(default_factory=PhasePeaks)
+    last_evaluation: tuple[int, float] | None = None
     speeds: dict[int, list[float]] = field(default_factory=dict)
 
     @property
@@ -58,3 +65,12 @@ class Run:
         """Whether nothing is left to train."""
         last = self.state.phase == len(self.phase_data) - 1
         return last and (self.state.data_ended or self.phase_step >= self.phase.steps)
+
+
+def are_finite(weights: Mapping[str, torch.Tensor]) -> bool:
+    """Whether no element is NaN or infinite; of quantised weights their scales are looked at.
+
+    Memory: two numbers at a time.
+    """
+    tensors = (tensor.detach() for tensor in stored_tensors(weights).values() if tensor.is_floating_point() and tensor.numel())
+    return all(math.isfinite(bound.item()) for tensor in tensors for bound in torch.aminmax(tensor))

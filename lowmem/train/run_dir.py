@@ -11,7 +11,7 @@ from lowmem.config import RunConfig
 from lowmem.config_dump import dump_config
 from lowmem.config_load import load_run_config
 from lowmem.errors import ConfigError
-from lowmem.train.checkpoint import storage_error
+from lowmem.train.checkpoint import json_text, storage_error
 
 # Keys that may differ when a run is resumed: they move memory, speed, saving or length, not what is
 # learned; and the rank schedule, which may be changed for the rest of a run.
@@ -88,13 +88,13 @@ class RunDir:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file atomically."""
-        self._replace(name, json.dumps(value, indent=1) + "\n")
+        self._replace(name, json_text(value, indent=1) + "\n")
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl."""
         try:
             with open(self.path / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json_text(record) + "\n")
         except OSError as error:
             raise storage_error(error, self.path / "metrics.jsonl") from error
 

@@ -1,5 +1,6 @@
 """Numbers that mean nothing are refused before any work, by one table of ranges."""
 
+import json
 import math
 import types
 import typing
@@ -7,6 +8,7 @@ from dataclasses import fields, is_dataclass
 
 import pytest
 
+from lowmem.cli import main
 from lowmem.config import RunConfig
 from lowmem.config_finetune import FinetuneConfig, finetune_problems
 from lowmem.config_load import load_config, load_run_config
@@ -101,3 +103,49 @@ def test_contradictions_are_still_found_beside_nonsense():
     message = str(caught.value)
     assert "3 problems" in message
     assert "model.dim is 256, not a multiple of model.num_heads (3)" in message
+
+
+TINY = (
+    "device=cpu", "model.dim=32", "model.num_layers=2", "model.num_heads=2", "data.tokenizer=bytes", "data.seq_len=32",
+    "data.val_fraction=0.1", "train.global_batch_size=4", "train.precision=fp32", "train.steps=6", "train.threads=1",
+)  # fmt: skip
+
+
+def pretrain(folder, *settings):
+    text = folder / "text.txt"
+    text.write_text("".join(f"def function_{n % 37}(x): return x * {n % 11} + {n * n % 101}\n" for n in range(600)))
+    own = [f"data.sources=[{{path: {text}}}]", f"data.cache_dir={folder / 'cache'}", f"run_dir={folder / 'run'}"]
+    return main(["pretrain", "--quiet", *(f"--{setting}" for setting in (*TINY, *own, *settings))])
+
+
+def refuse_constant(name):
+    raise AssertionError(f"JSON has no {name}")
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ([], "the held-out loss is nan after step 6"),
+        (["train.eval_every=0"], "loss or gradients of the last 5 steps were not finite, up to step 6, the end"),
+        (["train.steps=1"], "the held-out loss is nan after step 1"),
+    ],
+)
+def test_a_diverged_run_is_not_done(tmp_path, capsys, settings, expected):
+    """Fewer steps than train.max_bad_steps: nothing stopped it before its end."""
+    assert pretrain(tmp_path, "optim.lr=1e20", "optim.warmup_steps=0", *settings) == 6
+    error = capsys.readouterr().err
+    assert error.startswith(f"lowmem: error: {expected}; no checkpoint was saved yet; lower optim.lr")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run" / "checkpoints" / "latest").exists()
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse_constant)
+
+
+def test_files_of_a_run_hold_no_nan(tmp_path):
+    from lowmem.train.run_dir import RunDir
+
+    run_dir = RunDir(tmp_path)
+    run_dir.append_metrics({"step": 1, "val_loss": math.nan, "more": [math.inf, {"x": -math.inf}]})
+    run_dir.write_json("result.json", {"losses": {3: math.nan}})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse_constant)["val_loss"] is None
+    assert json.loads((tmp_path / "result.json").read_text(), parse_constant=refuse_constant) == {"losses": {"3": None}}
