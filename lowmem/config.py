@@ -47,13 +47,14 @@ class OptimConfig:
     far and the share that it had in previous steps; block clips each block's own norm to clip / sqrt(blocks), so that the global norm stays
     below clip. auto: previous if layerwise, else global."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """Decay after warm-up; wsd is constant until the last `decay_fraction` of the run, then linear."""
+    """Decay after warm-up, until the last step of the run; of each phase, where there are several. wsd is constant until the last
+    `decay_fraction` of those steps, then linear."""
     warmup_steps: int = 100
-    """Linear warm-up from 0."""
+    """Linear warm-up from 0, at the beginning of the run and of each phase; cut to its steps where it is longer."""
     min_lr_ratio: float = 0.1
     """Learning rate at the end of the decay, relative to lr."""
     decay_fraction: float = 0.2
-    """wsd only: share of the run spent decaying."""
+    """wsd only: share of the steps, warm-up included, that are spent decaying; what the warm-up takes is not decayed in."""
 
 
 @dataclass

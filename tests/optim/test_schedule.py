@@ -26,9 +26,11 @@ def test_cosine_is_half_way_in_the_middle():
 
 
 def test_wsd_is_constant_until_its_last_share():
+    """Of all steps: 22 of 110, whatever the warm-up takes."""
     values = rates("wsd", total=110, decay_fraction=0.2)
-    assert values[10:90] == [2.0] * 80
-    assert values[99] == pytest.approx(2.0 * (1 - 0.9 * 0.5))
+    assert values[10:88] == [2.0] * 78
+    assert values[98] == pytest.approx(2.0 * (1 - 0.9 * 0.5))  # 11 of 22 steps later
+    assert rates("wsd", total=110, decay_fraction=1.0)[10:] == pytest.approx(rates("linear", total=110)[10:])
 
 
 def test_a_run_shorter_than_its_warmup_never_divides_by_zero():

@@ -127,3 +127,23 @@ def test_messages_name_no_class(tmp_path):
     assert "data.sources is {'path': 'a'}, expected a list of entries with keys such as path" in message
     assert "optim.betas is 3, expected a list of 2 numbers" in message
     assert "Config" not in message
+
+
+def test_wsd_decays_in_a_share_of_all_steps():
+    """It was a share of those after the warm-up: 9 steps of 50 after 5 for the 10 that a fifth of 50 are."""
+    from lowmem.config import OptimConfig
+    from lowmem.optim.schedule import learning_rate
+
+    optim = OptimConfig(schedule="wsd", lr=1.0, warmup_steps=5, decay_fraction=0.2, min_lr_ratio=0.0)
+    assert [step for step in range(6, 51) if learning_rate(optim, step, 50) < 1] == list(range(41, 51))
+    assert learning_rate(optim, 50, 50) == 0
+
+
+def test_checkpoints_of_nine_digits_are_found(tmp_path):
+    from lowmem.train.checkpoint import CheckpointStore
+
+    store = CheckpointStore(tmp_path, 2)
+    for step in (99_999_999, 100_000_000, 2_000_000_000):
+        store.path(step).mkdir(parents=True)
+    (store.root / "step-000000005").mkdir()  # nine digits, but no name that a step has
+    assert store.steps() == [99_999_999, 100_000_000, 2_000_000_000]
