@@ -4,15 +4,22 @@ On a CPU the queries are taken in blocks, the keys above a block's diagonal are 
 plain batched matrix product. In 16 bits oneDNN computes these several times faster than the fused kernel behind
 F.scaled_dot_product_attention multiplies; in fp32 the two are close and the better one is taken by shape.
 
+On a CPU scores, weights and sums are fp32 whatever the inputs are: in bf16 a score of 8 is off by up to 1.6 % of its weight. The products
+of the backward pass other than scores take bf16 inputs where the CPU multiplies those; one that would emulate them is faster in fp32.
+
 Shapes: B batch, H heads, T time, D head width, G the B * H heads one after another, Q and K blocks of queries and keys.
 """
+
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from lowmem.devices import cpu_has_native_bf16
 from lowmem.fake import autocast_kind, device_kind, is_fake, representative
 from lowmem.nn.positions import alibi_bias, token_positions
+from lowmem.nn.precision import accumulate_dtype
 from lowmem.nn.recompute import follow
 
 BLOCKS = 4  # 4 blocks of queries compute 62.5 % of the square, 8 would 56 % in twice as many calls
@@ -35,7 +42,8 @@ def causal_attention(
         segments_BT: tokens attend only those with their own number; None lets them attend all.
     Returns:
         (B, T, H * D), contiguous.
-    Memory: saves q, k and v; the scores of one block are alive at once, in forward and in backward.
+    Memory: saves q, k and v; the scores of one block are alive at once, in forward and in backward, in fp32; of 16-bit inputs so are
+        the heads that the block belongs to.
     """
     batch, heads, time, width = q_BHTD.shape
     with torch.autocast(autocast_kind(q_BHTD), enabled=False):
@@ -128,21 +136,27 @@ def _fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slopes: tuple[floa
 
 
 class _Blocks:
-    """The order in which blocks of scores are visited, the same in forward and backward."""
+    """The order in which blocks of scores are visited, the same in forward and backward.
+
+    Attributes:
+        wide: dtype of scores and weights.
+        products: dtype of what backward multiplies, scores aside.
+    """
 
     def __init__(self, like: torch.Tensor, slopes: tuple[float, ...], segments: torch.Tensor | None):
         batch, heads, self.time, width = like.shape
         self.segments = segments
         self.scale = width**-0.5
+        self.wide = accumulate_dtype(like.dtype)
+        self.products = like.dtype if _multiplies(like.dtype, device_kind(like)) else self.wide
         wanted = -(-self.time // BLOCKS)
         self.size = min(max(-(-wanted // 16) * 16, MIN_BLOCK), MAX_BLOCK)
-        self.count = -(-self.time // self.size)
         room = max(1, MAX_SCORES // (self.size * self.time))
         # with slopes or segments a group of heads lies within one sequence, so that it finds its own
         total = heads if slopes or segments is not None else batch * heads
         self.group = max(size for size in range(1, min(room, total) + 1) if total % size == 0)
         self.heads, self.slopes = heads, slopes
-        self.future = like.new_full((self.size, self.size), float("-inf")).triu_(1)
+        self.future = like.new_full((self.size, self.size), float("-inf"), dtype=self.wide).triu_(1)
 
     def groups(self, total: int) -> list[slice]:
         return [slice(start, start + self.group) for start in range(0, total, self.group)]
@@ -151,22 +165,42 @@ class _Blocks:
         """Last block first: it reaches every key, so its share of the gradients initialises them."""
         return [(start, min(start + self.size, self.time)) for start in reversed(range(0, self.time, self.size))]
 
+    def exact(self, x_GTD: torch.Tensor) -> torch.Tensor:
+        """What forward multiplies: fp32, unless the device has products of 16 bits with an fp32 result."""
+        return x_GTD if device_kind(x_GTD) == "cuda" else x_GTD.to(self.wide)
+
     def probabilities(self, q: torch.Tensor, k: torch.Tensor, group: slice, start: int, stop: int) -> torch.Tensor:
-        """(group, stop - start, stop) attention weights."""
-        keys = k[group, :stop].transpose(1, 2)
-        if self.slopes:
-            first = group.start % self.heads
-            bias = alibi_bias(self.slopes[first : first + self.group], range(start, stop), range(stop), q)
-            scores = torch.baddbmm(bias, q[group, start:stop], keys, alpha=self.scale)
+        """(group, stop - start, stop) attention weights of a group's queries and keys, from `exact`."""
+        queries, keys = q[:, start:stop], k[:, :stop].transpose(1, 2)
+        if q.dtype != self.wide:
+            scores = torch.bmm(queries, keys, out_dtype=self.wide).mul_(self.scale)
+            if self.slopes:
+                scores += self._bias(group, start, stop, scores)
+        elif self.slopes:
+            scores = torch.baddbmm(self._bias(group, start, stop, q), queries, keys, alpha=self.scale)
         else:
             scores = q.new_empty(self.group, stop - start, stop)
-            torch.baddbmm(scores, q[group, start:stop], keys, beta=0, alpha=self.scale, out=scores)
+            torch.baddbmm(scores, queries, keys, beta=0, alpha=self.scale, out=scores)
         rows = stop - start
         scores[:, :, start:] += self.future[:rows, :rows]
         if self.segments is not None:
             mine = self.segments[group.start // self.heads]
             scores.masked_fill_(mine[start:stop, None] != mine[None, :stop], float("-inf"))
         return torch.softmax(scores, dim=-1)
+
+    def _bias(self, group: slice, start: int, stop: int, like: torch.Tensor) -> torch.Tensor:
+        first = group.start % self.heads
+        return alibi_bias(self.slopes[first : first + self.group], range(start, stop), range(stop), like)
+
+
+def _multiplies(dtype: torch.dtype, kind: str) -> bool:
+    """Whether products of `dtype` are worth their rounding on this kind of device."""
+    return kind != "cpu" or dtype.itemsize > 2 or (dtype == torch.bfloat16 and _native_bf16())
+
+
+@cache
+def _native_bf16() -> bool:
+    return cpu_has_native_bf16()
 
 
 class _BlockedAttention(torch.autograd.Function):
@@ -182,9 +216,10 @@ class _BlockedAttention(torch.autograd.Function):
         result = q.new_empty(batch * heads, time, width)
         q, k, v = (x.view(-1, time, width) for x in (q, k, v))
         for group in representative(blocks.groups(batch * heads), q):
+            queries, keys, values = (blocks.exact(x[group]) for x in (q, k, v))
             for start, stop in blocks.queries():
-                weights = blocks.probabilities(q, k, group, start, stop)
-                result[group, start:stop] = torch.bmm(weights, v[group, :stop])
+                weights = blocks.probabilities(queries, keys, group, start, stop).to(values.dtype)
+                result[group, start:stop] = torch.bmm(weights, values[:, :stop])
         out.copy_(result.view(batch, heads, time, width).transpose(1, 2))
         return out.view(batch, time, heads * width)
 
@@ -196,28 +231,41 @@ class _BlockedAttention(torch.autograd.Function):
         blocks = _Blocks(q, ctx.slopes, segments)
         grad = grad_BTC.view(batch, time, heads, width).transpose(1, 2).contiguous().view(-1, time, width)
         q, k, v = (x.view(-1, time, width) for x in (q, k, v))
-        # few 16-bit terms may be summed in 16 bits, many may not
-        wide = q.dtype if blocks.count <= BLOCKS else torch.promote_types(q.dtype, torch.float32)
-        grad_q = torch.empty_like(q)
-        grad_k, grad_v = torch.empty_like(k, dtype=wide), torch.empty_like(v, dtype=wide)
+        grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         for group in representative(blocks.groups(batch * heads), q):
-            for start, stop in blocks.queries():
-                weights = blocks.probabilities(q, k, group, start, stop)
-                grad_out = grad[group, start:stop]
-                _accumulate(grad_v[group, :stop], weights.transpose(1, 2), grad_out, 1.0, first=stop == time)
-                grad_weights = torch.bmm(grad_out, v[group, :stop].transpose(1, 2))
-                grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-                target = grad_q[group, start:stop]
-                torch.baddbmm(target, grad_scores, k[group, :stop], beta=0, alpha=blocks.scale, out=target)
-                _accumulate(grad_k[group, :stop], grad_scores.transpose(1, 2), q[group, start:stop], blocks.scale, first=stop == time)
-        grads = (grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype))
+            _group_gradients(blocks, group, [x[group] for x in (q, k, v, grad)], [x[group] for x in grads])
         return *(x.view(shape) for x in grads), None, None
 
 
+def _group_gradients(blocks: _Blocks, group: slice, inputs: list[torch.Tensor], grads: list[torch.Tensor]) -> None:
+    """Fill the gradients of q, k and v of one group of heads.
+
+    Args:
+        inputs: q, k, v and the gradient of the output, (group, T, D).
+    Memory: one block of scores, and 16-bit gradients of k and v in fp32.
+    """
+    queries, keys = (blocks.exact(x) for x in inputs[:2])
+    q, k, v, grad = (x.to(blocks.products) for x in inputs)
+    grad_q, grad_k, grad_v = grads
+    sum_k, sum_v = (x if x.dtype == blocks.wide else torch.empty_like(x, dtype=blocks.wide) for x in (grad_k, grad_v))
+    for start, stop in blocks.queries():
+        weights = blocks.probabilities(queries, keys, group, start, stop)
+        grad_out = grad[:, start:stop]
+        _accumulate(sum_v[:, :stop], weights.to(blocks.products).transpose(1, 2), grad_out, 1.0, first=stop == blocks.time)
+        grad_weights = torch.bmm(grad_out, v[:, :stop].transpose(1, 2)).to(blocks.wide)
+        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, blocks.wide).to(blocks.products)
+        _accumulate(grad_q[:, start:stop], grad_scores, k[:, :stop], blocks.scale, first=True)
+        _accumulate(sum_k[:, :stop], grad_scores.transpose(1, 2), q[:, start:stop], blocks.scale, first=stop == blocks.time)
+    for grad_x, sum_x in ((grad_k, sum_k), (grad_v, sum_v)):
+        if sum_x is not grad_x:
+            grad_x.copy_(sum_x)
+
+
 def _accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, alpha: float, first: bool) -> None:
+    """total = alpha * a @ b, or that added to it."""
     if total.dtype == a.dtype:
         torch.baddbmm(total, a, b, beta=0 if first else 1, alpha=alpha, out=total)
     elif first:
-        torch.mul(torch.bmm(a, b), alpha, out=total)
+        total.copy_(torch.bmm(a, b).mul_(alpha))
     else:
         total.add_(torch.bmm(a, b), alpha=alpha)
