@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from lowmem.data.compression import open_regular
 from lowmem.data.pieces import PIECE_CHARS, Piece, utf8_size
 from lowmem.data.progress import DataProgress, ProgressCallback, ignore_progress
 from lowmem.data.shard_writer import PROGRESS_FILE, FinishedShard, ShardWriter
-from lowmem.data.shards import FORMAT, INDEX_FILE, VERIFIED_FILE, TokenShards
+from lowmem.data.shards import FORMAT, INDEX_FILE, VERIFIED_FILE, TokenShards, is_count, is_shard_name
 from lowmem.data.storage import exclusive_lock, json_sha256, make_directory, write_json
 from lowmem.data.text_source import ReadCounters, TextSource
 from lowmem.data.tokenizer_probe import too_many_tokens
@@ -77,6 +78,7 @@ class _Build:
         self._progress = progress
         self._counters = ReadCounters()
         self._totals = _Totals()
+        self._visible = False  # something else than white space was read
         self._dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32)
         self._writer = ShardWriter(folder, self._dtype, shard_tokens, _intact_shards(folder, self._dtype))
         self._resumed = self._writer.finished[-1] if self._writer.finished else None
@@ -89,8 +91,9 @@ class _Build:
             self._writer.close()
         finally:
             self._writer.abandon()
-        if not self._totals.documents:
-            raise DataError(f"{self._source.label} holds no text; check data.sources")
+        if not self._visible:
+            what = "nothing but white space" if self._totals.documents else "no text"
+            raise DataError(f"{self._source.label} holds {what}; check data.sources")
         if self._source.identity() != identity["source"]:
             raise DataError(f"{self._source.label} changed while it was read; run again once its files are complete")
         self._finish(identity, fingerprint)
@@ -103,6 +106,7 @@ class _Build:
         for number, piece in enumerate(self._source.pieces(self._counters)):
             self._totals.text_bytes += utf8_size(piece.text)
             self._totals.documents += piece.ends_document
+            self._visible = self._visible or not piece.text.isspace()
             if number < skip:
                 continue
             batch.append((number, piece))
@@ -153,13 +157,17 @@ class _Build:
 def _intact_shards(folder: Path, dtype: np.dtype) -> list[FinishedShard]:
     """Finished shards of an interrupted build, up to the first that is not as it was written."""
     try:
-        recorded = [FinishedShard(**entry) for entry in json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError):
+        with open_regular(folder / PROGRESS_FILE) as file:
+            recorded = [FinishedShard(**entry) for entry in json.loads(file.read().decode())]
+    except (OSError, ValueError, TypeError, RecursionError, DataError):
         return []  # nothing usable: build from the start
     intact = []
     for shard in recorded:
+        counts = (shard.tokens, shard.next_piece, shard.next_offset, shard.mtime_ns)
+        if not is_shard_name(shard.file) or not all(map(is_count, counts)) or not isinstance(shard.sha256, str):
+            break
         path = folder / shard.file
-        if not path.exists():
+        if not path.is_file():
             break
         status = path.stat()
         if (status.st_size, status.st_mtime_ns) != (shard.tokens * dtype.itemsize, shard.mtime_ns):

@@ -23,6 +23,8 @@ from lowmem.data.validation import ValidationSet
 from lowmem.data.windows import StoredWindows, WindowSource
 from lowmem.errors import ConfigError, DataError
 
+_MOST_HELD_OUT = 0.5  # beyond this it is the training text that becomes too short first
+
 
 @dataclass
 class PreparedData:
@@ -163,6 +165,8 @@ def _validation(
         held_out = [part.held_out for part in parts if part.held_out]
         validation = ValidationSet(held_out, seq_len=config.seq_len, document_end=_document_end(config, tokenizer))
         remedy = "give more text, lower data.seq_len, name a data.val_source, or set data.val_fraction=0"
+        if config.val_fraction > _MOST_HELD_OUT:
+            remedy = f"data.val_fraction={config.val_fraction:g} leaves too little to train on: lower it, or {remedy}"
     else:
         return None
     if not len(validation):

@@ -1,12 +1,14 @@
 """Token shards on disk: flat files of token ids, read in place and checked by hash."""
 
 import json
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lowmem.data.compression import irregular_kind, open_regular
 from lowmem.data.progress import DataProgress, ProgressCallback, ignore_progress
 from lowmem.data.storage import file_sha256, write_json
 from lowmem.errors import DataError, StorageError
@@ -15,6 +17,8 @@ INDEX_FILE = "index.json"
 VERIFIED_FILE = "verified.json"
 FORMAT = 1
 _DTYPES = ("uint16", "uint32")
+_COUNTS = ("tokens", "documents", "text_bytes", "replacements")
+_SHARD_NAME = re.compile(r"tokens-[0-9]{5,}\.bin")
 
 
 class TokenShards:
@@ -87,18 +91,33 @@ def damaged_shard(path: Path, what: str) -> DataError:
     return DataError(f"the token shard {path} is damaged: {what}; delete the folder {path.parent} and run again, which rebuilds it")
 
 
+def is_shard_name(value: Any) -> bool:
+    """Whether a name from a file of the cache is one that shards have: never one that leads out of their folder."""
+    return isinstance(value, str) and _SHARD_NAME.fullmatch(value) is not None
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value from a file of the cache can be a count."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX_FILE
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            index = json.loads(file.read().decode())
         if index["format"] != FORMAT or index["dtype"] not in _DTYPES:
             raise ValueError(f"found format {index['format']} with {index['dtype']}, allowed {FORMAT} with {' or '.join(_DTYPES)}")
         for shard in index["shards"]:
-            if not (isinstance(shard["file"], str) and isinstance(shard["tokens"], int) and isinstance(shard["sha256"], str)):
-                raise ValueError("a shard's entry is incomplete")
+            if not (is_shard_name(shard["file"]) and is_count(shard["tokens"]) and isinstance(shard["sha256"], str)):
+                raise ValueError("a shard's entry is no file of this folder with a length and a hash")
+        if not all(is_count(index[key]) for key in _COUNTS) or index["tokens"] != sum(shard["tokens"] for shard in index["shards"]):
+            raise ValueError(f"{', '.join(_COUNTS)} must be counts, and tokens the sum over the shards")
+        if not isinstance(index["fingerprint"], str):
+            raise ValueError("the fingerprint is no text")
     except OSError as error:
         raise damaged_shard(path, f"the index cannot be read: {error.strerror}") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise damaged_shard(path, f"the index is malformed ({type(error).__name__}: {error})") from error
     return index
 
@@ -114,6 +133,8 @@ def _check_shards(folder: Path, index: dict[str, Any], progress: ProgressCallbac
             status = path.stat()
         except OSError as error:
             raise damaged_shard(path, f"it cannot be read: {error.strerror}") from error
+        if kind := irregular_kind(status.st_mode):
+            raise damaged_shard(path, f"it is {kind}")
         expected = shard["tokens"] * item_bytes
         if status.st_size != expected:
             raise damaged_shard(path, f"it has {status.st_size} bytes, expected {expected}")
@@ -131,7 +152,8 @@ def _check_shards(folder: Path, index: dict[str, Any], progress: ProgressCallbac
 
 def _read_verified(folder: Path) -> dict[str, Any]:
     try:
-        value = json.loads((folder / VERIFIED_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        with open_regular(folder / VERIFIED_FILE) as file:
+            value = json.loads(file.read().decode())
+    except (OSError, ValueError, RecursionError, DataError):
         return {}  # only costs computing the hashes
     return value if isinstance(value, dict) else {}

@@ -4,6 +4,8 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +17,32 @@ HASH_BLOCK_BYTES = 1024 * 1024
 
 
 def cache_root(cache_dir: str) -> Path:
-    """Folder of the cache: `cache_dir`, or lowmem's below the user's cache directory when that is empty."""
-    if cache_dir:
-        return Path(cache_dir).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowmem"
+    """Folder of the cache: `cache_dir`, or lowmem's below the user's cache directory when that is empty.
+
+    Raises:
+        StorageError: `cache_dir` is no path, or the user has no home directory and the temporary folder instead is another user's.
+    """
+    if "\0" in cache_dir:
+        raise StorageError(f"data.cache_dir is {cache_dir!r}, which holds a NUL byte; remove it")
+    try:
+        if cache_dir:
+            return Path(cache_dir).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowmem"
+    except RuntimeError as error:
+        if cache_dir:
+            raise StorageError(f"data.cache_dir is {cache_dir}: {error}; write it without ~") from error
+        return _homeless_root()
+
+
+def _homeless_root() -> Path:
+    """A folder of this user's own among the temporary files, as containers need that run as a user without a name."""
+    folder = Path(tempfile.gettempdir()) / f"lowmem-{os.getuid()}"
+    with storage_errors(folder):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise StorageError(f"there is no home directory, and {folder} belongs to others; set XDG_CACHE_HOME to a folder of your own")
+    return folder
 
 
 def compiled_root() -> Path:

@@ -52,14 +52,26 @@ def prepare_tokenizer(config: DataConfig, sources: Sequence[TextSource], cache: 
     folder = cache / "tokenizers"
     make_directory(folder)
     path = folder / f"{json_sha256(identity)[:32]}.json"
-    if not path.exists():
+    tokenizer = _kept(path)
+    if tokenizer is None:
         waiting = DataProgress("waiting", "", message="another process trains the tokenizer; waiting for it")
         with exclusive_lock(path.with_suffix(".lock"), lambda: progress(waiting)):
-            if not path.exists():
+            tokenizer = _kept(path)
+            if tokenizer is None:
                 _train(config, sources, progress).save(path)
-    tokenizer = load_tokenizer(path)
+                tokenizer = load_tokenizer(path)
     tokenizer.kind = config.tokenizer
     return tokenizer
+
+
+def _kept(path: Path) -> Tokenizer | None:
+    """The tokenizer in the cache; None if it is missing or damaged, and is to be trained."""
+    if not path.is_file():
+        return None
+    try:
+        return load_tokenizer(path)
+    except DataError:
+        return None
 
 
 def _check_settings(config: DataConfig) -> None:

@@ -5,8 +5,11 @@ import gzip
 import json
 import os
 import socket
+import tempfile
 import threading
 import tracemalloc
+from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,8 +22,12 @@ import zstandard
 from lowmem.config import DataConfig, ModelConfig, RunConfig, SourceConfig
 from lowmem.config_check import config_problems
 from lowmem.data import json_lines, parquet_files
+from lowmem.data.build import build_shards
 from lowmem.data.prepare import prepare_data
+from lowmem.data.shard_writer import FinishedShard
+from lowmem.data.simple_tokenizers import ByteTokenizer
 from lowmem.data.sources import open_source
+from lowmem.data.storage import cache_root
 from lowmem.data.text_source import ReadCounters
 from lowmem.engine.build import build_configured_model
 from lowmem.errors import DataError, StorageError
@@ -327,6 +334,95 @@ def test_json_errors_name_few_fields(tmp_path):
     with pytest.raises(DataError, match="no field 'text'") as caught:
         documents(path)
     assert len(str(caught.value)) < 1000
+
+
+def test_text_of_nothing_but_white_space(tmp_path):
+    (tmp_path / "a.txt").write_text(" \n" * 200)
+    with pytest.raises(DataError, match="holds nothing but white space"):
+        stored(tmp_path)
+
+
+def test_a_held_out_share_that_leaves_nothing_to_train_on(tmp_path):
+    (tmp_path / "a.txt").write_text("words " * 100)
+    config = DataConfig(sources=[SourceConfig(path=str(tmp_path / "a.txt"))], tokenizer="bytes", val_fraction=0.999, val_split="tail")
+    with pytest.raises(DataError, match="data.val_fraction=0.999 leaves too little to train on: lower it"):
+        prepare_data(replace(config, seq_len=16, cache_dir=str(tmp_path)), seed=0)
+
+
+# The cache
+
+
+def stored(folder):
+    return build_shards(open_source(SourceConfig(path=str(folder / "a.txt")), "fail"), ByteTokenizer(), folder / "cache")
+
+
+def changed_index(folder, change) -> None:
+    (folder / "a.txt").write_text("some text " * 50)
+    stored(folder)
+    path = next((folder / "cache" / "shards").glob("*/index.json"))
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: index["shards"][0].update(file="/dev/zero", tokens=0),
+        lambda index: index["shards"][0].update(file="../other/tokens-00000.bin"),
+        lambda index: index["shards"][0].update(tokens=-5),
+        lambda index: index.update(tokens=7),
+        lambda index: index.pop("replacements"),
+        lambda index: index.pop("fingerprint"),
+    ],
+    ids=["device", "outside", "negative", "sum", "replacements", "fingerprint"],
+)
+def test_an_index_that_cannot_be_true_is_refused_before_its_files_are_read(tmp_path, change):
+    changed_index(tmp_path, change)
+    with pytest.raises(DataError, match=r"the index is malformed .* delete the folder .* and run again, which rebuilds it"):
+        stored(tmp_path)
+
+
+def test_an_index_without_end_of_brackets(tmp_path):
+    changed_index(tmp_path, lambda index: None)
+    next((tmp_path / "cache" / "shards").glob("*/index.json")).write_text("[" * 100_000)
+    with pytest.raises(DataError, match="the index is malformed"):
+        stored(tmp_path)
+
+
+@pytest.mark.parametrize("entry", [{"file": 5}, {"next_piece": "2"}, {"tokens": None}, "[" * 100_000])
+def test_a_record_of_an_interrupted_build_that_cannot_be_true_is_not_used(tmp_path, entry):
+    changed_index(tmp_path, lambda index: None)
+    folder = next((tmp_path / "cache" / "shards").glob("*/index.json")).parent
+    shard = next(folder.glob("*.bin"))
+    status = shard.stat()
+    true = FinishedShard(shard.name, status.st_size // 2, "0" * 64, status.st_mtime_ns, 1, 0)
+    (folder / "progress.json").write_text(entry if isinstance(entry, str) else json.dumps([{**asdict(true), **entry}]))
+    (folder / "index.json").unlink()
+    assert len(stored(tmp_path)) == 501
+
+
+def test_a_damaged_tokenizer_in_the_cache_is_trained_again(tmp_path):
+    (tmp_path / "a.txt").write_text("some text " * 50)
+    config = DataConfig(sources=[SourceConfig(path=str(tmp_path / "a.txt"))], tokenizer="chars", seq_len=16, cache_dir=str(tmp_path / "c"))
+    before = prepare_data(config, seed=0).fingerprint
+    kept = next((tmp_path / "c" / "tokenizers").glob("*.json"))
+    kept.write_bytes(kept.read_bytes()[:20])
+    assert prepare_data(config, seed=0).fingerprint == before
+
+
+def test_no_home_and_no_name(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", classmethod(lambda cls: (_ for _ in ()).throw(RuntimeError("Could not determine home directory."))))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = tmp_path / f"lowmem-{os.getuid()}"
+    assert cache_root("") == folder
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)
+    with pytest.raises(StorageError, match="belongs to others; set XDG_CACHE_HOME"):
+        cache_root("")
+    with pytest.raises(StorageError, match="write it without ~"):
+        cache_root("~nobody-of-this-name/cache")
 
 
 # Documents in one window
