@@ -1,10 +1,13 @@
 """The `lowmem` command: finds the subcommand, and turns every failure a user can cause into one message and an exit code."""
 
-import os
+import errno
 import sys
 from collections.abc import Callable, Sequence
 
-from lowmem.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, LowmemError
+from lowmem.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, ConfigError, LowmemError, MemoryBudgetError, StoppedBySignal, StorageError
+from lowmem.process import STOPPED, OutputLost, answered_signals, discard_output, standard_streams
+
+STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
 USAGE = """usage: lowmem COMMAND [options]
 
@@ -22,7 +25,11 @@ USAGE = """usage: lowmem COMMAND [options]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the `lowmem` script; returns the exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    return run_command(_dispatch, words, last=argv is None)
+
+
+def _dispatch(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0
@@ -35,31 +42,66 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] not in commands:
         print(f"lowmem: error: unknown command {argv[0]!r}; known: {', '.join(commands)}", file=sys.stderr)
         return 2
-    return run_command(commands[argv[0]], argv[1:])
+    return commands[argv[0]](argv[1:])
 
 
-def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
+def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None, *, last: bool = False) -> int:
     """Run a command's main function as `lowmem` and the scripts in `launch/` do.
 
     Args:
         command: takes the arguments, returns the exit code, raises `LowmemError`.
         argv: default: the process's own.
+        last: the process ends with this command, as it does where `argv` is its own.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    with standard_streams(), answered_signals(last=last or argv is None) as asked:
+        try:
+            code = _exit_code(command, words)
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:  # `| head` has read enough
+            discard_output()
+            return EXIT_BROKEN_PIPE
+        except BaseException as error:
+            # After a signal it does not matter what became of it on its way here.
+            interrupted = isinstance(error, KeyboardInterrupt) or (asked.number and not isinstance(error, StoppedBySignal))
+            failure = StoppedBySignal(STOPPED, EXIT_INTERRUPTED) if interrupted else _failure(error)
+            if failure is None or ("--debug" in words and not interrupted):
+                raise
+            stopped = failure.exit_code > 128
+            print(f"lowmem: {'' if stopped else 'error: '}{failure}", file=sys.stderr)
+            if isinstance(failure, OutputLost):
+                discard_output()
+            return 128 + asked.number if asked.number else failure.exit_code
+
+
+def _exit_code(command: Callable[[Sequence[str]], int], argv: list[str]) -> int:
     try:
         return command(argv)
-    except LowmemError as error:
-        if "--debug" in argv:
-            raise
-        stopped = error.exit_code > 128
-        print(f"lowmem: {'' if stopped else 'error: '}{error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("lowmem: stopped before a checkpoint was due; finished work on disk is kept", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:  # `| head` has read enough; Python's own flush at exit must not complain once more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
+    except SystemExit as stop:  # argparse, after --help
+        if stop.code is None or isinstance(stop.code, int):
+            return stop.code or 0
+        raise
+
+
+def _failure(error: BaseException) -> LowmemError | None:
+    """An error as the one that a user can act on; None for a fault of lowmem's own."""
+    if isinstance(error, LowmemError):
+        return error
+    if isinstance(error, OSError) and error.errno in STORAGE_ERRNOS:
+        return StorageError(f"{error.filename or 'a file'} cannot be written: {error.strerror}; free space there, or choose another folder")
+    if isinstance(error, RuntimeError) and "home directory" in str(error):
+        return ConfigError("this user has no home folder, which ~ in a path stands for; write the whole path, or set HOME")
+    if not isinstance(error, MemoryError):
+        if "torch" not in sys.modules:
+            return None
+        from lowmem.memory.budget import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            return None
+    return MemoryBudgetError(
+        f"memory ran out: {(str(error) or type(error).__name__).splitlines()[0][:200]}; free memory, or use a smaller model"
+    )
 
 
 def _commands() -> dict[str, Callable[[Sequence[str]], int]]:

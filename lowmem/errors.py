@@ -5,6 +5,7 @@ line and exits with `exit_code`; `--debug` shows the traceback as well.
 """
 
 EXIT_BROKEN_PIPE = 141  # the reader of the output has gone, as shells report it
+EXIT_HUNG_UP = 129  # SIGHUP, after saving a checkpoint
 EXIT_INTERRUPTED = 130  # Ctrl-C, after saving a checkpoint
 EXIT_TERMINATED = 143  # SIGTERM, after saving a checkpoint
 
@@ -55,7 +56,7 @@ class StoppedBySignal(LowmemError):
     """A signal asked the run to stop; a checkpoint was saved first.
 
     Args:
-        exit_code: 130 after SIGINT, 143 after SIGTERM.
+        exit_code: 129 after SIGHUP, 130 after SIGINT, 143 after SIGTERM.
     """
 
     def __init__(self, message: str, exit_code: int):

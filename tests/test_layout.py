@@ -28,7 +28,7 @@ FLOORS = [
     {"config_yaml"},
     {"config_schema", "config_check"},
     {"config_check_data"},
-    {"config", "config_data", "config_finetune", "config_model", "config_values", "arguments", "units", "errors"},
+    {"config", "config_data", "config_finetune", "config_model", "config_values", "arguments", "units", "errors", "process"},
 ]
 FLOOR_OF = {name: height for height, names in enumerate(reversed(FLOORS)) for name in names}
 SOURCES = sorted([*(ROOT / "lowmem").rglob("*.py"), *(ROOT / "launch").glob("*.py"), *(ROOT / "profiling").glob("*.py")])
