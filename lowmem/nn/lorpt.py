@@ -149,10 +149,25 @@ class LoRPtLinear(nn.Module):
     def _cached_product(self) -> torch.Tensor:
         if isinstance(self.up, QuantizedWeight) or isinstance(self.down, QuantizedWeight):
             return self.merged_weight()  # kernels change their codes, which no version counts
-        key = (self.up.data_ptr(), self.up._version, self.down.data_ptr(), self.down._version)
+        if self.up.is_inference() or self.down.is_inference():
+            return self.merged_weight()  # they have no version
+        key = tuple((factor.data_ptr(), factor._version, factor.shape, factor.dtype) for factor in (self.up, self.down))
         if self._product is None or self._product[0] != key:
             self._product = (key, self.merged_weight())
         return self._product[1]
+
+    def forget_product(self) -> None:
+        """Drop the kept product: for whoever changes the factors in a way that no version counts."""
+        self._product = None
+
+    def train(self, mode: bool = True) -> "LoRPtLinear":
+        """As nn.Module; the product is not kept from one mode to the other, as a training step lies in between."""
+        self.forget_product()
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.forget_product()
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         """Shape and choices, for printing."""
@@ -163,6 +178,7 @@ class LoRPtLinear(nn.Module):
         for old, new in ORIGINAL_NAMES.items():
             if prefix + old in state_dict and prefix + new not in state_dict:
                 state_dict[prefix + new] = state_dict.pop(prefix + old)
+        self.forget_product()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

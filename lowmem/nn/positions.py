@@ -39,14 +39,18 @@ class RotaryTable:
         key = (start, length, like.dtype, like.device)
         if self._key == key and self._tables is not None and not is_fake(like):
             return self._tables
+        with torch.inference_mode(False):  # kept tables must serve a later training step
+            tables = self._made(start, length, like)
+        if not is_fake(like):  # a fake tensor must not outlive the dry run that made it
+            self._key, self._tables = key, tables
+        return tables
+
+    def _made(self, start: int | tuple[int, ...], length: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         wide = torch.promote_types(like.dtype, torch.float32)
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=like.device) / self.head_dim
         positions = token_positions(start, length, like.device).double()
         angles = (positions.unsqueeze(-1) * self.theta**-exponents).to(wide).unsqueeze(-2)
-        tables = angles.cos().to(like.dtype), angles.sin().to(like.dtype)
-        if not is_fake(like):  # a fake tensor must not outlive the dry run that made it
-            self._key, self._tables = key, tables
-        return tables
+        return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
 
 class _Rotate(torch.autograd.Function):

@@ -49,6 +49,7 @@ def adopt_ranks(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None
         down, up = shapes.get(f"{name}.down", ()), shapes.get(f"{name}.up", ())
         if len(down) == len(up) == 2 and down[1] == layer.in_features and up == (layer.out_features, down[0]) and down[0] != layer.rank:
             layer.down.data, layer.up.data = layer.down.new_empty(down), layer.up.new_empty(up)
+            layer.forget_product()
 
 
 @torch.no_grad()
@@ -66,6 +67,7 @@ def change_rank(layer: LoRPtLinear, rank: int, generator: torch.Generator) -> No
     """
     if layer.down.grad is not None or layer.up.grad is not None:
         raise ValueError("the rank of a layer cannot change while its gradients are alive; call zero_grad(set_to_none=True) first")
+    layer.forget_product()
     old = layer.rank
     if rank > old:
         std = layer.down.float().square().mean().sqrt()
