@@ -12,6 +12,7 @@ from lowmem.errors import EXIT_INTERRUPTED, StoppedBySignal
 from lowmem.generation import GenerationResult, generate, generate_batch
 from lowmem.generation.batch import BATCH_SIZE
 from lowmem.generation.chat import Chat, ChatWriter, prompt_room
+from lowmem.generation.context import beyond_training
 from lowmem.generation.flags import parse_flags
 from lowmem.generation.interactive import converse
 from lowmem.generation.memory import check_memory
@@ -47,24 +48,48 @@ def generate_main(argv: Sequence[str]) -> int:
     outline = load_run_model(flags.run, flags.checkpoint, device, outline=True)
     fix_malloc_thresholds()  # the prediction is of a process that keeps what it uses
     check_memory(outline, flags, prompts, settings.max_new_tokens, device.type)
+    warn = _length_warning(outline)
+    if not flags.chat:
+        warn(max((len(outline.tokenizer.encode(prompt)) or 1 for prompt in prompts), default=0) + settings.max_new_tokens)
     if flags.dry_run:
         return 0
     template = load_chat_template(flags.run, outline.tokenizer) if flags.chat else None
     run = load_run_model(flags.run, flags.checkpoint, device)
     try:
-        _write(run, flags, settings, prompts, template)
+        _write(run, flags, settings, prompts, template, warn)
     except KeyboardInterrupt as error:
         sys.stdout.write("\n")
         raise StoppedBySignal("generation stopped", EXIT_INTERRUPTED) from error
     return 0
 
 
-def _write(run: RunModel, flags: argparse.Namespace, settings: Settings, prompts: list[str], template: ChatTemplate | None) -> None:
+def _length_warning(run: RunModel) -> Callable[[int], None]:
+    """Takes the tokens of prompt and continuation; warns the first time that they are more than the run was trained on."""
+    told = False
+
+    def warn(tokens: int) -> None:
+        nonlocal told
+        if not told and (warning := beyond_training(run, tokens)):
+            print(warning, file=sys.stderr)
+            told = True
+
+    return warn
+
+
+def _write(
+    run: RunModel,
+    flags: argparse.Namespace,
+    settings: Settings,
+    prompts: list[str],
+    template: ChatTemplate | None,
+    warn: Callable[[int], None],
+) -> None:
     if template is not None:
-        _chat(run, flags, settings, prompts, template)
+        _chat(run, flags, settings, prompts, template, warn)
     elif flags.interactive:
 
         def reply(line: str) -> None:
+            warn(len(run.tokenizer.encode(line)) + settings.max_new_tokens)
             _stream(run, settings, line, flags.stop)
 
         what = "type a prompt, each is continued by itself"
@@ -99,7 +124,14 @@ def _batch(run: RunModel, flags: argparse.Namespace, settings: Settings, prompts
     )  # fmt: skip
 
 
-def _chat(run: RunModel, flags: argparse.Namespace, settings: Settings, messages: list[str], template: ChatTemplate) -> None:
+def _chat(
+    run: RunModel,
+    flags: argparse.Namespace,
+    settings: Settings,
+    messages: list[str],
+    template: ChatTemplate,
+    warn: Callable[[int], None],
+) -> None:
     """A conversation: the turns that were given, or those of standard input."""
     chat = Chat(template, run.tokenizer, prompt_room(run.model.max_seq_len, settings.max_new_tokens), flags.system)
     writer = ChatWriter(run.model, run.tokenizer, run.model.max_seq_len + settings.max_new_tokens)
@@ -108,6 +140,7 @@ def _chat(run: RunModel, flags: argparse.Namespace, settings: Settings, messages
     def reply(message: str) -> None:
         nonlocal told
         ids = chat.prompt(message)
+        warn(len(ids) + settings.max_new_tokens)
         if chat.forgotten and not told:
             print(f"the context of {run.model.max_seq_len} tokens is full: the oldest turns are forgotten", file=sys.stderr)
             told = True

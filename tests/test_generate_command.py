@@ -10,7 +10,7 @@ import torch
 
 from lowmem import generate as command
 from lowmem.cli import run_command
-from lowmem.config import ModelConfig, RunConfig
+from lowmem.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from lowmem.data.chat_template import DEFAULT_TEMPLATE
 from lowmem.data.simple_tokenizers import ByteTokenizer
 from lowmem.errors import CheckpointError, ConfigError, DataError, StoppedBySignal
@@ -279,3 +279,18 @@ def test_what_does_not_fit_is_refused_in_one_line_before_weights_are_read(run, c
 def test_a_folder_without_a_run_is_reported(tmp_path: Path):
     with pytest.raises(CheckpointError, match="is no run directory"):
         command.generate_main(["--run", str(tmp_path), "--prompt", "x"])
+
+
+@pytest.mark.parametrize(
+    ("positions", "changes"),
+    [("alibi", {}), ("learned", {}), ("rope", {"step": 0}), ("rope", {"seq_len": 17}), ("rope", {"init_from": "base"})],
+)
+def test_only_rotary_positions_past_their_training_are_warned_of(run, monkeypatch, capsys, positions, changes):
+    config = RunConfig(data=DataConfig(seq_len=changes.get("seq_len", 8)), train=TrainConfig(init_from=changes.get("init_from", "")))
+    model = build_model(replace(tiny_model().config, positions=positions), vocab_size=257, max_seq_len=32, seed=0).eval()
+    changed = replace(run[0], model=model, config=config, step=changes.get("step", 10))
+    monkeypatch.setattr(
+        command, "load_run_model", lambda *_, outline=False: replace(changed, model=copy.deepcopy(model).to("meta")) if outline else changed
+    )
+    assert command.generate_main(["--run", "r", "--prompt", "abcdefghijkl", "--max_new_tokens", "5", "--device", "cpu"]) == 0
+    assert "warning" not in capsys.readouterr().err

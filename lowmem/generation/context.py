@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from lowmem.models.base import LanguageModel
+from lowmem.run_model import RunModel
 
 PREFILL_TOKENS = 256
 
@@ -87,3 +88,22 @@ def position_window(model: LanguageModel) -> int | None:
     config = getattr(model, "config", None)
     learned = config is not None and (config.positions == "learned" or config.name == "i3")
     return model.max_seq_len if learned else None
+
+
+def beyond_training(run: RunModel, tokens: int) -> str:
+    """A warning that a text is longer than what the run's rotary positions were trained on; empty if it is not.
+
+    A run that began with the weights of another model counts as trained on `model.max_seq_len` tokens.
+
+    Args:
+        tokens: of prompt and continuation.
+    """
+    config = run.config
+    trained = config.data.seq_len if run.step and not config.train.init_from else run.model.max_seq_len
+    if run.model.config.name != "decoder" or run.model.config.positions != "rope" or tokens <= trained:  # type: ignore[union-attr]
+        return ""
+    return (
+        f"warning: prompt and max_new_tokens are {tokens} tokens, the rotary positions of this run were trained on {trained}: what is "
+        f"written past them gets worse with every token; lower --max_new_tokens, or train with data.seq_len={tokens} or "
+        "model.positions=alibi"
+    )

@@ -1,12 +1,19 @@
 """What models did wrong with their parameters and caches."""
 
+import copy
+import io
+from dataclasses import replace
+
 import pytest
 import torch
 
-from lowmem.config import ModelConfig
+from lowmem import generate as command
+from lowmem.config import DataConfig, ModelConfig, RunConfig
+from lowmem.data.simple_tokenizers import ByteTokenizer
 from lowmem.models.registry import build_model
 from lowmem.nn.lorpt import LoRPtLinear
 from lowmem.nn.rank_change import change_rank
+from lowmem.run_model import RunModel
 
 
 def small(positions: str = "rope", **choices):
@@ -70,3 +77,33 @@ def test_a_layer_made_in_inference_mode_computes():
         first = layer(x)
         layer.up.mul_(2)
         assert torch.equal(layer(x), 2 * first)
+
+
+def generated(monkeypatch, tmp_path, positions: str, *arguments: str, **changes) -> None:
+    """`lowmem generate` of a model that was trained on 16 tokens, whatever --run says."""
+    config = ModelConfig(dim=32, num_layers=1, num_heads=2, positions=positions)
+    model = build_model(config, vocab_size=257, max_seq_len=64, seed=0).eval()
+    run = replace(RunModel(model, ByteTokenizer(), RunConfig(data=DataConfig(seq_len=16)), 10, tmp_path), **changes)
+
+    def load(*_, outline=False):
+        return replace(run, model=copy.deepcopy(model).to("meta")) if outline else run
+
+    monkeypatch.setattr(command, "load_run_model", load)
+    assert command.generate_main(["--run", "r", "--top_k", "1", "--device", "cpu", *arguments]) == 0
+
+
+def test_rotary_positions_past_their_training_are_warned_of_once(monkeypatch, tmp_path, capsys):
+    generated(monkeypatch, tmp_path, "rope", "--prompt", "abcdef", "--prompt", "abcd", "--max_new_tokens", "20")
+    told = capsys.readouterr()
+    (warning,) = [line for line in told.err.splitlines() if line.startswith("warning")]
+    assert warning == (
+        "warning: prompt and max_new_tokens are 26 tokens, the rotary positions of this run were trained on 16: what is written past them "
+        "gets worse with every token; lower --max_new_tokens, or train with data.seq_len=26 or model.positions=alibi"
+    )
+    assert "warning" not in told.out
+
+
+def test_each_line_of_a_person_is_counted(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("abc\nabcdefghijkl\nabcdefghijklm\n"))
+    generated(monkeypatch, tmp_path, "rope", "--interactive", "--max_new_tokens", "5")
+    assert capsys.readouterr().err.count("are 17 tokens") == 1
