@@ -1,13 +1,10 @@
 """The `lowmem` command: finds the subcommand, and turns every failure a user can cause into one message and an exit code."""
 
-import errno
 import sys
 from collections.abc import Callable, Sequence
 
 from lowmem.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, ConfigError, LowmemError, MemoryBudgetError, StoppedBySignal, StorageError
 from lowmem.process import STOPPED, OutputLost, answered_signals, discard_output, standard_streams
-
-STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
 USAGE = """usage: lowmem COMMAND [options]
 
@@ -88,8 +85,12 @@ def _failure(error: BaseException) -> LowmemError | None:
     """An error as the one that a user can act on; None for a fault of lowmem's own."""
     if isinstance(error, LowmemError):
         return error
-    if isinstance(error, OSError) and error.errno in STORAGE_ERRNOS:
-        return StorageError(f"{error.filename or 'a file'} cannot be written: {error.strerror}; free space there, or choose another folder")
+    from lowmem.data.storage import write_failure
+
+    reason = write_failure(error)
+    if reason:
+        name = getattr(error, "filename", None) or "a file"
+        return StorageError(f"{name} cannot be written: {reason}; free space there, or choose another folder")
     if isinstance(error, RuntimeError) and "home directory" in str(error):
         return ConfigError("this user has no home folder, which ~ in a path stands for; write the whole path, or set HOME")
     if not isinstance(error, MemoryError):

@@ -12,6 +12,7 @@ from lowmem.arguments import OptionParser, dotted_overrides
 from lowmem.config import ModelConfig, RunConfig
 from lowmem.config_dump import dump_config
 from lowmem.config_load import load_run_config
+from lowmem.data.storage import replace_file
 from lowmem.errors import MemoryBudgetError, StorageError
 from lowmem.units import format_bytes, parse_bytes
 
@@ -205,7 +206,7 @@ def _nothing_fits(found: Any) -> str:
 def _write(path: str, prediction: "Prediction") -> None:
     comments = "\n".join(f"# {line}" for line in ["Written by lowmem plan.", *prediction.lines()])
     try:
-        Path(path).write_text(f"{comments}\n\n{dump_config(prediction.config)}", encoding="utf-8")
+        replace_file(Path(path), f"{comments}\n\n{dump_config(prediction.config)}")
     except OSError as error:
         raise StorageError(f"--write={path} cannot be written ({error.strerror}); name a file in a folder that is there") from error
 

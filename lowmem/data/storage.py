@@ -1,19 +1,28 @@
 """Files of the cache: where they are, written whole or not at all, by one process at a time."""
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
+import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from lowmem.errors import StorageError
 
 HASH_BLOCK_BYTES = 1024 * 1024
+UNFINISHED = ".writing-"  # begins the name of a folder that is being written
+WRITE_ERRNOS = frozenset(
+    {
+        errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR,
+    }
+)  # fmt: skip
 
 
 def cache_root(cache_dir: str) -> Path:
@@ -75,23 +84,85 @@ def make_directory(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Replace `path` atomically: a reader sees the old file or the new one, and what cannot be written leaves nothing.
+
+    Raises:
+        OSError: the disk is full, or not writable.
+    """
+    if path.is_symlink():
+        path = path.resolve()
+    if path.exists() and not path.is_file():  # a device or a pipe is written to, not replaced
+        path.write_text(text, encoding="utf-8")
+        return
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_whole(out: Path, earlier: Collection[str] = ()) -> Iterator[Path]:
+    """A folder to write into; what is in it moves to `out` at the end of the block, or is gone if anything failed.
+
+    Args:
+        out: created if absent; files of other names that are there stay.
+        earlier: files of an earlier content, which go when the new one is there.
+    Raises:
+        StorageError: the disk is full, or not writable; `out` is as it was.
+    """
+    created = [folder for folder in (out, *out.parents) if not folder.exists()]
+    writing = out / f"{UNFINISHED}{os.getpid()}"
+    try:
+        if out.is_dir():
+            for left in out.glob(f"{UNFINISHED}*"):
+                shutil.rmtree(left, ignore_errors=True)
+        writing.mkdir(parents=True)
+        yield writing
+        names = sorted(path.name for path in writing.iterdir())
+        for name in names:
+            if (out / name).is_dir() and not (out / name).is_symlink():
+                shutil.rmtree(out / name)
+            os.replace(writing / name, out / name)
+        for name in set(earlier) - set(names):
+            (out / name).unlink(missing_ok=True)
+        created = []
+    except Exception as error:
+        reason = write_failure(error)
+        if not reason:
+            raise
+        raise StorageError(f"cannot write {out}: {reason}; nothing new is left there; free space, or choose another folder") from error
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
+        for folder in created:
+            with suppress(OSError):  # it holds what is not ours
+                folder.rmdir()
+
+
+def write_failure(error: BaseException) -> str:
+    """Why a file could not be written, if that is what an error, or one that it was raised from, says; else empty."""
+    if isinstance(error, OSError) and error.errno in WRITE_ERRNOS:
+        return error.strerror or str(error)
+    code = re.search(r"\(os error (\d+)\)", str(error))  # of libraries in Rust: safetensors, tokenizers
+    if code and int(code[1]) in WRITE_ERRNOS:
+        return os.strerror(int(code[1]))
+    return write_failure(error.__cause__) if error.__cause__ is not None else ""
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` atomically: a reader sees the old file or the new one.
 
     Raises:
         StorageError: the disk is full, or not writable.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with storage_errors(path):
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                json.dump(value, file, indent=1)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        replace_file(path, json.dumps(value, indent=1) + "\n")
 
 
 @contextmanager

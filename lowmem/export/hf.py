@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from lowmem.data.storage import make_directory, storage_errors, write_json
+from lowmem.data.storage import UNFINISHED, write_json, written_whole
 from lowmem.engine.tensor_file import meta_tensors, write_tensors
 from lowmem.errors import ConfigError
 from lowmem.export.carried import carried_config, carried_weights
@@ -92,25 +92,21 @@ def export_run_model(
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out is {out}, which is a file; choose a folder")
-    if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise ConfigError(f"--out is {out}, which is not empty; choose another folder, or --overwrite")
-        with storage_errors(out):  # what an earlier export wrote and this one may not
-            for name in _FILES:
-                (out / name).unlink(missing_ok=True)
+    if out.is_dir() and not overwrite and any(not path.name.startswith(UNFINISHED) for path in out.iterdir()):
+        raise ConfigError(f"--out is {out}, which is not empty; choose another folder, or --overwrite")
     config, weights, family, reason = converted(run.model, keep_factors=keep_factors)
-    make_directory(out)
     stored = DTYPES[dtype] if dtype else _stored_dtype(run)
     weights = {name: tensor.to(stored) for name, tensor in weights.items()}
-    tokenizer_code = export_tokenizer(run.tokenizer, out, run_dir=run_dir or run.path.parent.parent, max_seq_len=run.model.max_seq_len)
     tokens = {"eos_token_id": run.tokenizer.eos_id, "pad_token_id": run.tokenizer.eos_id}
-    write_json(out / "config.json", {**config, **tokens, "bos_token_id": None, "dtype": str(stored).removeprefix("torch.")})
-    write_json(out / "generation_config.json", {**tokens, "use_cache": True})
-    with storage_errors(out):
+    template = run_dir or run.path.parent.parent
+    with written_whole(out, earlier=_FILES) as folder:  # what an earlier export wrote and this one does not is gone then
+        tokenizer_code = export_tokenizer(run.tokenizer, folder, run_dir=template, max_seq_len=run.model.max_seq_len)
+        write_json(folder / "config.json", {**config, **tokens, "bos_token_id": None, "dtype": str(stored).removeprefix("torch.")})
+        write_json(folder / "generation_config.json", {**tokens, "use_cache": True})
         if family == "lowmem":
             for code in _CODE:
-                shutil.copyfile(code, out / code.name)
-        write_tensors(out / "model.safetensors", weights, {"format": "pt"})
+                shutil.copyfile(code, folder / code.name)
+        write_tensors(folder / "model.safetensors", weights, {"format": "pt"})
     numbers = sum(tensor.numel() for tensor in weights.values())
     size = (out / "model.safetensors").stat().st_size
     return Exported(family, reason, family == "lowmem", tokenizer_code, numbers, size)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from torch import nn
 from lowmem.config import DataConfig, LorptConfig, ModelConfig, RunConfig, TrainConfig
 from lowmem.config_dump import dump_config
 from lowmem.data.chat_template import save_chat_template
-from lowmem.data.storage import make_directory, storage_errors
+from lowmem.data.storage import UNFINISHED, make_directory, storage_errors, written_whole
 from lowmem.data.tokenizers import Tokenizer, load_tokenizer
 from lowmem.engine.tensor_file import meta_tensors, read_tensors, write_tensors
 from lowmem.errors import CheckpointError, ConfigError
@@ -61,7 +61,7 @@ def import_directory(source: Path | str, out: Path | str, lorpt: LorptConfig | N
     Memory: the model and one tensor; with `lorpt` also the singular vectors of a layer.
     """
     source, out = Path(source), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(not path.name.startswith(UNFINISHED) for path in out.iterdir())):
         raise ConfigError(f"--out is {out}, which is not empty; choose another folder")
     theirs = read_model_config(source)
     shape = theirs.shape
@@ -80,10 +80,11 @@ def import_directory(source: Path | str, out: Path | str, lorpt: LorptConfig | N
         train=TrainConfig(init_from=str(out)),
         run_dir=f"{out}-trained",
     )
-    _write_run(out, config, model, tokenizer)
     template = run_template(source, tokenizer)
-    if template is not None:
-        save_chat_template(template, out)
+    with written_whole(out) as folder:
+        _write_run(folder, config, model, tokenizer)
+        if template is not None:
+            save_chat_template(template, folder)
     return Imported(theirs.family, config, model.num_parameters(), converted)
 
 

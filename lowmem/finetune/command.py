@@ -30,7 +30,7 @@ def finetune_main(argv: Sequence[str]) -> int:
         return 0
     from pathlib import Path
 
-    from lowmem.data.storage import compiled_root
+    from lowmem.data.storage import compiled_root, replace_file, storage_errors
     from lowmem.engine.recovery import first_line
     from lowmem.finetune.base_model import base_directory
     from lowmem.finetune.settle import choose_micro_batch
@@ -66,7 +66,8 @@ def finetune_main(argv: Sequence[str]) -> int:
     report = {"trainable": done.trainable, "total": done.total, "losses": done.losses, "host_peak_bytes": peak.host_peak_bytes}
     report |= {"training_peak_bytes": training, "peaks": done.peaks, "predicted": done.predicted}
     report["predicted_vram"] = done.predicted_vram
-    (Path(config.out) / "result.json").write_text(json_text(report, indent=1))
+    with storage_errors(Path(config.out)):
+        replace_file(Path(config.out) / "result.json", json_text(report, indent=1))
     return 0
 
 

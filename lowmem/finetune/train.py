@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.config_finetune import FinetuneConfig
+from lowmem.data.storage import written_whole
 from lowmem.engine.optimizer_state import load_optimizer_tensors, optimizer_tensors
 from lowmem.engine.random_state import random_state, restore_random_state
 from lowmem.engine.recovery import release_memory
@@ -94,12 +95,14 @@ def finetune(config: FinetuneConfig, display: ProgressDisplay) -> Finetuned:
 def _write(config: FinetuneConfig, model: Any, directory: Path, folder: Path, data: ChatData) -> None:
     out = Path(config.out)
     if config.method not in WITHOUT_ADAPTER:
-        save_adapter(model, directory, out / "adapter")
-        copy_tokenizer(folder, out / "adapter", data.template)
+        with written_whole(out / "adapter") as target:
+            save_adapter(model, directory, target)
+            copy_tokenizer(folder, target, data.template)
     merged = merged_model(model, config)
     if merged is not None:
-        save_merged(merged, directory, out / "merged")
-        copy_tokenizer(folder, out / "merged", data.template)
+        with written_whole(out / "merged") as target:
+            save_merged(merged, directory, target)
+            copy_tokenizer(folder, target, data.template)
 
 
 class _Run:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lowmem.data.storage import replace_file
 from lowmem.errors import StorageError
 from lowmem.reporting import figures, page
 from lowmem.reporting.markdown import table
@@ -76,6 +77,6 @@ def _write(folder: Path, files: dict[str, str]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            (folder / name).write_text(text, encoding="utf-8")
+            replace_file(folder / name, text)
     except OSError as error:
         raise StorageError(f"{folder}: {error.strerror or error}; choose another --out") from error

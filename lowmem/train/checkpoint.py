@@ -1,6 +1,5 @@
 """Checkpoints that are whole or absent (D8): written beside, flushed, hashed, renamed; verified before they are read."""
 
-import errno
 import hashlib
 import json
 import math
@@ -11,12 +10,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from lowmem.data.storage import WRITE_ERRNOS
 from lowmem.engine.base import Engine
 from lowmem.errors import CheckpointError, StorageError
 from lowmem.memory.block_cache import release_host_memory
 
 _STEP_NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})")  # eight digits, more where a step has more
-_STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
 _HASH_BYTES = 1 << 20
 
 
@@ -173,7 +172,7 @@ def damage(path: Path) -> str:
 
 def storage_error(error: OSError, path: Path) -> Exception:
     """A StorageError for a full or read-only disk; any other OSError as it is."""
-    if error.errno not in _STORAGE_ERRNOS:
+    if error.errno not in WRITE_ERRNOS:
         return error
     return StorageError(
         f"{path} cannot be written: {error.strerror}; checkpoints written before are intact; "

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lowmem.config import RunConfig
+from lowmem.data.storage import replace_file, storage_errors
 from lowmem.errors import ConfigError, StorageError
 
 LOGGER_NAMES = ("tensorboard", "wandb", "trackio")
@@ -142,7 +143,8 @@ class WandbLogger(MetricsLogger):
             self._run = wandb.init(project=project, name=run_dir.resolve().name, dir=str(run_dir), config=config, id=run_id, resume="allow")
         except (wandb.Error, OSError) as error:
             raise ConfigError(f"Weights & Biases refused the run: {error}; log in with `wandb login`, or set WANDB_MODE=offline") from error
-        id_file.write_text(f"{self._run.id}\n", encoding="utf-8")
+        with storage_errors(id_file):
+            replace_file(id_file, f"{self._run.id}\n")
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         self._run.log(_numbers(metrics), step=step)
@@ -167,7 +169,8 @@ class TrackioLogger(MetricsLogger):
         name = name_file.read_text(encoding="utf-8").strip() if name_file.exists() else f"{run_dir.resolve().name}-{time.time():.0f}"
         with redirect_stdout(sys.stderr):  # it prints where to look, and stdout is for results
             self._run = trackio.init(project=project, name=name, config=config, resume="allow")
-        name_file.write_text(f"{name}\n", encoding="utf-8")
+        with storage_errors(name_file):
+            replace_file(name_file, f"{name}\n")
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         self._run.log(_numbers(metrics), step=step)

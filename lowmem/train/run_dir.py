@@ -10,6 +10,7 @@ from typing import Any
 from lowmem.config import RunConfig
 from lowmem.config_dump import dump_config
 from lowmem.config_load import load_run_config
+from lowmem.data.storage import replace_file
 from lowmem.errors import ConfigError
 from lowmem.train.checkpoint import json_text, storage_error
 
@@ -134,9 +135,7 @@ class RunDir:
 
     def _replace(self, name: str, text: str) -> None:
         try:
-            temporary = self.path / f".{name}.tmp"
-            temporary.write_text(text)
-            temporary.replace(self.path / name)
+            replace_file(self.path / name, text)
         except OSError as error:
             raise storage_error(error, self.path / name) from error
 

@@ -1,0 +1,131 @@
+"""A disk that is full at any write is exit code 7 with one line, and leaves what was there before, whole; and no leftovers."""
+
+import contextlib
+import json
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowmem.cli import main
+from lowmem.data.hf_tokenizer import HuggingFaceTokenizer
+from lowmem.export.hf import export_run_model
+from lowmem.export.import_hf import import_directory
+from lowmem.run_model import load_run_model
+from tests.train.tiny_run import tiny_arguments, write_text
+
+SIZES = (0, 200, 3000)  # bytes that a file may have: nothing at all, short JSON files, everything but weights and tokenizers
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Every write past `size` fails, in any library, as one on a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def refused(capsys, *words: str) -> None:
+    """The command ends with 7 and one line."""
+    capsys.readouterr()
+    assert main(list(words)) == 7
+    error = capsys.readouterr().err
+    assert error.startswith("lowmem: error: ")
+    assert len(error.splitlines()) == 1, error
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("theirs") / "hf"
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=320, max_position_embeddings=64, **shape)).save_pretrained(folder)
+    HuggingFaceTokenizer.train(["some words and the other words " * 20], 300).save(folder / "tokenizer.json")
+    template = "{% for message in messages %}{{ bos_token + message['content'] + eos_token }}{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template, "bos_token": "<s>"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_dir(theirs) -> Path:
+    import_directory(theirs, theirs.parent / "run")
+    return theirs.parent / "run"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_an_export_is_whole_or_the_one_before(size, run_dir, tmp_path, capsys):
+    old = tmp_path / "old"
+    export_run_model(load_run_model(run_dir), old)
+    (old / "notes.txt").write_text("mine")
+    before = content(old)
+    words = ["export", "--run", str(run_dir), "--dtype=bf16", "--out"]
+    with files_of_at_most(size):
+        refused(capsys, *words, str(old), "--overwrite")
+        refused(capsys, *words, str(tmp_path / "new" / "deep"))
+    assert content(old) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert main([*words, str(old), "--overwrite"]) == 0
+    after = content(old)
+    assert set(after) == set(before)
+    assert after["notes.txt"] == b"mine"
+    assert len(after["model.safetensors"]) < len(before["model.safetensors"])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_an_import_is_whole_or_nothing(size, theirs, tmp_path, capsys):
+    with files_of_at_most(size):
+        refused(capsys, "import", str(theirs), "--out", str(tmp_path / "run"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_last_writes_of_finetuning(theirs, tmp_path, capsys):
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text("\n".join(json.dumps({"prompt": f"some words {n % 7}", "response": "the other words"}) for n in range(40)))
+    words = ["finetune", f"--base={theirs}", f"--data={chat}", f"--out={tmp_path / 'out'}", "--seq_len=64", "--steps=1", "--batch_size=2"]
+    words += ["--eval_every=0", "--save_every=0", "--adapter.r=4", "--quiet"]
+    assert main(words) == 0
+    before = {name: content(tmp_path / "out" / name) for name in ("adapter", "merged")}
+    for size in (200, 3000, 20000):  # the last: everything but the merged weights
+        with files_of_at_most(size):
+            refused(capsys, *words)
+        assert {name: content(tmp_path / "out" / name) for name in before} == before
+    assert not [path for path in (tmp_path / "out").rglob("*") if "writing" in path.name or path.suffix == ".tmp"]
+    assert main(words) == 0
+
+
+def test_a_run_leaves_no_half_of_a_file(tmp_path, capsys):
+    text = write_text(tmp_path / "text.txt")
+    assert main(["pretrain", "--quiet", *tiny_arguments(tmp_path / "first", text, **{"train.steps": 1})]) == 0
+    for size in (0, 1000):
+        with files_of_at_most(size):
+            refused(capsys, "pretrain", "--quiet", *tiny_arguments(tmp_path / f"run-{size}", text, **{"train.steps": 1}))
+        left = {path.name for path in (tmp_path / f"run-{size}").rglob("*") if path.is_file()}
+        assert not {name for name in left if name.endswith(".tmp")}
+        assert "config.yaml" not in left  # it has more than 1000 bytes
+
+
+def test_a_plan_that_cannot_be_written_is_whole_or_absent(tmp_path):
+    from lowmem.data.storage import replace_file
+
+    path = tmp_path / "plan.yaml"
+    path.write_text("old")
+    with files_of_at_most(10), pytest.raises(OSError):
+        replace_file(path, "x" * 100)
+    assert content(tmp_path) == {"plan.yaml": b"old"}
+    (tmp_path / "link").symlink_to(path)
+    replace_file(tmp_path / "link", "new")
+    assert path.read_text() == "new"
+    replace_file(Path("/dev/null"), "a device stays a device")
+    assert Path("/dev/null").is_char_device()
