@@ -19,27 +19,34 @@ _BATCH_ROWS = 16
 class Conversations:
     """What is trained on of one source, and what is held out: conversations that fit, by policy.
 
+    Which are held out depends on what the records say alone, not on `seq_len`, the policy, the template or the tokenizer: a run that goes
+    on with others must not train on what was held out.
+
     Args:
         val_fraction: share of the conversations that is held out; at least one where it is above 0.
+        options: what stands before the names of `seq_len` and `val_fraction` where the user writes them.
     Raises:
-        DataError: none is left to train on.
+        DataError: none is left to train on, or of those that are held out.
     Memory: 8 bytes a conversation.
     """
 
-    def __init__(self, tokens: ChatTokens, *, seq_len: int, truncation: Truncation, val_fraction: float):
+    def __init__(self, tokens: ChatTokens, *, seq_len: int, truncation: Truncation, val_fraction: float, options: str = "data."):
         self.label, self.tokens, self.seq_len, self.truncation = tokens.label, tokens, seq_len, truncation
         self.counts = PackingCounts()
-        usable = [number for number in range(len(tokens)) if truncated(tokens[number], seq_len, truncation, self.counts) is not None]
-        order = KeyedPermutation(max(1, len(usable)), keyed_hash(_HELD_OUT, len(usable)))
-        held_out = max(1, round(val_fraction * len(usable))) if val_fraction else 0
-        if len(usable) <= held_out:
-            said = self.counts.describe(truncation, seq_len)
+        usable = [truncated(tokens[number], seq_len, truncation, self.counts) is not None for number in range(len(tokens))]
+        count = max(1, round(val_fraction * len(tokens))) if val_fraction else 0
+        chosen = np.zeros(len(tokens), dtype=bool)
+        # by the records' own hashes: other records beside them change little
+        keys = np.array([keyed_hash(_HELD_OUT, int(value)) for value in tokens.hashes], dtype=np.uint64)
+        chosen[np.argsort(keys, kind="stable")[:count]] = True
+        held_out, self.train = np.flatnonzero(chosen & usable), np.flatnonzero(~chosen & usable)
+        self.held_out: list[int] = held_out.tolist()
+        if not len(self.train) or (count and not self.held_out):
+            said, less = self.counts.describe(truncation, seq_len), f", or set {options}val_fraction=0" if count else ""
             raise DataError(
-                f"{self.label} has {len(usable)} conversations to learn from{f' ({said})' if said else ''}, of which {held_out} are held "
-                "out; give more, raise data.seq_len, or set data.val_fraction=0"
+                f"{self.label} has {len(self.train)} conversations to learn from and {len(self.held_out)} held out"
+                f"{f' ({said})' if said else ''}; give more, or raise {options}seq_len{less}"
             )
-        shuffled = [usable[order[number]] for number in range(len(usable))]
-        self.held_out, self.train = sorted(shuffled[:held_out]), np.array(sorted(shuffled[held_out:]), dtype=np.int64)
 
     def encoded(self, number: int) -> Encoded:
         """Tokens of conversation `number`, cut to a row."""

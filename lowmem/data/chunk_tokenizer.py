@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from lowmem.data.tokenizers import END_OF_TEXT, Tokenizer, surrogate_error
 from lowmem.errors import DataError
 
@@ -102,6 +104,16 @@ class ChunkTokenizer(Tokenizer):
                 return position + length
         ids.append(self.unknown_id)
         return position + 1
+
+    def encode_spans(self, text: str) -> tuple[list[int], np.ndarray]:
+        ids = self.encode(text)
+        ends = np.cumsum([1 if token == self.unknown_id else len(self._texts[token]) for token in ids], dtype=np.int64)
+        spans = np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1) if ids else np.empty((0, 2), dtype=np.int64)
+        if not self.lowercase or len(text.lower()) == len(text):
+            return ids, spans
+        # a few characters are longer in lower case
+        origin = np.repeat(np.arange(len(text), dtype=np.int64), [len(character.lower()) for character in text])
+        return ids, np.stack([origin[spans[:, 0]], origin[spans[:, 1] - 1] + 1], axis=1)
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join([self._texts[token] for token in ids])

@@ -2,20 +2,25 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lowmem.data.compression import open_regular
 from lowmem.data.storage import write_json
 from lowmem.data.tokenizer_probe import check_foreign_tokenizer
-from lowmem.data.tokenizers import END_OF_TEXT, Tokenizer, surrogate_error
+from lowmem.data.tokenizers import END_OF_TEXT, TextPart, Tokenizer, surrogate_error
 from lowmem.errors import ConfigError, DataError
 
 MIN_BPE_VOCAB = 257  # the 256 bytes and end of text
 _MAX_HOLES = 65536
 _SHOWN_CHARACTERS = 200
 _COMPANION = "tokenizer_config.json"
+_BYTE = re.compile("(<0x[0-9A-F]{2}>)?")  # a byte of a character without a token; a model finds it by its name
 # Names that models give to their end-of-text token, most usual first.
 _END_NAMES = (
     END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>", "<|eot_id|>", "<|end|>", "<EOT>", "[SEP]",
@@ -133,6 +138,65 @@ class HuggingFaceTokenizer(Tokenizer):
         except Exception as error:  # as above
             raise DataError(f"the tokenizer cannot encode the text ({_line(error)}); choose another one, or mend it") from error
 
+    def encode_spans(self, text: str) -> tuple[list[int], np.ndarray]:
+        return _encode_spans(self._tokenizer, text)
+
+    def special_tokens(self) -> dict[str, int]:
+        return dict(self._special)
+
+    def encode_parts(self, parts: Sequence[TextPart]) -> tuple[list[int], np.ndarray]:
+        """As in the base class; the text is encoded in one piece, for what a token is depends on what is beside it.
+
+        Where plain text spells the names of special tokens, or may do so once it is normalised, or another name stands for one, the text is
+        encoded by a copy of the tokenizer in which special tokens have names of noncharacters, which no text has.
+
+        Memory: from then on a second tokenizer.
+        """
+        text = "".join(part for part, _ in parts)
+        if split_names(text, self._special) == merge_plain(parts) and not self._hidden_names:
+            return self.encode_spans(text)
+        renamed = [(part if token is None else self._private[token], len(part)) for part, token in parts]
+        ids, spans = _encode_spans(self._renamed, "".join(part for part, _ in renamed))
+        # position in the text of every character of the renamed one, and of its end
+        starts, ends, position = [], [], 0
+        for part, length in renamed:
+            same = length == len(part)
+            starts.append(position + (np.arange(len(part)) if same else np.zeros(len(part), dtype=np.int64)))
+            ends.append(position + (np.arange(len(part)) + 1 if same else np.full(len(part), length)))
+            position += length
+        first, last = np.concatenate([*starts, [position]]), np.concatenate([[0], *ends])
+        ids = [self._renamed_ids.get(token, token) for token in ids]
+        return ids, np.stack([first[spans[:, 0]], np.maximum(first[spans[:, 0]], last[spans[:, 1]])], axis=1)
+
+    @cached_property
+    def _special(self) -> dict[str, int]:
+        tokens = self._tokenizer.get_added_tokens_decoder().items()
+        special = {token.content: number for number, token in tokens if token.special and not _BYTE.fullmatch(token.content)}
+        return special | {self._eos_token: self.eos_id}
+
+    @cached_property
+    def _hidden_names(self) -> bool:
+        """Whether a text may become a special token whose name it does not spell: <|END|> where the text is lower-cased first."""
+        tokens = self._tokenizer.get_added_tokens_decoder().values()
+        return self._tokenizer.normalizer is not None and any(token.special and token.normalized for token in tokens)
+
+    @cached_property
+    def _private(self) -> dict[int, str]:
+        return {token: f"\ufde0{token}\ufde1" for token in self._special.values()}
+
+    @cached_property
+    def _renamed(self) -> Any:
+        from tokenizers import Tokenizer as Library
+
+        return Library.from_str(json.dumps(_renamed(self.to_json(), {name: self._private[token] for name, token in self._special.items()})))
+
+    @cached_property
+    def _renamed_ids(self) -> dict[int, int]:
+        """Ids of the copy that the library numbers anew, to those of the tokenizer."""
+        names = {private: token for token, private in self._private.items()}
+        pairs = ((number, token.content) for number, token in self._renamed.get_added_tokens_decoder().items())
+        return {number: names.get(name, self._tokenizer.token_to_id(name)) for number, name in pairs}
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
@@ -160,6 +224,64 @@ def _check_ids(tokenizer: Any, name: str) -> None:
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:_SHOWN_CHARACTERS].rstrip(".")
+
+
+def split_names(text: str, names: dict[str, int]) -> list[TextPart]:
+    """The text cut before and after every name, with the token that it stands for; the longest of several."""
+    if not names:
+        return [(text, None)] if text else []
+    return [(part, names.get(part) if odd % 2 else None) for odd, part in enumerate(name_pattern(tuple(names)).split(text)) if part]
+
+
+@lru_cache(maxsize=8)
+def name_pattern(names: tuple[str, ...]) -> re.Pattern[str]:
+    """One of several names, the longest that fits."""
+    return re.compile(f"({'|'.join(re.escape(name) for name in sorted(names, key=len, reverse=True))})")
+
+
+def merge_plain(parts: Sequence[TextPart]) -> list[TextPart]:
+    """The same with neighbouring plain texts joined, and empty ones left out."""
+    merged: list[TextPart] = []
+    for text, token in parts:
+        if token is None and merged and merged[-1][1] is None:
+            merged[-1] = (merged[-1][0] + text, None)
+        elif text:
+            merged.append((text, token))
+    return merged
+
+
+def _encode_spans(tokenizer: Any, text: str) -> tuple[list[int], np.ndarray]:
+    """Spans before the post-processor, which leaves spaces out of them."""
+    processor, tokenizer.post_processor = tokenizer.post_processor, None
+    try:
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+    except (TypeError, UnicodeEncodeError):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise surrogate_error(error) from error
+        raise
+    except Exception as error:  # the library raises plain Exception
+        raise DataError(f"the tokenizer cannot encode the text ({_line(error)}); choose another one, or mend it") from error
+    finally:
+        tokenizer.post_processor = processor
+    return encoding.ids, np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+
+
+def _renamed(value: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """A tokenizer.json with other names for some of its tokens, where they are added and in the model."""
+    model = dict(value["model"])
+    if isinstance(vocab := model.get("vocab"), dict):
+        model["vocab"] = {names.get(name, name): number for name, number in vocab.items()}
+    elif isinstance(vocab, list):
+        model["vocab"] = [[names.get(name, name), score] for name, score in vocab]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    added = [
+        {**token, "content": names[token["content"]], "normalized": False, "single_word": False} if token["content"] in names else token
+        for token in value["added_tokens"]
+    ]
+    return {**value, "model": model, "added_tokens": added, "post_processor": None}
 
 
 def _usual_end(tokenizer: Any) -> str:

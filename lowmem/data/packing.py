@@ -25,7 +25,7 @@ class PackingCounts:
         conversations: read.
         cut: longer than a row; their beginning is used.
         dropped_long: longer than a row and left out, by policy.
-        dropped_silent: left out because nothing of the assistant's was left to learn.
+        dropped_silent: left out because nothing of the assistant's was left to learn, or all of it has the weight 0.
     """
 
     conversations: int = 0
@@ -45,7 +45,7 @@ class PackingCounts:
         if self.dropped_long:
             parts.append(f"{self.dropped_long} longer than {seq_len} tokens were left out")
         if self.dropped_silent:
-            parts.append(f"{self.dropped_silent} were left out because no word of the assistant's lies within {seq_len} tokens")
+            parts.append(f"{self.dropped_silent} were left out because no word of the assistant's to learn lies within {seq_len} tokens")
         return f"of {self.conversations} conversations {', '.join(parts)} (truncation: {truncation})" if parts else ""
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lowmem.config import PhaseConfig, RunConfig
+from lowmem.config import PhaseConfig, RunConfig, SourceConfig
 from lowmem.data.chat_source import ChatSource, build_chat_tokens
 from lowmem.data.chat_stream import ChatStream, ChatValidation, Conversations
 from lowmem.data.chat_template import ChatTemplate, choose_chat_template
@@ -56,7 +56,7 @@ def _all_sources(config: RunConfig, phases: Sequence[PhaseConfig]) -> list[TextS
     for phase in phases:
         for source in phase.sources or config.data.sources:
             opened = (
-                ChatSource(source, phase_template(config, phase))
+                _chat_source(config, source, phase_template(config, phase))
                 if phase.kind == "chat"
                 else open_source(source, config.data.decode_errors)
             )
@@ -77,7 +77,7 @@ def _prepare_chat(config: RunConfig, phase: PhaseConfig, seed: int, tokenizer: T
     template = phase_template(config, phase, tokenizer)
     sources, facts = [], []
     for source in phase.sources:
-        tokens = build_chat_tokens(ChatSource(source, template), tokenizer, cache, progress)
+        tokens = build_chat_tokens(_chat_source(config, source, template), tokenizer, cache, progress)
         part = Conversations(tokens, seq_len=seq_len, truncation=phase.truncation, val_fraction=config.data.val_fraction)
         if line := part.counts.describe(phase.truncation, seq_len):
             progress(DataProgress("warning", part.label, message=f"{part.label}: {line}"))
@@ -96,6 +96,10 @@ def _prepare_chat(config: RunConfig, phase: PhaseConfig, seed: int, tokenizer: T
         "cache": str(cache),
     }
     return PreparedData(tokenizer, train, validation, description, template)
+
+
+def _chat_source(config: RunConfig, source: SourceConfig, template: ChatTemplate) -> ChatSource:
+    return ChatSource(source, template, config.data.decode_errors, "mend the records, or set data.decode_errors=replace")
 
 
 def _facts(part: Conversations) -> dict[str, Any]:

@@ -25,6 +25,11 @@ class ByteTokenizer(Tokenizer):
         except UnicodeEncodeError as error:
             raise surrogate_error(error) from error
 
+    def encode_spans(self, text: str) -> tuple[list[int], np.ndarray]:
+        ids = self.encode(text)
+        starts = np.cumsum((np.array(ids, dtype=np.int64) & 0xC0) != 0x80) - 1  # a character begins with every byte that continues none
+        return ids, np.stack([starts, starts + 1], axis=1)
+
     def decode(self, ids: Sequence[int]) -> str:
         data = bytearray()
         for token in ids:
@@ -73,6 +78,10 @@ class CharTokenizer(Tokenizer):
             return self._ids[np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)].tolist()
         except UnicodeEncodeError as error:
             raise surrogate_error(error) from error
+
+    def encode_spans(self, text: str) -> tuple[list[int], np.ndarray]:
+        starts = np.arange(len(text), dtype=np.int64)
+        return self.encode(text), np.stack([starts, starts + 1], axis=1)
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join([self._texts[token] for token in ids])

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lowmem.data.compression import open_regular
 from lowmem.data.storage import json_sha256, write_json
 from lowmem.errors import DataError
@@ -13,6 +15,7 @@ from lowmem.units import format_bytes
 
 END_OF_TEXT = "<|endoftext|>"
 _MAX_BYTES = 256 * 1024**2  # ten times the largest vocabularies there are
+TextPart = tuple[str, int | None]  # a text, and the token that it stands for; None for plain text
 
 
 class Tokenizer(ABC):
@@ -39,6 +42,37 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text."""
         return [self.encode(text) for text in texts]
+
+    def encode_spans(self, text: str) -> tuple[list[int], np.ndarray]:
+        """Ids of a text as `encode` gives them, and (tokens, 2) where in the text the characters of each begin and end.
+
+        Tokens that share a character have overlapping spans.
+
+        Raises:
+            NotImplementedError: of a kind that is not for conversations.
+        """
+        raise NotImplementedError(self.kind)
+
+    def special_tokens(self) -> dict[str, int]:
+        """Names that `encode` takes for one token wherever a text has them."""
+        return {}
+
+    def encode_parts(self, parts: Sequence[TextPart]) -> tuple[list[int], np.ndarray]:
+        """Ids and spans of a text in which special tokens are where the parts say, and nowhere else, whatever its characters spell.
+
+        Args:
+            parts: of the text, in order.
+        Returns:
+            (tokens,) ids and (tokens, 2) spans in the joined text.
+        """
+        ids: list[int] = []
+        spans, position = [np.empty((0, 2), dtype=np.int64)], 0
+        for text, token in parts:
+            found, covered = self.encode_spans(text) if token is None else ([token], np.array([[0, len(text)]], dtype=np.int64))
+            ids += found
+            spans.append(covered + position)
+            position += len(text)
+        return ids, np.concatenate(spans)
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:

@@ -72,13 +72,17 @@ class Utf8Reader:
         name: the file, for the message.
         errors: fail, or replace by U+FFFD.
         first_line: line number of the first portion.
+        remedy: what the message advises.
 
     Attributes:
         replacements: sequences of bytes replaced so far.
     """
 
-    def __init__(self, name: str, errors: DecodeErrors, first_line: int = 1):
+    def __init__(
+        self, name: str, errors: DecodeErrors, first_line: int = 1, remedy: str = "convert the file, or set data.decode_errors=replace"
+    ):
         self._name = name
+        self._remedy = remedy
         self._errors = errors
         self._line = first_line
         self._rest = b""
@@ -117,9 +121,7 @@ class Utf8Reader:
 
     def _error(self, data: bytes, position: int, reason: str) -> DataError:
         line = self._line + data.count(b"\n", 0, position)
-        return DataError(
-            f"{self._name}:{line}: byte 0x{data[position]:02x} is not UTF-8 ({reason}); convert the file, or set data.decode_errors=replace"
-        )
+        return DataError(f"{self._name}:{line}: byte 0x{data[position]:02x} is not UTF-8 ({reason}); {self._remedy}")
 
 
 def replace_surrogates(text: str, name: str, line: int, errors: DecodeErrors) -> tuple[str, int]:

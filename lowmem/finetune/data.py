@@ -73,7 +73,7 @@ def chat_data(config: FinetuneConfig, folder: Path, *, one_per_row: bool, progre
     tokenizer = read_tokenizer(config, folder)
     template = choose_chat_template(config.template, folder, tokenizer)
     tokens = build_chat_tokens(ChatSource(SourceConfig(path=config.data), template), tokenizer, cache_root(""), progress)
-    part = Conversations(tokens, seq_len=config.seq_len, truncation=config.truncation, val_fraction=config.val_fraction)
+    part = Conversations(tokens, seq_len=config.seq_len, truncation=config.truncation, val_fraction=config.val_fraction, options="")
     train = ChatStream([part], [1.0], seq_len=config.seq_len, seed=config.seed, one_per_row=one_per_row)
     validation = ChatValidation([part], seq_len=config.seq_len, one_per_row=one_per_row) if config.val_fraction else None
     return ChatData(train, validation, template, part.counts.describe(config.truncation, config.seq_len))

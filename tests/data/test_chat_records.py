@@ -26,13 +26,13 @@ SYSTEM = {"role": "system", "content": "be kind"}
     ],
 )
 def test_every_shape_gives_the_same_messages(record):
-    assert parse_record(record, "file:1") == [USER, ASSISTANT]
+    assert parse_record(record, "file:1").messages == [USER, ASSISTANT]
 
 
 def test_input_system_and_several_turns():
-    joined = parse_record({"instruction": "Add.", "input": "1, 2", "output": "3", "system": "be kind"}, "f")
+    joined = parse_record({"instruction": "Add.", "input": "1, 2", "output": "3", "system": "be kind"}, "f").messages
     assert joined == [SYSTEM, {"role": "user", "content": "Add.\n\n1, 2"}, {"role": "assistant", "content": "3"}]
-    turns = parse_record("[INST] <<SYS>>be kind<</SYS>> hi [/INST] hello [INST] hi [/INST] hello", "f")
+    turns = parse_record("[INST] <<SYS>>be kind<</SYS>> hi [/INST] hello [INST] hi [/INST] hello", "f").messages
     assert turns == [SYSTEM, USER, ASSISTANT, USER, ASSISTANT]
 
 
@@ -41,11 +41,11 @@ def test_input_system_and_several_turns():
     [
         ({"question": "hi"}, "found the fields 'question', expected messages, prompt and response"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "message 0 has the role 'robot', allowed: system, user"),
-        ({"messages": [{"role": "user", "content": 3}]}, "'content' is int, expected text"),
+        ({"messages": [{"role": "user", "content": 3}]}, "'content' is a number, expected text"),
         ({"messages": [USER]}, "the assistant says nothing"),
         ({"text": "once upon a time"}, r"begins with 'once upon a time', expected \[INST\]"),
         ("[INST] hi", r"without its \[/INST\]"),
-        (7, "found int, expected an object"),
+        (7, "found a number, expected an object"),
     ],
 )
 def test_other_shapes_are_refused_with_their_place(record, message):
@@ -60,7 +60,10 @@ def test_files(tmp_path):
     (tmp_path / "a.jsonl").write_text("\ufeff" + lines)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     (tmp_path / "a.txt").write_text("\n".join(f"[INST] {n} [/INST] {'é' * n}" for n in range(1, 4)))
-    found = [list(read_conversations(tmp_path / name)) for name in ("a.json", "a.jsonl", "a.jsonl.gz", "a.txt")]
+    found = [
+        [conversation.messages for conversation in read_conversations(tmp_path / name)]
+        for name in ("a.json", "a.jsonl", "a.jsonl.gz", "a.txt")
+    ]
     assert all(each == found[0] for each in found)
     assert found[0][2] == [{"role": "user", "content": "3"}, {"role": "assistant", "content": "ééé"}]
 
@@ -70,14 +73,14 @@ def test_parquet(tmp_path):
     import pyarrow.parquet
 
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": [USER, ASSISTANT]}] * 3), tmp_path / "a.parquet")
-    assert list(read_conversations(tmp_path / "a.parquet")) == [[USER, ASSISTANT]] * 3
+    assert [conversation.messages for conversation in read_conversations(tmp_path / "a.parquet")] == [[USER, ASSISTANT]] * 3
 
 
 @pytest.mark.parametrize(
     "name, content, message",
     [
         ("a.jsonl", '{"prompt": "a", "response": "b"}\n{"prompt"', r"a.jsonl:2: malformed JSON .*; expected one JSON object a line"),
-        ("a.json", '{"prompt": "a"}', "holds dict, expected a list of records"),
+        ("a.json", '{"prompt": "a"}', "holds an object, expected a list of records"),
         ("a.csv", "x", "a format that holds no chat records; allowed: .json .jsonl .txt .parquet"),
     ],
 )

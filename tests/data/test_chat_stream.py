@@ -89,5 +89,7 @@ def test_tokens_in_the_cache_are_those_of_the_template(tmp_path):
 
 
 def test_too_few_conversations_are_refused(tmp_path):
-    with pytest.raises(DataError, match=r"0 conversations to learn from \(of 5 conversations 5 were left out because no word"):
+    with pytest.raises(
+        DataError, match=r"0 conversations to learn from and 0 held out \(of 5 conversations 5 were left out because no word"
+    ):
         load(tmp_path, 5, "a", seq_len=10)

@@ -1,0 +1,231 @@
+"""Chat records that were read wrongly without a word, or ended with a traceback or an advice that does not exist."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from lowmem.config import SourceConfig
+from lowmem.data.chat_records import Conversation, parse_record, read_conversations
+from lowmem.data.chat_source import ChatSource, build_chat_tokens
+from lowmem.data.chat_stream import Conversations
+from lowmem.data.chat_template import DEFAULT_TEMPLATE, ChatTemplate
+from lowmem.data.progress import ignore_progress
+from lowmem.data.simple_tokenizers import ByteTokenizer
+from lowmem.errors import DataError
+
+USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+CALLS = [{"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}]
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+
+
+def parsed(record) -> Conversation:
+    return parse_record(record, "f:1")
+
+
+def said(template: str, record) -> str:
+    """What of the text of a record is learned."""
+    tokens, mask = ChatTemplate(template).encode(ByteTokenizer(), parsed(record))
+    return ByteTokenizer().decode(tokens[mask].tolist())
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"system": "S", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"system_prompt": "S", "messages": [USER, ASSISTANT]},
+        {"system": "S", "text": "[INST] a [/INST] b"},
+        {"system": "S", "messages": [{"role": "system", "content": "S"}, USER, ASSISTANT]},
+    ],
+)
+def test_a_system_text_beside_the_messages_is_their_first(record):
+    assert parsed(record).messages == [{"role": "system", "content": "S"}, USER, ASSISTANT]
+
+
+def test_history_comes_before_the_question():
+    record = {"instruction": "a", "output": "b", "history": [["q1", "a1"], ["q2", "a2"]]}
+    earlier = [{"role": role, "content": text} for role, text in (("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2"))]
+    assert parsed(record).messages == [*earlier, USER, ASSISTANT]
+    assert parsed({"instruction": "a", "context": "c", "response": "b"}).messages[0]["content"] == "a\n\nc"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": None, "instruction": "a", "output": "b"},
+        {"messages": None, "prompt": "a", "response": "b", "system": None, "weight": None},
+        {"conversations": [{"role": None, "content": None, "from": "human", "value": "a"}, {"from": "gpt", "value": "b", "content": None}]},
+        {"messages": [USER | {"tool_calls": None, "weight": None}, ASSISTANT | {"reasoning_content": None}]},
+        {"messages": [USER | {"content": [{"type": "text", "text": "a", "image": None}]}, ASSISTANT | {"content": [{"text": "b"}]}]},
+    ],
+)
+def test_nulls_are_as_missing_and_parts_of_text_are_joined(record):
+    conversation = parsed(record)
+    assert (conversation.messages, conversation.needed) == ([USER, ASSISTANT], ())
+
+
+def test_an_answer_of_weight_0_is_read_and_not_learned():
+    other = {"role": "assistant", "content": "good"}
+    for flag in ({"weight": 0}, {"train": False}, {"weight": 0.0, "train": 0}):
+        assert said(DEFAULT_TEMPLATE, {"messages": [USER, ASSISTANT | flag, USER, other | {"weight": 1}]}) == " good<|endoftext|>"
+    marked = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}"  # noqa: E501
+    assert said(marked, {"messages": [USER, ASSISTANT | {"train": False}, USER, other]}) == "good"
+    assert said(DEFAULT_TEMPLATE, {"messages": [USER, ASSISTANT], "weight": 0}) == ""
+    once = "{% generation %}{% for m in messages %}{{ m.content }}{% endfor %}{% endgeneration %}"
+    with pytest.raises(DataError, match=r"^f:1: .* has 1 \{% generation %\} blocks for 2 messages"):
+        said(once, {"messages": [USER, ASSISTANT | {"weight": 0}, USER, other]})
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"messages": [USER, ASSISTANT | {"weight": 0.5}]}, "message 1 has 'weight': 0.5; allowed: 0"),
+        ({"messages": [USER, ASSISTANT | {"weight": "0"}]}, "message 1 has 'weight': '0'; allowed: 0"),
+        ({"messages": [USER, ASSISTANT | {"weight": 1, "train": False}]}, "contradict each other"),
+        ({"messages": [USER | {"train": True}, ASSISTANT]}, "message 0 is the user's and has 'train': true; only the assistant's"),
+        ({"messages": [USER, ASSISTANT | {"loss": False}]}, "message 1 has 'loss', which cannot be used; write 'weight': 0"),
+        ({"prompt": "a", "response": "b", "weight": float("nan")}, "has 'weight': nan; allowed: 0"),
+        ({"messages": [USER, ASSISTANT], "history": [["q", "a"]]}, "'history' beside 'messages', which would be lost"),
+        ({"messages": [USER, ASSISTANT], "output": "c"}, "'output' beside 'messages', which would be lost"),
+        ({"prompt": "a", "instruction": "c", "output": "b"}, "has both 'prompt' and 'instruction'; keep one"),
+        ({"system": "S", "messages": [{"role": "system", "content": "T"}, USER, ASSISTANT]}, "'system' is not that of its first message"),
+        ({"messages": [USER, ASSISTANT], "images": ["x.png"]}, "has 'images', which cannot be used; only text can be learned"),
+        ({"messages": [USER | {"content": [{"type": "image"}]}, ASSISTANT]}, "message 0: 'content' has a part of type 'image'"),
+        ({"messages": [USER | {"role": ["user"]}, ASSISTANT]}, r"message 0 has the role \['user'\], allowed: system"),
+        ({"prompt": "a\ud800", "response": "b"}, r"the lone surrogate U\+D800, which is no character"),
+        ({"prompt": "a\ufdd2", "response": "b"}, r"the noncharacter U\+FDD2"),
+        ({"prompt": "a", "response": "b", "tools": "[1"}, "'tools': malformed JSON"),
+    ],
+)
+def test_what_would_be_lost_or_misread_is_refused_with_its_place(record, message):
+    with pytest.raises(DataError, match=f"^f:1.*{message}"):
+        parsed(record)
+
+
+WRITER = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m.role }}: {{ m.reasoning_content or '' }}{{ m.content }}"
+    "{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}({{ m.tool_calls[0].function.arguments | tojson }}){% endif %}|{% endfor %}"
+)
+
+
+def test_reasoning_calls_and_tools_reach_the_template_as_in_transformers():
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    thought = {**ASSISTANT, "content": "", "reasoning_content": "hm ", "tool_calls": CALLS}
+    messages = [USER, thought, {"role": "tool", "content": "2", "tool_call_id": "1", "name": "add"}, ASSISTANT]
+    expected, _ = render_jinja_template(conversations=[messages], tools=TOOLS, chat_template=WRITER)
+    for tools in (TOOLS, json.dumps(TOOLS)):
+        assert ChatTemplate(WRITER).render(parsed({"messages": messages, "tools": tools})) == expected[0]
+    without_content = {key: value for key, value in thought.items() if key != "content"} | {"content": None}
+    assert parsed({"messages": [USER, without_content, ASSISTANT]}).messages[1]["content"] == ""
+    assert said(WRITER, {"prompt": "a", "thinking": "c", "response": "b"}) == "assistant: cb|"
+
+
+@pytest.mark.parametrize(
+    ("record", "field"),
+    [
+        ({"messages": [USER, ASSISTANT | {"reasoning_content": "c"}]}, "reasoning_content"),
+        ({"messages": [USER, ASSISTANT | {"thinking": "c"}]}, "reasoning_content"),
+        ({"messages": [USER, ASSISTANT | {"tool_calls": CALLS}]}, "tool_calls"),
+        ({"messages": [USER, ASSISTANT | {"function_call": {"name": "f"}}]}, "function_call"),
+        ({"messages": [USER, ASSISTANT | {"refusal": "no"}]}, "refusal"),
+        ({"messages": [USER, ASSISTANT], "tools": TOOLS}, "tools"),
+    ],
+)
+def test_content_that_the_template_does_not_write_is_refused(record, field):
+    with pytest.raises(DataError, match=f"^f:1: the chat template does not write '{field}', which the record has"):
+        said(DEFAULT_TEMPLATE, record)
+    every_field = "{{ tools }}{% for m in messages %}{% for k, v in m.items() %}{{ k }}={{ v }};{% endfor %}{% endfor %}"
+    assert said(every_field, record)
+    labelled = {"messages": [{"id": "7", "name": "Ann", "timestamp": "now", **USER}, ASSISTANT]}
+    assert said(DEFAULT_TEMPLATE, labelled) == " b<|endoftext|>"
+
+
+def read(path, **options):
+    return [conversation.messages for conversation in read_conversations(path, **options)]
+
+
+def test_files_as_other_programs_leave_them(tmp_path):
+    record = {"messages": [USER, ASSISTANT]}
+    line = json.dumps(record)
+    (tmp_path / "bom.json").write_bytes(b"\xef\xbb\xbf" + json.dumps([record] * 3).encode())
+    (tmp_path / "joined.jsonl").write_text(f"{line}{line}\n\n{line}")
+    (tmp_path / "one.json.gz").write_bytes(gzip.compress(json.dumps([record, *[{"prompt": "x" * 9000, "response": "b"}] * 30]).encode()))
+    assert read(tmp_path / "bom.json") == read(tmp_path / "joined.jsonl") == [[USER, ASSISTANT]] * 3
+    assert len(read(tmp_path / "one.json.gz")) == 31
+
+
+def test_nulls_that_parquet_makes_of_mixed_rows(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"messages": [USER, ASSISTANT | {"tool_calls": CALLS}]}, {"messages": [USER, ASSISTANT]}, {"prompt": "a", "response": "b"}]
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([dict.fromkeys(("messages", "prompt", "response")) | row for row in rows]), tmp_path / "a.parquet"
+    )
+    assert read(tmp_path / "a.parquet") == [[USER, ASSISTANT | {"tool_calls": CALLS}], [USER, ASSISTANT], [USER, ASSISTANT]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"prompt": "a", "prompt": "c", "response": "b"}', ":1: malformed JSON .'prompt' occurs twice"),
+        ("a.jsonl", b'{"prompt": "a", "response": "b", "n": ' + b"9" * 10**6 + b"}", ":1: .*an integer of 1000000 digits"),
+        ("a.jsonl", b"[" * 10**5, ":1: the JSON is nested too deeply"),
+        ("a.jsonl", b'{"prompt": "a", "response": "b", "n": ' + b"[" * 900 + b"]" * 900 + b"}", ":1: .*nested too deeply"),
+        ("a.jsonl", '{"prompt": "a"}'.encode("utf-16"), "is UTF-16, expected UTF-8"),
+        ("a.jsonl", b'{"prompt": "\xe9", "response": "b"}', r":1: byte 0xe9 is not UTF-8 .*; convert it to UTF-8, as by iconv"),
+        ("a.json", b'[{"messages": []}]', ":1: 'messages' holds no message"),
+        ("a.json", b'[{"prompt": "a", "response": "b"} {"prompt": "a", "response": "b"}]', ":2: malformed JSON .found '{' after a record"),
+    ],
+)
+def test_damaged_files_are_refused_with_their_place(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / name)
+
+
+def test_decode_errors_of_a_configuration_are_heeded(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "\xe9\\ud800", "response": "b"}')
+    assert read(tmp_path / "a.jsonl", decode_errors="replace") == [[USER | {"content": "\ufffd\ufffd"}, ASSISTANT]]
+
+
+def test_globs_reach_into_folders(tmp_path):
+    for name in ("a/c.jsonl", "b/d/c.jsonl", "b/d/other.csv"):
+        (tmp_path / "dir" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "dir" / name).write_text(json.dumps({"prompt": name, "response": "b"}))
+    for pattern, count in (("dir/*/c.jsonl", 1), ("dir/**/c.jsonl", 2), ("dir", 2)):
+        source = ChatSource(SourceConfig(path=str(tmp_path / pattern)), ChatTemplate(DEFAULT_TEMPLATE))
+        assert len(list(source.conversations())) == count
+
+
+def conversations(tmp_path, records, template=DEFAULT_TEMPLATE, options="data.", **chosen) -> Conversations:
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, records)))
+    source = ChatSource(SourceConfig(path=str(tmp_path / "c.jsonl")), ChatTemplate(template))
+    tokens = build_chat_tokens(source, ByteTokenizer(), tmp_path / "cache", ignore_progress)
+    return Conversations(tokens, options=options, **{"seq_len": 64, "truncation": "cut", "val_fraction": 0.2, **chosen})
+
+
+def test_what_is_held_out_depends_on_the_records_alone(tmp_path):
+    """Continued with another length, policy, template, order or more records, a run never trains on what was held out."""
+    records = [{"prompt": f"{n} " * (1 + n % 30), "response": "x" * (1 + n % 7)} for n in range(200)]
+    short, long = conversations(tmp_path, records), conversations(tmp_path, records, seq_len=200)
+    assert len(long.held_out) == 40
+    assert set(short.held_out) < set(long.held_out)
+    bare = "{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}"
+    others = [{"seq_len": 40}, {"seq_len": 100, "truncation": "drop"}, {"template": bare}]
+    for other in [short, *(conversations(tmp_path, records, **chosen) for chosen in others)]:
+        assert not set(other.train.tolist()) & set(long.held_out)
+        assert set(other.held_out) <= set(long.held_out)
+    backwards = conversations(tmp_path, records[::-1], seq_len=200)
+    assert sorted(199 - number for number in backwards.held_out) == long.held_out
+
+
+def test_advice_names_options_that_exist(tmp_path):
+    records = [{"prompt": "x" * 90, "response": str(n)} for n in range(9)]
+    with pytest.raises(DataError, match=r"0 conversations to learn from and 0 held out .*raise seq_len, or set val_fraction=0$"):
+        conversations(tmp_path, records, options="")
+    with pytest.raises(DataError, match=r"raise data.seq_len, or set data.val_fraction=0$"):
+        conversations(tmp_path, records)
+    assert np.all(np.array(conversations(tmp_path, records, seq_len=128).held_out) < 9)
