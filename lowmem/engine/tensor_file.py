@@ -22,6 +22,7 @@ _DTYPE_NAMES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 _WRITE_BYTES = 16 * 1024 * 1024
+INDEX_NAME = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
             for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
                 yield name, file.get_tensor(name)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); resume from an older checkpoint with --resume=last_valid") from error
+        raise CheckpointError(f"{path} is damaged or missing ({error}); restore the file, or use another checkpoint") from error
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -99,7 +100,7 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); resume from an older checkpoint with --resume=last_valid") from error
+        raise CheckpointError(f"{path} is damaged or missing ({error}); restore the file, or use another checkpoint") from error
 
 
 def meta_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -113,9 +114,45 @@ def meta_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
         with safe_open(path, framework="pt", device="cpu") as file:
             for name in file.keys():  # noqa: SIM118
                 part = file.get_slice(name)
-                yield name, torch.empty(part.get_shape(), dtype=dtypes[part.get_dtype()], device="meta")
+                dtype = dtypes.get(part.get_dtype())
+                if dtype is None:
+                    raise CheckpointError(f"{path}: {name} is {part.get_dtype()}, allowed: {', '.join(dtypes)}; save it in one of these")
+                yield name, torch.empty(part.get_shape(), dtype=dtype, device="meta")
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); resume from an older checkpoint with --resume=last_valid") from error
+        raise CheckpointError(f"{path} is damaged or missing ({error}); restore the file, or use another checkpoint") from error
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files with the weights of a directory of transformers: model.safetensors, else the shards that its index names; never others.
+
+    Raises:
+        CheckpointError: there are none, or the index is damaged or names what is not there.
+    """
+    index = directory / INDEX_NAME
+    if (directory / "model.safetensors").is_file():
+        return [directory / "model.safetensors"]
+    if index.is_file():
+        try:
+            names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{index} cannot be read ({error}); save the model again with save_pretrained") from error
+        if missing := [name for name in names if not _is_plain_file(directory, name)]:
+            raise CheckpointError(f"{index} names {missing[0][:80]!r}, which is not there; copy the whole directory")
+        if not names:
+            raise CheckpointError(f"{index} names no file; save the model again with save_pretrained")
+        return [directory / name for name in names]
+    suffixes = (".bin", ".pt", ".pth", ".safetensors", ".gguf", ".h5", ".msgpack")
+    found = ", ".join(sorted(path.name for path in directory.iterdir() if path.suffix in suffixes)[:5]) if directory.is_dir() else ""
+    raise CheckpointError(
+        f"{directory} has no model.safetensors (weights found: {found or 'none'}); save the model there with "
+        "save_pretrained(safe_serialization=True); other formats are not read, for some can carry code"
+    )
+
+
+def _is_plain_file(directory: Path, name: str) -> bool:
+    """Whether `name` is a safetensors file of that very folder."""
+    whole = name.endswith(".safetensors") and len(name.encode(errors="replace")) < 256 and "\0" not in name and Path(name).name == name
+    return whole and (directory / name).is_file()
 
 
 def load_into(path: Path, targets: Mapping[str, torch.Tensor]) -> None:

@@ -1,6 +1,5 @@
 """Llama and GPT-2 directories of transformers as run directories: to train on, to convert to LoRPt, to write, to export again."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from lowmem.config_dump import dump_config
 from lowmem.data.chat_template import save_chat_template
 from lowmem.data.storage import UNFINISHED, make_directory, storage_errors, written_whole
 from lowmem.data.tokenizers import Tokenizer, load_tokenizer
-from lowmem.engine.tensor_file import meta_tensors, read_tensors, write_tensors
+from lowmem.engine.tensor_file import meta_tensors, read_tensors, weight_files, write_tensors
 from lowmem.errors import CheckpointError, ConfigError
 from lowmem.export.import_config import TheirModel, read_model_config
 from lowmem.export.plain import gpt2_weights, llama_weights
@@ -106,7 +105,7 @@ def _dense_model(source: Path, theirs: TheirModel) -> LanguageModel:
     Raises:
         CheckpointError: names or shapes are not those of the configuration.
     """
-    files, shape = _weight_files(source), theirs.shape
+    files, shape = weight_files(source), theirs.shape
     dtypes = {tensor.dtype for file in files for name, tensor in meta_tensors(file) if not name.endswith(_BUFFERS)}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -128,23 +127,6 @@ def _dense_model(source: Path, theirs: TheirModel) -> LanguageModel:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise CheckpointError(f"{source} does not hold the model that its config.json describes: {shown}")
     return model
-
-
-def _weight_files(source: Path) -> list[Path]:
-    """model.safetensors, or the shards that its index names."""
-    index = source / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} cannot be read ({error}); save the model again with save_pretrained") from error
-        if missing := [name for name in names if Path(name).name != name or not (source / name).is_file()]:
-            raise CheckpointError(f"{index} names {missing[0]}, which is not there; copy the whole directory")
-        return [source / name for name in names]
-    if (source / "model.safetensors").is_file():
-        return [source / "model.safetensors"]
-    found = ", ".join(sorted(path.name for path in source.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".safetensors"))) or "none"
-    raise CheckpointError(f"{source} has no model.safetensors (weights found: {found}); save it again with save_pretrained")
 
 
 def _tensors(files: list[Path], places: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:

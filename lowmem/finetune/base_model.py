@@ -1,6 +1,10 @@
 """The base of a fine-tuning run as a model of transformers, in full or in 4-bit NF4, read tensor by tensor."""
 
+import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +13,11 @@ from torch import nn
 
 from lowmem.data.storage import make_directory
 from lowmem.devices import resolve_device
-from lowmem.errors import CheckpointError, ConfigError
-from lowmem.finetune.stream import stream_tensors
+from lowmem.engine.tensor_file import tensor_shapes, weight_files
+from lowmem.errors import CheckpointError, ConfigError, LowmemError
+from lowmem.finetune.families import FAMILIES
+from lowmem.finetune.stream import StoredTensor, stored_tensors
+from lowmem.memory.budget import is_out_of_memory
 from lowmem.nn.exact import use_exact_gradients
 from lowmem.run_model import load_run_model
 
@@ -45,32 +52,38 @@ def compute_device() -> torch.device:
 
 
 def load_base(directory: Path, *, nf4: bool, double_quant: bool = True, dtype: torch.dtype = torch.float32) -> Any:
-    """The model on the CPU, or on the GPU where there is one.
+    """The model on the CPU, or on the GPU where there is one, as transformers' `from_pretrained` makes it of the same files.
 
     Args:
         nf4: keep the weights of linear layers, except the head, in NF4 of bitsandbytes.
         dtype: of all other weights, and what is computed in.
     Raises:
-        ConfigError: transformers or bitsandbytes is missing, or the directory needs code that is not lowmem's own.
-        CheckpointError: weights are missing.
+        ConfigError: transformers or bitsandbytes is missing.
+        CheckpointError: see `base_config`; or weights are missing, damaged, of another shape, quantised, or not finite.
     Memory: the weights as they are kept, and one tensor.
     """
-    model = empty_model(directory, dtype)
+    outline = empty_model(directory, dtype)
+    stored = {name: tensor for file in weight_files(directory) for name, tensor in stored_tensors(file, dtype).items()}
+    kind, device = type(outline), compute_device()
     if nf4:
-        make_nf4(model, double_quant, dtype)
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{directory} has no .safetensors; save the model with save_pretrained")
-    device = compute_device()
-    for file in files:
-        for name, tensor in stream_tensors(file):
-            _set(model, name, tensor, device, dtype)
-            del tensor  # its mapping must go before the next one comes
-    model.tie_weights()
-    _fresh_buffers(model, device)
-    if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
-        raise CheckpointError(f"{directory} lacks the weights {', '.join(missing[:5])}; restore its files")
-    return model
+        kind = _nf4_kind(kind, double_quant, dtype)
+    # 4-bit layers go to the GPU one by one as they are read; transformers would reserve there what they would take in full
+    where = {} if nf4 or device.type == "cpu" else {"device_map": {"": str(device)}}
+    with _quiet_transformers(), reported_as_damage(directory):
+        model, told = kind.from_pretrained(
+            None, config=outline.config, state_dict=stored, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **where
+        )
+    _check_loaded(directory, told, stored)
+    if nf4:
+        model.__class__ = type(outline)
+        for layer in model.modules():
+            layer.__class__ = type(layer).__base__ if type(layer).__name__ == "Linear4bit" else type(layer)
+    model.config.name_or_path = model.name_or_path = str(directory)
+    use_exact_gradients(model)
+    head = model.get_output_embeddings()
+    if head is not None:  # a file with both, and with differing numbers, is not tied, whatever its config.json says
+        model.config.tie_word_embeddings = head.weight is model.get_input_embeddings().weight
+    return model.to(device)
 
 
 def enable_checkpointing(model: Any) -> None:
@@ -87,25 +100,101 @@ def empty_model(directory: Path, dtype: torch.dtype) -> Any:
     """The model on the meta device.
 
     Raises:
-        ConfigError: transformers is missing, or does not know it.
+        ConfigError: transformers is missing.
+        CheckpointError: see `base_config`.
     """
-    try:
-        from transformers import AutoConfig, AutoModelForCausalLM
-    except ImportError as error:
-        raise ConfigError("fine-tuning needs transformers and peft; pip install 'lowmem[finetune]'") from error
-    _register()
-    try:
-        config = AutoConfig.from_pretrained(directory)
-        config.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"{directory} is no causal language model that transformers knows ({' '.join(str(error).split())[:200]})"
-        ) from error
+    config = base_config(directory)
+    from transformers import AutoModelForCausalLM
+
+    with _quiet_transformers(), reported_as_damage(directory), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.config.name_or_path = model.name_or_path = str(directory)
     use_exact_gradients(model)
     return model.to(dtype)
+
+
+def base_config(directory: Path) -> Any:
+    """The configuration of a directory of transformers, of a family that is trained here.
+
+    Raises:
+        ConfigError: transformers is missing.
+        CheckpointError: config.json is damaged, names another family, needs code of its own, or its weights are quantised.
+    """
+    try:
+        from transformers import AutoConfig
+    except ImportError as error:
+        raise ConfigError("fine-tuning needs transformers and peft; pip install 'lowmem[finetune]'") from error
+    values = read_config_json(directory)
+    family = values.get("model_type")
+    if family not in FAMILIES:
+        own = ", which brings code of its own (auto_map) that is never run," if values.get("auto_map") else ","
+        raise CheckpointError(f"{directory / 'config.json'}: found model_type {family!r}{own} lowmem finetune takes {', '.join(FAMILIES)}")
+    for key in ("quantization_config", "compression_config"):
+        if values.get(key):
+            kind = values[key].get("quant_method", "unnamed") if isinstance(values[key], dict) else values[key]
+            raise CheckpointError(
+                f"{directory / 'config.json'} has {key} ({str(kind)[:40]}); give the base with plain fp32, bf16 or fp16 weights, "
+                "and method=qlora to keep it in 4 bits"
+            )
+    _register()
+    with _quiet_transformers(), reported_as_damage(directory):
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        config.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)
+    layers, tensors = getattr(config, "num_hidden_layers", 1), sum(len(tensor_shapes(file)) for file in weight_files(directory))
+    if not isinstance(layers, int) or not 1 <= layers <= tensors:
+        raise CheckpointError(f"{directory / 'config.json'}: num_hidden_layers is {layers}, with {tensors} tensors in its files; mend it")
+    return config
+
+
+def read_config_json(directory: Path) -> dict[str, Any]:
+    """config.json as it is written.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds no object.
+    """
+    path = directory / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); restore it") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds a {type(values).__name__}, expected an object; restore it")
+    return values
+
+
+@contextmanager
+def reported_as_damage(directory: Path) -> Iterator[None]:
+    """Report what transformers makes of a directory that it cannot use; it raises whatever its code meets there.
+
+    Raises:
+        CheckpointError: instead of any error but lowmem's own and a lack of memory.
+    """
+    try:
+        yield
+    except (LowmemError, MemoryError):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise CheckpointError(f"{directory} is no model that transformers can read ({' '.join(str(error).split())[:200]})") from error
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Neither bars nor reports, and tensors read one after the other; what matters is checked and said here."""
+    from transformers.utils import logging
+
+    verbosity, before = logging.get_verbosity(), os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
+        os.environ.pop("HF_DEACTIVATE_ASYNC_LOAD")
+        os.environ.update({} if before is None else {"HF_DEACTIVATE_ASYNC_LOAD": before})
 
 
 def _register() -> None:
@@ -147,39 +236,49 @@ def make_nf4(model: Any, double_quant: bool, dtype: torch.dtype) -> None:
     model.is_loaded_in_4bit = True  # what PEFT asks for
 
 
-def _set(model: Any, name: str, tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> None:
-    owner, _, last = name.rpartition(".")
-    try:
-        module = model.get_submodule(owner)
-    except AttributeError:
-        print(f"lowmem: {name} is in the file and not in the model; it is left out", file=sys.stderr)
-        return
-    if type(module).__name__ == "Linear4bit" and last == "weight":
+def _check_loaded(directory: Path, told: dict[str, Any], stored: dict[str, StoredTensor]) -> None:
+    """What transformers only warns of.
+
+    Raises:
+        CheckpointError: weights are missing, of another shape, or of a dtype that stands for quantised ones.
+    """
+    if coded := [f"{name} is {tensor.dtype}" for name, tensor in stored.items() if tensor.coded_and_read]:
+        raise CheckpointError(f"{directory} holds quantised weights ({_some(coded)}); give the base in fp32, bf16 or fp16")
+    problems = [f"{name} is missing" for name in sorted(told["missing_keys"])]
+    for name, found, wanted in sorted(told["mismatched_keys"]):
+        problems.append(f"{name} has shape {tuple(found)}, expected {tuple(wanted)}")
+    if problems:
+        raise CheckpointError(f"{directory} does not hold the model that its config.json describes: {_some(problems)}; restore its files")
+    if unknown := sorted(told["unexpected_keys"]):
+        print(f"lowmem: in the files of {directory} and not in the model, left out: {_some(unknown)}", file=sys.stderr)
+
+
+def _some(texts: list[str]) -> str:
+    return "; ".join(texts[:5]) + (f"; and {len(texts) - 5} more" if len(texts) > 5 else "")
+
+
+def _nf4_kind(kind: Any, double_quant: bool, dtype: torch.dtype) -> Any:
+    """The class of a model that is built with 4-bit layers, each of which quantises its weight when it is given one."""
+
+    def build(model: Any, config: Any, *more: Any, **settings: Any) -> None:
+        kind.__init__(model, config, *more, **settings)
+        make_nf4(model, double_quant, dtype)
+        for layer in model.modules():
+            if type(layer).__name__ == "Linear4bit":
+                layer.__class__ = type("Linear4bit", (type(layer),), {"__setattr__": _quantise_on_arrival})
+
+    return type(kind.__name__, (kind,), {"__module__": kind.__module__, "__init__": build})
+
+
+def _quantise_on_arrival(layer: Any, name: str, value: Any) -> None:
+    if name == "weight" and type(value) is nn.Parameter and not value.is_meta:
         import bitsandbytes
 
-        old = module.weight
+        old = layer.weight
         packed: Any = bitsandbytes.nn.Params4bit(
-            tensor.to(dtype),
-            requires_grad=False,
-            quant_type="nf4",
-            compress_statistics=old.compress_statistics,
-            blocksize=NF4_BLOCK,
-            module=module,
-        )
-        module.weight = packed.to(device)
-    else:
-        kept = dtype if tensor.is_floating_point() else tensor.dtype
-        # a copy: the file may be rewritten while the model is in use
-        setattr(module, last, nn.Parameter(tensor.to(device, kept, copy=True), requires_grad=False))
-
-
-def _fresh_buffers(model: Any, device: torch.device) -> None:
-    """Buffers that no file holds, such as rotary frequencies, computed anew."""
-    for owner in {name.rpartition(".")[0] for name, buffer in model.named_buffers() if buffer.is_meta}:
-        module = model.get_submodule(owner)
-        with torch.device(device):
-            fresh = type(module)(model.config)
-        for name, buffer in fresh.named_buffers(recurse=False):
-            module.register_buffer(name, buffer, persistent=False)
-            if hasattr(module, f"original_{name}"):
-                setattr(module, f"original_{name}", buffer)
+            value.detach(), requires_grad=False, quant_type="nf4", compress_statistics=old.compress_statistics, blocksize=NF4_BLOCK,
+            module=layer,
+        ).to(compute_device())  # fmt: skip
+        packed._is_hf_initialized = True  # transformers would draw it at random otherwise
+        value = packed
+    nn.Module.__setattr__(layer, name, value)

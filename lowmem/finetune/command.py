@@ -33,7 +33,7 @@ def finetune_main(argv: Sequence[str]) -> int:
     from lowmem.data.storage import compiled_root, replace_file, storage_errors
     from lowmem.engine.recovery import first_line
     from lowmem.finetune.base_model import base_directory
-    from lowmem.finetune.settle import choose_micro_batch
+    from lowmem.finetune.settle import check_base, choose_micro_batch
     from lowmem.finetune.train import finetune
     from lowmem.memory.block_cache import set_up_host_memory
     from lowmem.memory.budget import is_out_of_memory, lift_host_limit
@@ -42,7 +42,10 @@ def finetune_main(argv: Sequence[str]) -> int:
     from lowmem.train.progress import make_display
 
     if flags.dry_run:
-        settled, memory = choose_micro_batch(config, base_directory(config.base, Path(config.out)))
+        directory = base_directory(config.base, Path(config.out))
+        for note in check_base(config, directory):
+            print(note, file=sys.stderr)
+        settled, memory = choose_micro_batch(config, directory)
         print(f"{memory.line()}; micro-batches of {settled.micro_batch_size}")
         return 0
     display = make_display(quiet=flags.quiet)

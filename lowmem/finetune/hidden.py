@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 # what some families do to their logits after the head
-_SCALED = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+_SCALED = ("final_logit_softcapping", "logits_softcap", "logits_scaling", "logit_scale", "lm_head_multiplier")
+_OWN_LOGITS = ("opt", "recurrent_gemma")  # model types that call parts of their body, or do other things with the head's logits
 
 
 def plain_head(model: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
@@ -20,7 +21,7 @@ def plain_head(model: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """
     inner = inner_model(model)
     head = inner.get_output_embeddings()
-    if any(getattr(inner.config, name, None) is not None for name in _SCALED):
+    if any(getattr(inner.config, name, None) is not None for name in _SCALED) or inner.config.model_type in _OWN_LOGITS:
         return None
     if head is None and getattr(inner.config, "model_type", "") == "lowmem" and inner.config.tie_word_embeddings:
         embedding = inner.get_input_embeddings()

@@ -9,6 +9,7 @@ from torch import nn
 
 from lowmem.config_finetune import FinetuneConfig
 from lowmem.errors import ConfigError
+from lowmem.finetune.families import one_conversation_per_row
 
 LORA_KIN = ("lora", "qlora", "dora", "lora_plus", "rslora")
 WITHOUT_ADAPTER = ("head", "last_k", "full")
@@ -75,8 +76,8 @@ def peft_config(model: Any, config: FinetuneConfig, new_tokens: list[int]) -> An
 
 
 def one_per_row(model: Any, config: FinetuneConfig) -> bool:
-    """Whether the conversations of a row cannot be kept apart: a prefix belongs to a row, and a recurrent state goes through it."""
-    return config.method == "prefix" or getattr(model.config, "architecture", "") == "i3"
+    """Whether the conversations of a row cannot be kept apart: a prefix belongs to a row, and so does what some families compute."""
+    return config.method == "prefix" or one_conversation_per_row(model.config, config.seq_len)
 
 
 def can_checkpoint(config: FinetuneConfig) -> bool:

@@ -4,9 +4,13 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
+
 from lowmem.config_finetune import FinetuneConfig, memory_remedies, micro_batch_sizes
-from lowmem.errors import ConfigError, MemoryBudgetError
-from lowmem.finetune.base_model import compute_device
+from lowmem.errors import CheckpointError, ConfigError, MemoryBudgetError
+from lowmem.finetune.base_model import compute_device, empty_model
+from lowmem.finetune.data import read_tokenizer
+from lowmem.finetune.families import attention_window, config_positions, learned_positions
 from lowmem.finetune.memory import FinetuneMemory, predict_memory
 from lowmem.memory.budget import limit_cuda_memory, limit_host_memory
 from lowmem.units import parse_bytes
@@ -30,6 +34,37 @@ def earlier_micro_batch(config: FinetuneConfig, folder: Path) -> int:
     if changed:
         raise ConfigError(f"{folder} holds a run with other settings: {'; '.join(changed)}. Keep them, or choose another out")
     return saved["micro_batch_size"] if config.micro_batch_size == "auto" else 0
+
+
+def check_base(config: FinetuneConfig, directory: Path) -> list[str]:
+    """Refuse a base that does not fit its tokenizer or the run, before anything large is read.
+
+    Returns:
+        What a person should know.
+    Raises:
+        ConfigError: the base has fewer positions than a row has tokens.
+        CheckpointError: its configuration is damaged or of no family that is trained here; or its tokenizer is larger than its embedding.
+        DataError: its tokenizer is missing or malformed.
+    """
+    model = empty_model(directory, torch.float32)
+    needed = config.seq_len + (config.adapter.num_virtual_tokens if config.method == "prefix" else 0)
+    positions, said = learned_positions(model), config_positions(model.config)
+    if 0 < positions < needed:
+        prefix = f" and adapter.num_virtual_tokens {config.adapter.num_virtual_tokens}" if needed > config.seq_len else ""
+        raise ConfigError(
+            f"seq_len is {config.seq_len}{prefix}, the base {config.base} has {positions} positions; "
+            f"use seq_len={max(0, positions - needed + config.seq_len)} or less"
+        )
+    tokens, rows = read_tokenizer(config, directory).vocab_size, model.get_input_embeddings().weight.shape[0]
+    if tokens > rows:
+        raise CheckpointError(f"the tokenizer of {directory} has {tokens} tokens, its model {rows}; give files that belong together")
+    notes = []
+    if not positions and said < needed:
+        notes.append(f"seq_len is {config.seq_len}: the base was made for {said} positions, and may compute nonsense beyond them")
+    window = attention_window(model.config)
+    if 0 < window < config.seq_len:
+        notes.append(f"the base looks back at {window} tokens, fewer than seq_len ({config.seq_len}): conversations get rows of their own")
+    return notes
 
 
 def choose_micro_batch(config: FinetuneConfig, directory: Path, at_most: int = 0) -> tuple[FinetuneConfig, FinetuneMemory]:

@@ -13,11 +13,12 @@ from lowmem.engine.random_state import random_state, restore_random_state
 from lowmem.engine.recovery import release_memory
 from lowmem.engine.tensor_file import load_into, read_tensors, write_tensors
 from lowmem.errors import EXIT_INTERRUPTED, DivergedError, StoppedBySignal
-from lowmem.finetune.base_model import DTYPES, base_directory, enable_checkpointing, load_base
+from lowmem.finetune.base_model import DTYPES, base_directory, compute_device, enable_checkpointing, load_base
 from lowmem.finetune.data import ChatData, chat_data, copy_tokenizer, tokenizer_folder
 from lowmem.finetune.methods import WITHOUT_ADAPTER, apply_method, can_checkpoint, one_per_row, parameter_groups
+from lowmem.finetune.probe import check_loss
 from lowmem.finetune.save import merged_model, save_adapter, save_merged
-from lowmem.finetune.settle import choose_micro_batch, earlier_micro_batch, enforce_budget
+from lowmem.finetune.settle import check_base, choose_micro_batch, earlier_micro_batch, enforce_budget
 from lowmem.finetune.step import Stepper
 from lowmem.memory.budget import check_host_limit
 from lowmem.memory.phases import PhasePeaks
@@ -64,12 +65,15 @@ def finetune(config: FinetuneConfig, display: ProgressDisplay) -> Finetuned:
     try:
         earlier = earlier_micro_batch(config, out)
         directory = base_directory(config.base, out)
+        for note in check_base(config, directory):
+            display.message(note)
         config, predicted = choose_micro_batch(config, directory, at_most=earlier)
         display.message(f"{predicted.line()}; micro-batches of {config.micro_batch_size}")
         enforce_budget(config, predicted)
         phases, dtype = PhasePeaks(), DTYPES[config.base_dtype]
         with phases("load"):
             model = load_base(directory, nf4=config.method == "qlora", double_quant=config.adapter.double_quant, dtype=dtype)
+            check_loss(model, compute_device(), packed=not one_per_row(model, config))
         folder, new_ids = tokenizer_folder(config, directory, model)
         data = chat_data(config, folder, one_per_row=one_per_row(model, config), progress=display)
         if data.notes:

@@ -1,0 +1,159 @@
+"""Directories of models as people have them: loaded as transformers loads them, or refused in one line before training."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lowmem.cli import main
+from lowmem.engine.tensor_file import meta_tensors, weight_files
+from lowmem.errors import CheckpointError
+from lowmem.finetune.base_model import load_base
+from tests.reference.tiny_families import save_tiny
+
+TOKENS = torch.arange(20)[None] * 7 % 300
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=TOKENS, use_cache=False).logits
+
+
+def theirs(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "llama"
+    save_tiny(folder, "llama")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    path = tmp_path_factory.mktemp("chat") / "chat.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"some words {n % 7}", "response": "the other words"}) for n in range(40)))
+    return path
+
+
+def change_config(folder, **values) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def change_weights(folder, change) -> None:
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+
+
+def finetune(base, chat, out, *more: str) -> int:
+    settings = {"base": base, "data": chat, "out": out, "seq_len": 64, "steps": 2, "batch_size": 2, "micro_batch_size": 2}
+    settings |= {"val_fraction": 0.1, "optim.warmup_steps": 1}
+    return main(["finetune", "--quiet", *(f"--{key}={value}" for key, value in settings.items()), *more])
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text", "gpt_neo"])
+def test_buffers_of_every_family_are_as_transformers_makes_them(family, tmp_path):
+    save_tiny(tmp_path, family)
+    assert torch.equal(logits(load_base(tmp_path, nf4=False)), logits(theirs(tmp_path)))
+
+
+def test_other_safetensors_beside_the_models_are_left_alone(llama, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(llama, folder)
+    save_file({name: torch.zeros_like(t) for name, t in load_file(folder / "model.safetensors").items()}, folder / "zz-backup.safetensors")
+    assert torch.equal(logits(load_base(folder, nf4=False)), logits(theirs(llama)))
+
+
+def test_names_and_masks_of_gpt2_on_the_hub(tmp_path):
+    """Weights without `transformer.`, and buffers that files of that time hold: uint8 masks."""
+    save_tiny(tmp_path, "gpt2")
+    expected = logits(theirs(tmp_path))
+    mask = torch.ones(1, 1, 128, 128, dtype=torch.uint8).tril()
+    change_weights(tmp_path, lambda w: {k.removeprefix("transformer."): v for k, v in w.items()} | {"h.0.attn.bias": mask})
+    model = load_base(tmp_path, nf4=False)
+    assert torch.equal(logits(model), expected)
+    model.requires_grad_(True)  # as method=full does it
+
+
+@pytest.mark.parametrize("quantised", ["quantization_config", "compression_config", "numbers"])
+def test_quantised_bases_are_refused(quantised, llama, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(llama, folder)
+    if quantised == "numbers":
+        change_weights(folder, lambda w: {k: v.to(torch.float8_e4m3fn) if "proj" in k else v for k, v in w.items()})
+        wanted = "holds quantised weights .*proj.weight is F8_E4M3"
+    else:
+        change_config(folder, **{quantised: {"quant_method": "awq", "bits": 4}})
+        wanted = rf"has {quantised} \(awq\); give the base with plain fp32, bf16 or fp16 weights"
+    with pytest.raises(CheckpointError, match=wanted):
+        load_base(folder, nf4=False)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "mamba"])
+def test_families_that_are_not_trained_are_named(family, chat, tmp_path, capsys):
+    save_tiny(tmp_path / "base", family)
+    assert finetune(tmp_path / "base", chat, tmp_path / "out") == 5
+    assert f"found model_type '{family}', lowmem finetune takes apertus" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change, wanted",
+    [
+        (
+            lambda w: {k: v[:, :8].contiguous() if "q_proj" in k else v for k, v in w.items()},
+            r"q_proj.weight has shape \(32, 8\), expected",
+        ),
+        (
+            lambda w: {k: v[:300] if "embed" in k else v for k, v in w.items()},
+            r"embed_tokens.weight has shape \(300, 32\), expected \(320,",
+        ),
+        (lambda w: w | {"model.norm.weight": torch.full((32,), torch.nan)}, "computes a loss of nan: its weights are not finite"),
+    ],
+)
+def test_weights_of_other_shapes_are_refused_before_training(change, wanted, llama, tmp_path):
+    from lowmem.finetune.probe import check_loss
+
+    folder = tmp_path / "base"
+    shutil.copytree(llama, folder)
+    change_weights(folder, change)
+    with pytest.raises(CheckpointError, match=wanted):
+        check_loss(load_base(folder, nf4=False), torch.device("cpu"), packed=True)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(llama, chat, tmp_path, capsys):
+    folder = tmp_path / "base"
+    save_tiny(folder, "llama", vocab_size=200)
+    assert finetune(folder, chat, tmp_path / "out", "--dry_run") == 5
+    assert "tokens, its model 200; give files that belong together" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj"])
+def test_rows_longer_than_the_positions_of_the_base_are_refused(family, chat, tmp_path, capsys):
+    save_tiny(tmp_path / "base", family)
+    assert finetune(tmp_path / "base", chat, tmp_path / "out", "--seq_len=256", "--dry_run") == 2
+    assert "seq_len is 256, the base " in (error := capsys.readouterr().err)
+    assert "has 128 positions; use seq_len=128 or less" in error
+
+
+@pytest.mark.parametrize("values", [{"hidden_size": "32"}, {"num_hidden_layers": 10**9}, {"num_attention_heads": 0}, {"vocab_size": -3}])
+def test_nonsense_in_config_json_is_one_line(values, llama, chat, tmp_path, capsys):
+    folder = tmp_path / "base"
+    shutil.copytree(llama, folder)
+    change_config(folder, **values)
+    assert finetune(folder, chat, tmp_path / "out", "--dry_run") == 5
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_the_index_decides_and_names_files_of_its_folder(llama, tmp_path):
+    for names in (["../model.safetensors"], ["/dev/zero"], ["model-1.bin"], [], ["x" * 5000]):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict(enumerate(names))}))
+        with pytest.raises(CheckpointError):
+            weight_files(tmp_path)
+    save_file({"a": torch.zeros(2).to(torch.float8_e5m2)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="a is F8_E5M2, allowed: "):
+        list(meta_tensors(tmp_path / "model.safetensors"))
