@@ -33,13 +33,17 @@ def parquet_texts(path: Path, field: str, decode_errors: DecodeErrors, counters:
     Raises:
         DataError: pyarrow is not installed, the file is damaged, `field` is missing or holds no text, or a row is not UTF-8 or too long.
         StorageError: no room to unpack.
-    Memory: some pages of one column, and 32 MiB of its text or one row.
+    Memory: one column of one row group.
     """
     with _readable(path) as readable:
         before, size = counters.input_bytes, path.stat().st_size
         for row, rows, data in _values(path, readable, field):
             if data is None:
                 raise DataError(f"{path}: row {row} has null in {field!r}, expected text; mend the row")
+            if len(data) > MAX_LINE_BYTES:
+                raise DataError(
+                    f"{path}: row {row} has {format_bytes(len(data))} of text, allowed are {format_bytes(MAX_LINE_BYTES)}; divide it"
+                )
             text, replaced = decode_value(data, f"{path}: row {row}", decode_errors)
             counters.replacements += replaced
             counters.input_bytes = before + size * row // rows
@@ -96,31 +100,41 @@ def _values(path: Path, readable: Path | BinaryIO, field: str) -> Iterator[tuple
         with pyarrow.parquet.ParquetFile(readable, memory_map=False, pre_buffer=False, buffer_size=_BLOCK_BYTES) as file:
             rows = file.metadata.num_rows
             _check_column(path, field, file.schema_arrow)
+            _check_ratio(path, file.metadata)
             for group in range(file.num_row_groups):
-                size = _batch_rows(path, field, file.metadata.row_group(group))
+                size = _batch_rows(file, field, group)
                 # columns below the name, as in "text.lang", come too
                 for batch in file.iter_batches(batch_size=size, row_groups=[group], columns=[field], use_threads=False):
                     for value in _bytes_of(batch.column(batch.schema.names.index(field))):
                         row += 1
                         yield row, rows, value
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last one: names of columns
         raise _damaged(path, row, str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__) from error
 
 
-def _batch_rows(path: Path, field: str, group: Any) -> int:
+def _check_ratio(path: Path, metadata: Any) -> None:
+    """Refuse a file that was made to fill the memory, before a page of it is unpacked."""
+    unpacked = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
+    packed = max(1, path.stat().st_size)
+    if unpacked > max(_MAX_RATIO_BYTES, _MAX_RATIO * packed):
+        raise DataError(
+            f"{path} unpacks from {format_bytes(packed)} to {format_bytes(unpacked)}, allowed is a ratio of {_MAX_RATIO}; replace the file"
+        )
+
+
+def _batch_rows(file: Any, field: str, group: int) -> int:
     """Rows of a row group whose text may be unpacked at once."""
-    rows = max(1, group.num_rows)
-    chunks = [chunk for chunk in map(group.column, range(group.num_columns)) if chunk.path_in_schema == field]
+    metadata = file.metadata.row_group(group)
+    if metadata.total_byte_size * _BATCH_ROWS <= _BATCH_BYTES:
+        return _BATCH_ROWS  # even if every row were the longest value there can be
+    # a damaged description of the column ends the process below; reading a row finds it first, and reports it
+    next(iter(file.iter_batches(batch_size=1, row_groups=[group], columns=[field], use_threads=False)), None)
+    chunks = [metadata.column(leaf) for leaf in range(metadata.num_columns) if file.schema.column(leaf).path == field]
     unpacked = max((chunk.total_uncompressed_size for chunk in chunks), default=0)
     packed = max(1, sum(chunk.total_compressed_size for chunk in chunks))
-    if unpacked > MAX_LINE_BYTES * rows or unpacked > max(_MAX_RATIO_BYTES, _MAX_RATIO * packed):
-        raise DataError(
-            f"{path}: {rows} rows of {field!r} unpack from {format_bytes(packed)} to {format_bytes(unpacked)}, allowed are "
-            f"{format_bytes(MAX_LINE_BYTES)} a row and a ratio of {_MAX_RATIO}; divide the rows, or replace the file"
-        )
-    # values of a dictionary are stored once and unpacked for every row
+    # values of a dictionary are stored once and unpacked for every row; any of them may fill the whole page
     shared = [chunk.data_page_offset - chunk.dictionary_page_offset for chunk in chunks if chunk.has_dictionary_page]
-    largest = max(unpacked // rows, max(shared, default=0) * unpacked // packed // _BATCH_ROWS, 1)
+    largest = max(unpacked // max(1, metadata.num_rows), max(shared, default=0) * unpacked // packed, 1)
     return max(1, min(_BATCH_ROWS, _BATCH_BYTES // largest))
 
 
@@ -131,6 +145,8 @@ def _bytes_of(array: Any) -> Iterator[bytes | None]:
     if pyarrow.types.is_dictionary(array.type):
         values = _as_binary(array.dictionary)
         for index in array.indices.to_pylist():
+            if index is not None and not 0 <= index < len(values):
+                raise pyarrow.ArrowInvalid("a row names a value that its dictionary lacks")
             yield None if index is None else values[index].as_py()
         return
     for value in _as_binary(array):

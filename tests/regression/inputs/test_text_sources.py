@@ -270,8 +270,29 @@ def test_a_row_that_unpacks_to_more_than_a_document_may_have(tmp_path, monkeypat
     monkeypatch.setattr(parquet_files, "MAX_LINE_BYTES", MIB)
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a" * 2 * MIB]}), path, use_dictionary=False, compression="zstd")
-    with pytest.raises(DataError, match=r"1 rows of 'text' unpack .* allowed are 1 MiB a row"):
+    with pytest.raises(DataError, match="row 1 has 2 MiB of text, allowed are 1 MiB; divide it"):
         documents(path)
+
+
+def test_parquet_that_was_made_to_fill_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet_files, "_MAX_RATIO_BYTES", MIB)
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a" * MIB] * 8}), path, use_dictionary=False, compression="zstd")
+    with pytest.raises(DataError, match="unpacks from .* to 8 MiB, allowed is a ratio of 1000"):
+        documents(path)
+
+
+def test_a_value_that_many_rows_share_is_unpacked_for_few_of_them_at_once(tmp_path):
+    path = tmp_path / "a.parquet"
+    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 300, pyarrow.int32()), pyarrow.array(["x" * 4 * MIB]))
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": column.cast(pyarrow.string())}), path, dictionary_pagesize_limit=64 * MIB, store_schema=False
+    )
+    pieces = open_source(SourceConfig(path=str(path)), "fail").pieces(ReadCounters())
+    before = pyarrow.total_allocated_bytes()
+    next(pieces)
+    # 8 rows of 4 MiB, as many bytes again while a batch is made, and the dictionary itself; 256 rows would be 1 GiB
+    assert pyarrow.total_allocated_bytes() - before < 100 * MIB
 
 
 def test_a_compressed_file_that_is_no_parquet_is_not_unpacked(tmp_path):
