@@ -1,21 +1,28 @@
 """Predicted against measured peak host memory, configuration by configuration, in fresh processes.
 
-    python profiling/bench_predict.py --out profiling/results     # half an hour on two cores; writes bench_predict.json
+    python profiling/bench_predict.py --out profiling/results             # half an hour on two cores; writes bench_predict.json
+    python profiling/bench_predict.py --drawn 30 --out profiling/results  # the same for settings drawn by seed: bench_predict_drawn.json
+
 
 Every configuration is trained for a few steps with an evaluation and a save; `memory.json` of the run holds the measured peak of the
 process tree (of all ranks), the prediction comes from another process that allocates no model. Text is prepared beforehand, so that the
 measured peak is the training's. The error is predicted / measured - 1: negative is too low, the dangerous side.
+
+Drawn rows come from the whole space of settings (`draw`), and are written one by one: what is in the file already is kept, so that an
+interrupted run goes on. They say nothing of speed.
 """
 
 import argparse
 import json
 import os
+import random
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
 from machine import describe_machine
@@ -108,7 +115,12 @@ def main() -> None:
     parser.add_argument("--only", default="", help="configurations whose name contains this")
     parser.add_argument("--again", type=Path, help="a bench_predict.json whose measurements are kept; only the predictions are made anew")
     parser.add_argument("--out", type=Path, help="folder for bench_predict.json")
+    parser.add_argument("--drawn", type=int, default=0, metavar="N", help="N configurations drawn by seed instead")
+    parser.add_argument("--seed", type=int, default=0, help="of --drawn")
     arguments = parser.parse_args()
+    if arguments.drawn:
+        measure_drawn(arguments.drawn, arguments.seed, arguments.only, arguments.again, arguments.out)
+        return
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, settings in CONFIGS.items():
@@ -177,6 +189,133 @@ def predict_again(name: str, settings: list[str], kept: dict) -> dict:
         "prediction_s": round(time.perf_counter() - began, 1),
         "predictor_mb": round(predicted["predictor_peak_bytes"] / 1e6),
         "components": predicted["components"],
+    }
+
+
+DRAWN_COMMON = [
+    "data.sources=[{stdlib: true, max_bytes: 3000000}]", "data.val_fraction=0.05", "train.steps=2", "train.eval_every=2",
+    "train.eval_sequences=4", "train.save_every=2", "device=cpu", "optim.lr=1e-4",
+]  # fmt: skip
+FLOPS_PER_STEP = 1e11  # of a drawn row, so that the table takes half an hour
+BPE_ROWS = 2000
+
+
+def draw(seed: int, number: int) -> list[str]:
+    """Settings of one row: drawn until they contradict nothing and a step takes at most FLOPS_PER_STEP.
+
+    A row depends on the seed and its number only; one that is refused is drawn again.
+    """
+    from lowmem.config_load import load_run_config
+    from lowmem.errors import ConfigError
+
+    for attempt in range(1000):
+        rng = random.Random(f"{seed} {number} {attempt}")
+        settings = draw_once(rng)
+        try:
+            config = load_run_config(overrides=[*DRAWN_COMMON, *settings])
+        except ConfigError:
+            continue
+        model = config.model
+        parameters = 12 * model.num_layers * model.dim**2 + 2 * model.vocab_size * model.dim
+        if 6 * parameters * config.train.global_batch_size * config.data.seq_len <= FLOPS_PER_STEP:
+            return settings
+    raise SystemExit(f"no settings for row {number} of seed {seed}")
+
+
+def draw_once(rng: random.Random) -> list[str]:
+    """Every setting by itself; some contradict each other."""
+    dim, micro = rng.randrange(192, 1025, 64), rng.choice([1, 2, 4, 8])
+    tokenizer = rng.choice(["bytes", "bpe"])
+    rows = BPE_ROWS if tokenizer == "bpe" else 259
+    vocabulary = rng.choice([rows, rng.randrange(rows, 50_000)])
+    rank = rng.choice([0, 0, dim // 8, dim // 4])
+    name, bits = rng.choice(["adamw", "adamw", "lion", "spectron"]), rng.choice([32, 8, 4])
+    positions = rng.choice(["rope", "alibi", "learned"])
+    weights = rng.choice(["fp32", "fp32", "bf16", "int8", "int4"])
+    settings = {
+        "model.dim": dim, "model.num_layers": rng.randint(2, 12), "model.num_heads": dim // rng.choice([32, 64]),
+        "model.vocab_size": vocabulary, "model.positions": positions, "model.tie_embeddings": rng.choice(["true", "false"]),
+        "model.norm": rng.choice(["rmsnorm", "layernorm"]), "model.activation": rng.choice(["swiglu", "gelu"]),
+        "model.lorpt.rank": rank, "data.tokenizer": tokenizer,
+        "data.seq_len": rng.choice([64, 128, 256, 512, 640, 1024]), "optim.name": name, "optim.state_bits": bits,
+        "optim.backend": rng.choice(["lowmem"] * 5 + ["bitsandbytes"]), "train.update": rng.choice(["accumulate", "layerwise"]),
+        "train.activation_checkpointing": rng.choice(["none", "block", "selective", "low_rank"]),
+        "train.weight_dtype": weights, "train.precision": "bf16" if weights == "bf16" else rng.choice(["fp32", "bf16"]),
+        "train.micro_batch_size": micro, "train.global_batch_size": micro * rng.choice([1, 2, 4]),
+    }  # fmt: skip
+    if tokenizer == "bpe":
+        settings["data.tokenizer_vocab_size"] = BPE_ROWS
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+def measure_drawn(count: int, seed: int, only: str, again: Path | None, out: Path | None) -> None:
+    """Rows 0 to count - 1, each written as soon as it is known; see `main`."""
+    path = out / "bench_predict_drawn.json" if out else None
+    kept = json.loads((again or path).read_text())["rows"] if (again or path) and (again or path).exists() else {}
+    rows = {}
+    for number in range(count):
+        name, settings = f"{seed}/{number}", draw(seed, number)
+        if only and only not in f" {name} ":
+            continue
+        earlier = kept.get(name) if kept.get(name, {}).get("settings") == settings else None
+        if earlier is None or again:
+            measured = earlier or measure_row(settings)
+            rows[name] = {"settings": settings, **measured, **predict_row(settings, measured["measured_mb"])}
+            print(f"{name:8} {json.dumps({k: v for k, v in rows[name].items() if k != 'components'})}", flush=True)
+        else:
+            rows[name] = earlier
+        result = {"machine": describe_machine(), "seed": seed, "summary": drawn_summary(list(rows.values())), "rows": rows}
+        if path:
+            path.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result["summary"], indent=1))
+
+
+def measure_row(settings: list[str]) -> dict:
+    """Peak of a run in a process of its own, with text that is prepared beforehand."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = [f"--{setting}" for setting in [*DRAWN_COMMON, *settings, f"run_dir={folder}/run"]]
+        prepare(tuple(f"--{setting}" for setting in [*DRAWN_COMMON, *settings] if setting.startswith(("data.", "train.steps"))))
+        command = [sys.executable, "-m", "lowmem.cli", "pretrain", "--quiet", *arguments]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        measured = json.loads(Path(folder, "run", "memory.json").read_text())["measured"]
+    return {
+        "measured_mb": round(measured["host_peak_bytes"] / 1e6, 1),
+        "phases_measured_mb": {phase: round(peaks["host_peak_bytes"] / 1e6) for phase, peaks in measured["phases"].items()},
+    }
+
+
+@cache
+def prepare(arguments: tuple[str, ...]) -> None:
+    """Tokenise the text in a process of its own, once for all rows that share it."""
+    subprocess.run([sys.executable, "-c", PREPARE, *arguments], check=True)
+
+
+def predict_row(settings: list[str], measured_mb: float) -> dict:
+    """What is predicted for a row, and the error."""
+    from lowmem.config_load import load_run_config
+    from lowmem.planning import speed
+    from lowmem.planning.predict import predict_peak
+    from lowmem.planning.probe import Rates
+
+    rates = Rates({"float32": 1e11}, 1e10, 1e-6, dict.fromkeys(("32", "8", "4", "bitsandbytes"), 1e8))
+    speed.rates_for = lambda config: rates  # the table says nothing of speed
+    predicted = predict_peak(load_run_config(overrides=[*DRAWN_COMMON, *settings])).as_dict()
+    return {
+        "error": round(predicted["host_peak_bytes"] / 1e6 / measured_mb - 1, 4),
+        "predicted_mb": round(predicted["host_peak_bytes"] / 1e6, 1),
+        "phases_predicted_mb": {phase: round(size / 1e6) for phase, size in predicted["host_phases"].items()},
+        "components": predicted["components"],
+    }
+
+
+def drawn_summary(rows: list[dict]) -> dict:
+    """The claims: median and worst error, and the worst on the low side."""
+    errors = [row["error"] for row in rows]
+    return {
+        "configurations": len(rows),
+        "median_error": round(statistics.median(map(abs, errors)), 4),
+        "worst_error": max(errors, key=abs),
+        "lowest": min(errors),
     }
 
 

@@ -8,15 +8,17 @@ import os
 import re
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lowmem.errors import StorageError
 
 HASH_BLOCK_BYTES = 1024 * 1024
+T = TypeVar("T")
 UNFINISHED = ".writing-"  # begins the name of a folder that is being written
 WRITE_ERRNOS = frozenset(
     {
@@ -163,6 +165,27 @@ def write_json(path: Path, value: Any) -> None:
     """
     with storage_errors(path):
         replace_file(path, json.dumps(value, indent=1) + "\n")
+
+
+def cached_json(path: Path, read: Callable[[Any], T], make: Callable[[], Any]) -> T:
+    """What `read` makes of the JSON in a file of the cache; of what `make` returns, which is kept there, if the file is missing or damaged.
+
+    A cache that cannot be written ends nothing: a line on standard error, and the next run makes the value again.
+
+    Args:
+        read: raises KeyError, TypeError or ValueError at a value that cannot be true.
+        make: a JSON-ready value.
+    """
+    try:
+        return read(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):  # damaged files are as good as none
+        value = make()
+    try:
+        make_directory(path.parent)
+        write_json(path, value)
+    except (StorageError, OSError) as error:
+        print(f"lowmem: {error}; not kept for the next time", file=sys.stderr)
+    return read(value)
 
 
 @contextmanager

@@ -16,19 +16,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from lowmem.config import RunConfig
+from lowmem.config import DataConfig, RunConfig
+from lowmem.config_check import QUANTIZED
 from lowmem.config_load import load_run_config
-from lowmem.data.storage import cache_root, compiled_root, file_sha256, json_sha256, make_directory, write_json
+from lowmem.data.simple_tokenizers import ByteTokenizer
+from lowmem.data.storage import cache_root, cached_json, compiled_root, file_sha256, json_sha256
+from lowmem.data.tokenizers import load_tokenizer
 from lowmem.devices import cpu_model, usable_cores
-from lowmem.errors import ConfigError
+from lowmem.errors import ConfigError, MemoryBudgetError
 from lowmem.memory.block_cache import KEEP_FROM_BYTES, block_cache_library
 from lowmem.memory.malloc import MAP_FROM_BYTES
+from lowmem.planning.check import KILLED
 
 CUDA_HOST_BYTES = 1_300_000_000  # libraries and driver of a process that uses CUDA; an estimate where it cannot be measured
 UNSEEN_BYTES = 8_000_000  # what a larger model than the trial's adds besides tensors: kernels for more shapes, autograd's nodes
-_TOKENIZER_BYTES_PER_ROW = 1_500  # a byte-level BPE in memory: its vocabulary and merges, both ways
+_TOKENIZER_BYTES_PER_ROW = 1_200  # a byte-level BPE in memory: vocabulary and merges, both ways; 27 MB of 24,000 rows, 12 of 8,000
+_TRIAL_TOKENIZER_ROWS = 300
+_MOST_BYTES = 1 << 50  # of a base cost that can be true
 _LIBRARIES = ("torch", "deepspeed", "bitsandbytes", "lion-pytorch", "tokenizers", "numpy", "lowmem")
 _LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _TEXT = "the quick brown fox jumps over the lazy dog and runs away from it\n" * 2000
@@ -44,8 +50,26 @@ class Base:
 
 def data_bytes(config: RunConfig) -> int:
     """Tokenizer, batches, and what is no tensor and yet grows, on the host."""
-    rows = config.model.vocab_size if config.data.tokenizer not in ("bytes", "chars") else 0
+    rows = min(config.model.vocab_size, tokenizer_rows(config.data) or config.model.vocab_size) if _has_library(config.data) else 0
     return UNSEEN_BYTES + rows * _TOKENIZER_BYTES_PER_ROW + 3 * 8 * config.train.global_batch_size * (config.data.seq_len + 1)
+
+
+def tokenizer_rows(data: DataConfig) -> int:
+    """Rows the tokenizer will have: its configured size for those that are trained; 0 where only the text or the hub tells."""
+    if data.tokenizer in ("bpe", "chunk"):
+        return data.tokenizer_vocab_size
+    if data.tokenizer == "bytes":
+        return ByteTokenizer().vocab_size
+    path = Path(data.tokenizer).expanduser()
+    return load_tokenizer(path).vocab_size if data.tokenizer != "chars" and path.exists() else 0
+
+
+def _has_library(data: DataConfig) -> bool:
+    """Whether the tokenizer is one of the tokenizers library."""
+    path = Path(data.tokenizer).expanduser()
+    if data.tokenizer in ("bytes", "chars", "chunk"):
+        return False
+    return not path.exists() or load_tokenizer(path).kind in ("bpe", "huggingface")
 
 
 def measured_base(config: RunConfig, world_size: int, tensor_peak: Callable[[RunConfig, int], int]) -> Base:
@@ -67,21 +91,37 @@ def measured_base(config: RunConfig, world_size: int, tensor_peak: Callable[[Run
     threads = os.environ.get("OMP_NUM_THREADS")
     key = json_sha256([settings, document, world_size, _versions(), cpu_model(), usable_cores(), threads, kept])
     path = cache_root(config.data.cache_dir) / "base" / f"{key[:24]}.json"
-    if not path.exists():
+
+    def measure() -> dict[str, Any]:
         print(f"measuring what such a run costs before its first tensor (once, some seconds): {path.stem}", file=sys.stderr)
-        make_directory(path.parent)
-        write_json(path, {"base_bytes": _measure(settings, world_size, tensor_peak), "settings": settings, "world_size": world_size})
-    return Base(json.loads(path.read_text())["base_bytes"], "measured")
+        return {"base_bytes": _measure(settings, world_size, tensor_peak), "settings": settings, "world_size": world_size}
+
+    return Base(cached_json(path, _base_bytes, measure), "measured")
+
+
+def _base_bytes(value: Any) -> int:
+    """What a file of the cache says.
+
+    Raises:
+        ValueError: it says nothing that can be true.
+    """
+    size = value["base_bytes"]
+    if type(size) is not int or not 0 < size < _MOST_BYTES:
+        raise ValueError("no number of bytes")
+    return size
 
 
 def _kind(config: RunConfig) -> list[str]:
-    """The settings that decide which libraries and kernels a run loads, as overrides.
+    """The settings that decide which libraries and kernels a run loads, as overrides; a test compares the modules.
 
-    With lowmem's own optimizers it is the same for all widths of states and weights; torch's and lion-pytorch's import more.
+    lowmem's own optimizers are one kind, for all widths of states and of floating-point weights; torch's and lion-pytorch's import more,
+    and so do quantised weights. Tokenizers of the tokenizers library are one kind, and those of lowmem, which are plain Python, another.
     """
     model, train, optim, engine = config.model, config.train, config.optim, config.engine
-    narrow = optim.state_bits != 32 or train.weight_dtype != "fp32" or train.update == "layerwise"
+    narrow = optim.state_bits != 32 or train.weight_dtype != "fp32" or train.update == "layerwise" or optim.name == "spectron"
     own = optim.backend == "lowmem" and narrow and engine.name == "local"
+    weights = "int8" if train.weight_dtype in QUANTIZED else "fp32" if own else train.weight_dtype
+    tokenizer = ["data.tokenizer=bpe", f"data.tokenizer_vocab_size={_TRIAL_TOKENIZER_ROWS}"] if _has_library(config.data) else []
     return [
         f"model.name={model.name}",
         "model.dim=256",
@@ -89,7 +129,7 @@ def _kind(config: RunConfig) -> list[str]:
         "model.num_heads=4",
         f"train.precision={train.precision}",
         f"train.update={train.update}",
-        f"train.weight_dtype={'fp32' if own else train.weight_dtype}",
+        f"train.weight_dtype={weights}",
         f"optim.name={'adamw' if own else optim.name}",
         f"optim.state_bits={8 if own else optim.state_bits}",
         f"optim.backend={optim.backend}",
@@ -100,47 +140,71 @@ def _kind(config: RunConfig) -> list[str]:
         f"engine.config={Path(engine.config).resolve() if engine.config else ''}",
         f"train.threads={train.threads}",
         f"loggers={json.dumps([name for name in config.loggers if name == 'tensorboard'])}",
+        *(tokenizer or ["data.tokenizer=bytes"]),
     ]
+
+
+def trial_settings(settings: Sequence[str], folder: Path, world_size: int) -> list[str]:
+    """Overrides of the run that is measured; its text is written to `folder`."""
+    (folder / "text.txt").write_text(_TEXT)
+    return [
+        *settings, f"data.sources=[{{path: {folder}/text.txt}}]", "data.seq_len=256", "data.val_fraction=0.1",
+        f"data.cache_dir={folder / 'cache'}", f"train.global_batch_size={4 * world_size}", "train.micro_batch_size=2",
+        "train.steps=4", "train.eval_every=4", "train.eval_sequences=4", "train.save_every=4", f"run_dir={folder / 'run'}",
+    ]  # fmt: skip
 
 
 def _measure(settings: Sequence[str], world_size: int, tensor_peak: Callable[[RunConfig, int], int]) -> int:
     folder = Path(tempfile.mkdtemp(prefix="lowmem-base-"))
     try:
-        (folder / "text.txt").write_text(_TEXT)
-        overrides = [
-            *settings, f"data.sources=[{{path: {folder}/text.txt}}]", "data.tokenizer=bytes", "data.seq_len=256", "data.val_fraction=0.1",
-            f"data.cache_dir={folder / 'cache'}", f"train.global_batch_size={4 * world_size}", "train.micro_batch_size=2",
-            "train.steps=4", "train.eval_every=4", "train.eval_sequences=4", "train.save_every=4", f"run_dir={folder / 'run'}",
-        ]  # fmt: skip
-        arguments = ["lowmem.cli", "pretrain", "--quiet", *(f"--{override}" for override in overrides)]
+        overrides = [f"--{override}" for override in trial_settings(settings, folder, world_size)]
         inherited = {name: value for name, value in os.environ.items() if name not in _LAUNCH}
         environment = {**inherited, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
-        command = [sys.executable, "-m", *arguments]
-        if world_size > 1:
-            launcher = str(Path(sys.executable).parent / "deepspeed")
-            command = [
-                launcher,
-                "-q",
-                "--no_local_rank",
-                "--master_port",
-                str(_free_port()),
-                "--num_gpus",
-                str(world_size),
-                "--module",
-                *arguments,
-            ]
-        result = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if "data.tokenizer=bytes" not in settings:  # what a tokenizer takes while it is trained is no part of the base
+            _run([sys.executable, "-c", _PREPARE, *overrides], environment)
+        _run(_command(["lowmem.cli", "pretrain", "--quiet", *overrides], world_size), environment)
         report = folder / "run" / "memory.json"
-        if result.returncode or not report.exists():
-            last = (result.stderr.strip() or result.stdout.strip()).splitlines()[-1:]
-            raise ConfigError(
-                f"the base cost of such a run could not be measured, its trial ended with {result.returncode}: {' '.join(last)}"
-            )
+        if not report.exists():
+            raise ConfigError("the base cost of such a run could not be measured: its trial left no memory.json")
         measured = json.loads(report.read_text())["measured"]["host_peak_bytes"]
         config = load_run_config(folder / "run" / "config.yaml")
         return measured - tensor_peak(config, world_size) - (data_bytes(config) - UNSEEN_BYTES) * world_size
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+_PREPARE = """
+import sys
+from lowmem.config_load import load_run_config
+from lowmem.data.prepare import prepare_data
+config = load_run_config(overrides=[argument[2:] for argument in sys.argv[1:]])
+prepare_data(config.data, seed=config.train.seed)
+"""
+
+
+def _command(arguments: list[str], world_size: int) -> list[str]:
+    """What starts a module on so many ranks."""
+    if world_size == 1:
+        return [sys.executable, "-m", *arguments]
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "-q", "--no_local_rank", "--master_port", str(_free_port())]
+    return [*launcher, "--num_gpus", str(world_size), "--module", *arguments]
+
+
+def _run(command: list[str], environment: dict[str, str]) -> None:
+    """Run a part of the trial.
+
+    Raises:
+        MemoryBudgetError: it ran out of memory, or was killed, which is what the system does then.
+        ConfigError: it failed.
+    """
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if not result.returncode:
+        return
+    last = " ".join((result.stderr.strip() or result.stdout.strip()).splitlines()[-1:])
+    problem = f"the base cost of such a run could not be measured, its trial ended with {result.returncode}: {last}"
+    if result.returncode in (*KILLED, MemoryBudgetError.exit_code):
+        raise MemoryBudgetError(f"{problem}; a run of a few thousand parameters does not fit the memory that is free: free some")
+    raise ConfigError(problem)
 
 
 def _on_cpu(config: RunConfig) -> RunConfig:

@@ -12,7 +12,9 @@ from typing import Any
 
 from lowmem.config import RunConfig
 from lowmem.config_load import config_from_values
-from lowmem.errors import EXIT_INTERRUPTED, ConfigError
+from lowmem.errors import EXIT_INTERRUPTED, ConfigError, MemoryBudgetError
+
+KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)  # exit codes of a process that the system ended for want of memory
 
 
 def check_run(config: RunConfig, world_size: int = 1, local_ranks: int = 0) -> dict[str, Any]:
@@ -25,16 +27,23 @@ def check_run(config: RunConfig, world_size: int = 1, local_ranks: int = 0) -> d
         `predicted`, as in memory.json; `summary` of it for people; `refusal`: one paragraph, empty if the run fits.
     Raises:
         ConfigError: the configuration cannot be predicted.
+        MemoryBudgetError: there is not enough memory to predict it, let alone to run it.
     Memory: none in this process.
     """
     request = json.dumps({"config": asdict(config), "world_size": world_size, "local_ranks": local_ranks})
     result = subprocess.run([sys.executable, "-m", "lowmem.planning.check"], input=request, capture_output=True, text=True)
     if result.returncode in (EXIT_INTERRUPTED, -signal.SIGINT):
         raise KeyboardInterrupt
-    if result.returncode:
-        lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
-        raise ConfigError(f"the memory of this run could not be predicted: {lines[-1]}")
-    return json.loads(result.stdout)
+    if not result.returncode:
+        return json.loads(result.stdout)
+    lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
+    if result.returncode in KILLED:
+        raise MemoryBudgetError(
+            "the memory of this run could not be predicted: the process that predicts it takes some 400 MB and was killed, as the "
+            "system does when memory runs out; free memory, raise the control group's limit, or start without a prediction: --force"
+        )
+    error = MemoryBudgetError if result.returncode == MemoryBudgetError.exit_code else ConfigError
+    raise error(f"the memory of this run could not be predicted: {lines[-1]}")
 
 
 def main() -> None:
@@ -44,7 +53,14 @@ def main() -> None:
 
     request = json.load(sys.stdin)
     config = config_from(request["config"])
-    prediction = predict_peak(config, request["world_size"], request["local_ranks"])
+    try:
+        prediction = predict_peak(config, request["world_size"], request["local_ranks"])
+    except (MemoryBudgetError, MemoryError) as error:
+        print(f"memory ran out: {error}" if isinstance(error, MemoryError) else error, file=sys.stderr)
+        sys.exit(MemoryBudgetError.exit_code)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        sys.exit(ConfigError.exit_code)
     answer = {
         "predicted": prediction.as_dict(),
         "summary": "; ".join(prediction.lines()[1:]),

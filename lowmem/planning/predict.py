@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lowmem.config import RunConfig
-from lowmem.data.simple_tokenizers import ByteTokenizer
 from lowmem.data.storage import compiled_root
 from lowmem.devices import cuda_problem, resolve_precision
 from lowmem.engine.build import chosen_device
@@ -14,7 +13,7 @@ from lowmem.errors import ConfigError
 from lowmem.memory.block_cache import block_cache_library
 from lowmem.models.base import LanguageModel
 from lowmem.nn.quantized import stored_bytes
-from lowmem.planning.base_cost import Base, data_bytes, measured_base
+from lowmem.planning.base_cost import Base, data_bytes, measured_base, tokenizer_rows
 from lowmem.planning.cuda_allocator import CudaAllocator
 from lowmem.planning.host_allocator import HostAllocator
 from lowmem.planning.replay import Peaks, live_peaks, replay
@@ -199,10 +198,10 @@ def _cuda_precision(config: RunConfig) -> Any:
 
 
 def _vocab_size(config: RunConfig) -> int:
-    """Rows the tokenizer will have: its configured size for those that are trained."""
-    name = config.data.tokenizer
-    if name in ("bpe", "chunk"):
-        return config.data.tokenizer_vocab_size
-    if name == "bytes":
-        return ByteTokenizer().vocab_size
-    raise ConfigError(f"data.tokenizer={name} has a size that only the text or the file tells; set model.vocab_size for a dry run")
+    """Rows the tokenizer will have."""
+    rows = tokenizer_rows(config.data)
+    if rows:
+        return rows
+    raise ConfigError(
+        f"data.tokenizer={config.data.tokenizer} has a size that only the text or the file tells; set model.vocab_size for a dry run"
+    )

@@ -1,21 +1,23 @@
 """What this machine does in a second: matrix products, memory traffic, operators, optimizer steps. Measured once, kept in the cache."""
 
-import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
+from typing import Any
 
 import psutil
 import torch
 
 from lowmem.config import RunConfig
-from lowmem.data.storage import cache_root, json_sha256, make_directory, write_json
+from lowmem.data.storage import cache_root, cached_json, json_sha256
 from lowmem.devices import cpu_model, usable_cores
 from lowmem.optim.adamw import AdamW
 
 _TOKENS, _WIDTH, _HIDDEN = 1024, 1024, 2688
 _ROUNDS = 15
+_WIDTHS = {"32", "8", "4", "bitsandbytes"}
 _LOOK_S, _BUSY_PERCENT = 0.2, 25.0
 
 
@@ -59,13 +61,36 @@ def rates_for(config: RunConfig) -> Rates:
         return GPU_RATES["t4" if config.train.precision == "fp16" else "cuda"]
     key = json_sha256([torch.__version__, cpu_model(), usable_cores(), torch.get_num_threads()])
     path = cache_root(config.data.cache_dir) / "rates" / f"{key[:24]}.json"
-    if path.exists():
-        return Rates(**json.loads(path.read_text()))
-    if _is_busy():
+    try:
+        return cached_json(path, _rates, _measured_when_idle)
+    except _Busy:
         return _rates_while_busy()
-    make_directory(path.parent)
-    write_json(path, asdict(measure_rates()))
-    return Rates(**json.loads(path.read_text()))
+
+
+class _Busy(Exception):
+    """Other programs use the cores."""
+
+
+def _measured_when_idle() -> dict[str, Any]:
+    if _is_busy():
+        raise _Busy
+    return asdict(measure_rates())
+
+
+def _rates(value: Any) -> Rates:
+    """What a file of the cache says.
+
+    Raises:
+        TypeError, ValueError: it says nothing that can be true.
+    """
+    rates = Rates(**value)
+    by_kind = [rates.matmul, rates.updates]
+    if not all(isinstance(kind, dict) for kind in by_kind) or {"float32"} - {*rates.matmul} or _WIDTHS - {*rates.updates}:
+        raise ValueError("not the rates of every kind of work")
+    numbers = [number for kind in by_kind for number in kind.values()] + [rates.bytes_per_s, rates.call_s]
+    if not all(isinstance(number, float | int) and 0 < number < math.inf for number in numbers):
+        raise ValueError("rates are positive numbers")
+    return rates
 
 
 def _is_busy() -> bool:

@@ -10,10 +10,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer as Library
+from tokenizers import models
 
 from lowmem.config_dump import dump_config
 from lowmem.config_load import load_run_config
-from lowmem.errors import ConfigError
+from lowmem.data.simple_tokenizers import ByteTokenizer
+from lowmem.errors import ConfigError, MemoryBudgetError
 from lowmem.planning import base_cost
 from lowmem.planning.base_cost import CUDA_HOST_BYTES, data_bytes, measured_base
 from tests.planning.small import small_config
@@ -65,7 +68,7 @@ def test_the_second_time_it_is_read_from_the_cache(tmp_path, runs):
 
 @pytest.mark.parametrize("settings", [
     ["optim.state_bits=8"], ["train.update=layerwise"], ["train.precision=bf16"], ["train.threads=7"], ["optim.name=lion"],
-    ['loggers=["tensorboard"]'], ["engine.name=deepspeed"],
+    ['loggers=["tensorboard"]'], ["engine.name=deepspeed"], ["train.weight_dtype=int8"],
 ])  # fmt: skip
 def test_another_kind_of_run_is_measured_anew(tmp_path, runs, settings):
     base(tmp_path)
@@ -100,7 +103,7 @@ def test_a_trial_that_fails_is_reported_with_its_last_line(tmp_path, runs, monke
     monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 4, stdout, stderr))
     with pytest.raises(ConfigError, match=f"its trial ended with 4: {last}$"):
         base(tmp_path)
-    assert list((tmp_path / "base").iterdir()) == []
+    assert list(tmp_path.rglob("*.json")) == []
 
 
 def test_without_cuda_the_cost_of_a_gpu_is_estimated_from_that_of_a_cpu(tmp_path, runs, monkeypatch):
@@ -114,5 +117,44 @@ def test_without_cuda_the_cost_of_a_gpu_is_estimated_from_that_of_a_cpu(tmp_path
 def test_tokenizers_and_batches_are_counted():
     batches = 3 * 8 * 4 * 33
     assert data_bytes(small_config()) == base_cost.UNSEEN_BYTES + batches
-    rows = 5000 * base_cost._TOKENIZER_BYTES_PER_ROW
-    assert data_bytes(small_config("data.tokenizer=bpe", "model.vocab_size=5000")) == base_cost.UNSEEN_BYTES + batches + rows
+    rows = 3000 * base_cost._TOKENIZER_BYTES_PER_ROW
+    own = ["data.tokenizer=bpe", "data.tokenizer_vocab_size=3000"]
+    assert data_bytes(small_config(*own, "model.vocab_size=3000")) == base_cost.UNSEEN_BYTES + batches + rows
+    assert data_bytes(small_config(*own, "model.vocab_size=50000")) == base_cost.UNSEEN_BYTES + batches + rows  # rows of the model alone
+
+
+def test_a_tokenizer_file_tells_its_rows_and_its_kind(tmp_path):
+    library = Library(models.BPE({"a": 0, "b": 1, "<|endoftext|>": 2}, []))
+    library.save(str(tmp_path / "library.json"))
+    ByteTokenizer().save(tmp_path / "bytes.json")
+    config = small_config(f"data.tokenizer={tmp_path}/library.json", "model.vocab_size=100")
+    assert base_cost.tokenizer_rows(config.data) == 3
+    assert "data.tokenizer=bpe" in base_cost._kind(config)
+    config = small_config(f"data.tokenizer={tmp_path}/bytes.json")
+    assert base_cost.tokenizer_rows(config.data) == ByteTokenizer().vocab_size
+    assert "data.tokenizer=bytes" in base_cost._kind(config)
+
+
+@pytest.mark.parametrize("code", [-9, 137, 3])
+def test_a_trial_that_memory_ends_is_a_refusal(tmp_path, runs, monkeypatch, code):
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, code, "", ""))
+    with pytest.raises(MemoryBudgetError, match=f"its trial ended with {code}"):
+        base(tmp_path)
+
+
+def test_a_trial_with_a_tokenizer_prepares_its_text_in_another_process(tmp_path, runs, monkeypatch):
+    prepared = []
+    train = subprocess.run
+
+    def run(command, **more):
+        if "pretrain" in command:
+            return train(command, **more)
+        prepared.append(command)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    base(tmp_path)
+    assert prepared == []
+    base(tmp_path, "data.tokenizer=bpe")
+    assert len(prepared) == 1
+    assert "--data.tokenizer=bpe" in runs[-1]

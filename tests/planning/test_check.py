@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lowmem.config_load import load_run_config
-from lowmem.errors import ConfigError
+from lowmem.errors import ConfigError, MemoryBudgetError
 from lowmem.planning import check
 from lowmem.planning.check import check_run, config_from
 from lowmem.units import format_bytes
@@ -35,6 +35,13 @@ def test_a_prediction_that_fails_is_reported_with_its_last_line(monkeypatch):
     monkeypatch.setattr(check.subprocess, "run", answering(9))
     with pytest.raises(ConfigError, match="exit code 9"):
         check_run(small_config())
+
+
+def test_a_prediction_for_which_memory_does_not_suffice_is_a_refusal(monkeypatch):
+    for code, words in ((-9, "was killed"), (137, "was killed"), (3, "does not fit")):
+        monkeypatch.setattr(check.subprocess, "run", answering(code, stderr="first\nit does not fit\n"))
+        with pytest.raises(MemoryBudgetError, match=words):
+            check_run(small_config())
 
 
 @pytest.mark.parametrize("code", [130, -2])

@@ -3,8 +3,15 @@
 Every test here failed before the fault that it names was mended.
 """
 
+import json
 import subprocess
 import sys
+
+import pytest
+
+from lowmem.config_load import load_run_config
+from lowmem.errors import MemoryBudgetError
+from lowmem.planning import base_cost, check, probe
 
 STEP_WITH_BLOCK_RECOMPUTATION = """
 import sys
@@ -29,3 +36,70 @@ def test_recomputing_a_block_does_not_import_the_compiler():
     result = subprocess.run([sys.executable, "-c", STEP_WITH_BLOCK_RECOMPUTATION], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]"
+
+
+def config_of(*settings):
+    common = ["device=cpu", "data.tokenizer=bytes", "data.seq_len=32", "model.dim=64", "train.steps=3", "train.precision=fp32"]
+    return load_run_config(overrides=[*common, *settings])
+
+
+def test_rows_of_a_vocabulary_that_the_tokenizer_lacks_cost_no_memory_beside_the_model():
+    """1.5 kB for each of them was predicted, as if the tokenizer had them too."""
+    own = ["data.tokenizer=bpe", "data.tokenizer_vocab_size=2000"]
+    sizes = [base_cost.data_bytes(config_of(*own, f"model.vocab_size={rows}")) for rows in (2000, 50_000)]
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("settings", [["train.weight_dtype=int8"], ["data.tokenizer=bpe"]])
+def test_what_changes_the_imports_is_part_of_the_kind_of_run(settings):
+    """Quantised weights import sympy, 38 MB; a tokenizer of the library was measured as bytes are."""
+    assert base_cost._kind(config_of("optim.state_bits=8", *settings)) != base_cost._kind(config_of("optim.state_bits=8"))
+
+
+WRONG = ["NaN", '"300"', "-1", "[1]", "true", "1e400", "null"]
+DAMAGED = ["", "{", "[]", "3", '"text"', "null", "{}", "\x00", "[" * 100_000, *(f'{{"base_bytes": {value}}}' for value in WRONG)]
+
+
+@pytest.mark.parametrize("damaged", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_base_cost_is_measured_anew(tmp_path, monkeypatch, damaged):
+    monkeypatch.setattr(base_cost, "_measure", lambda *_: 250_000_000)
+    config = config_of(f"data.cache_dir={tmp_path}")
+    base_cost.measured_base(config, 1, lambda *_: 0)
+    (path,) = (tmp_path / "base").iterdir()
+    path.write_text(damaged)
+    assert base_cost.measured_base(config, 1, lambda *_: 0).size_bytes == 250_000_000
+    assert json.loads(path.read_text())["base_bytes"] == 250_000_000
+
+
+RATES = {"matmul": {"float32": 1e9}, "bytes_per_s": 1e9, "call_s": 1e-6, "updates": dict.fromkeys(("32", "8", "4", "bitsandbytes"), 1e6)}
+NO_RATES = ["", "[]", "{}"] + [
+    json.dumps({**RATES, key: value})
+    for key, value in (("call_s", float("nan")), ("matmul", [1]), ("updates", {"8": 1e6}), ("bytes_per_s", 0), ("more", 1))
+]
+
+
+@pytest.mark.parametrize("damaged", NO_RATES, ids=range(len(NO_RATES)))
+def test_damaged_rates_are_measured_anew(tmp_path, monkeypatch, damaged):
+    monkeypatch.setattr(probe, "measure_rates", lambda: probe.Rates(**RATES))
+    monkeypatch.setattr(probe, "_is_busy", lambda: False)
+    config = config_of(f"data.cache_dir={tmp_path}")
+    probe.rates_for(config)
+    (path,) = (tmp_path / "rates").iterdir()
+    path.write_text(damaged)
+    assert probe.rates_for(config) == probe.Rates(**RATES)
+    assert json.loads(path.read_text()) == RATES
+
+
+def test_a_cache_that_cannot_be_written_ends_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(base_cost, "_measure", lambda *_: 250_000_000)
+    (tmp_path / "base").write_text("a file where the folder should be")
+    assert base_cost.measured_base(config_of(f"data.cache_dir={tmp_path}"), 1, lambda *_: 0).size_bytes == 250_000_000
+    assert "not kept for the next time" in capsys.readouterr().err
+
+
+def test_a_prediction_that_the_system_kills_is_a_refusal(monkeypatch):
+    """It was a warning, and the run went on to be killed in turn."""
+    monkeypatch.setattr(check.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, -9, "", ""))
+    with pytest.raises(MemoryBudgetError, match="was killed"):
+        check.check_run(config_of())
+    assert MemoryBudgetError.exit_code == 3
