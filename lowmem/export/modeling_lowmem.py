@@ -135,8 +135,24 @@ class LowmemMLP(nn.Module):
         return self.down(F.gelu(self.up(x), approximate="tanh" if self.activation == "gelu_tanh" else "none"))
 
 
+def stable_decay(w_mix):
+    """w itself from -1 to 1, and 1 / w beyond."""
+    beyond = w_mix.abs() > 1
+    return torch.where(beyond, torch.where(beyond, w_mix, 1).reciprocal(), w_mix)
+
+
+def contraction(transition):
+    """A itself where no vector becomes longer by it, else A divided by its largest singular value."""
+    if transition.is_meta or not 1 < torch.linalg.vector_norm(transition.detach()).item() < torch.inf:
+        return transition
+    return transition / torch.linalg.matrix_norm(transition, 2).clamp_min(1)
+
+
 class HybridCell(nn.Module):
-    """h_t = w h_{t-1} + (1 - w) x_t; s_t = A s_{t-1} + B x_t; y_t = C s_t + D h_t, step by step in fp32."""
+    """h_t = w h_{t-1} + (1 - w) x_t; s_t = A s_{t-1} + B x_t; y_t = C s_t + D h_t, step by step in fp32.
+
+    w and A are what `stable_decay` and `contraction` make of the weights.
+    """
 
     def __init__(self, config, index):
         super().__init__()
@@ -150,6 +166,7 @@ class HybridCell(nn.Module):
         w_mix, transition, w_in, w_out, skip = (
             weight.to(wide.dtype) for weight in (self.w_mix, self.transition, self.w_in, self.w_out, self.skip)
         )
+        w_mix, transition = stable_decay(w_mix), contraction(transition)
         before = None if past is None else past.states.get(self.index)
         h, s = before or (torch.zeros_like(wide[:, 0]), wide.new_zeros(len(x), w_in.shape[0]))
         outputs = []
@@ -180,14 +197,6 @@ class LowmemBlock(nn.Module):
         return hidden + self.mlp(self.mlp_norm(hidden))
 
 
-class Positions(nn.Module):
-    """A trained vector per position."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(config.max_position_embeddings, config.hidden_size))
-
-
 class LowmemForCausalLM(PreTrainedModel, GenerationMixin):
     """Embedding, blocks, norm, head."""
 
@@ -202,7 +211,7 @@ class LowmemForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.positions == "learned":
-            self.positions = Positions(config)
+            self.positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.blocks = nn.ModuleList(LowmemBlock(config, index) for index in range(config.num_hidden_layers))
         self.norm = make_norm(config)
         if not config.tie_word_embeddings:
@@ -283,7 +292,7 @@ class LowmemForCausalLM(PreTrainedModel, GenerationMixin):
         if self.config.positions == "learned":
             if int(position_ids.max()) >= len(self.positions.weight):
                 raise ValueError(f"the text has more tokens than the {len(self.positions.weight)} positions that the model has learned")
-            hidden = hidden + self.positions.weight[position_ids]
+            hidden = hidden + self.positions(position_ids)
         arguments = (position_ids, bias, present_BK[:, -time:].unsqueeze(-1).to(hidden.dtype), past)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:

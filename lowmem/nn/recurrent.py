@@ -4,7 +4,8 @@
 
 `hybrid_loop` is that definition, one step at a time, and the form for decoding. `hybrid_scan` computes the same for a
 whole sequence: chunks of L steps are run side by side from zero, then the states at the chunk borders are handed on and
-their contribution is added with powers of w and A. Nothing is divided, so w and A may take any value.
+their contribution is added with powers of w and A. Nothing is divided, so w and A may take any value; but above 1 they would grow over
+the sequence without end. `HybridCell` therefore hands on `stable_decay` and `contraction` of its parameters, which are those within 1.
 
 Shapes: B batch, T time, C channels, S state width, K chunks of L steps, T = K * L.
 """
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from lowmem.fake import autocast_kind
+from lowmem.fake import autocast_kind, is_fake
 from lowmem.nn.precision import accumulate_dtype, compute_dtype
 
 CHUNK = 16  # steps per chunk: near the square root of the usual sequence lengths
@@ -176,6 +177,34 @@ class _HybridScan(torch.autograd.Function):
         return grad_x, *(grad.to(weight.dtype) for grad, weight in zip(grads, weights, strict=True))
 
 
+def stable_decay(w_mix: torch.Tensor) -> torch.Tensor:
+    """w itself from -1 to 1, and 1 / w beyond, in fp32 (fp64 for fp64): a channel that left the stable region is led back to it by its
+    gradient, where a clamped one would have none.
+
+    Args:
+        w_mix: any shape.
+    """
+    w = w_mix.to(accumulate_dtype(w_mix.dtype))
+    beyond = w.abs() > 1
+    return torch.where(beyond, torch.where(beyond, w, 1).reciprocal(), w)
+
+
+def contraction(transition: torch.Tensor) -> torch.Tensor:
+    """A itself where no vector becomes longer by it, else A divided by its largest singular value, in fp32 (fp64 for fp64).
+
+    Args:
+        transition: (S, S). One that is not finite is returned as it is.
+    """
+    matrix = transition.to(accumulate_dtype(transition.dtype))
+    if is_fake(matrix):
+        return matrix
+    largest_at_most = torch.linalg.vector_norm(matrix.detach()).item()  # most matrices need no more than this
+    if not 1 < largest_at_most < torch.inf:
+        return matrix
+    with torch.autocast(autocast_kind(matrix), enabled=False):
+        return matrix / torch.linalg.matrix_norm(matrix, 2).clamp_min(1)
+
+
 def _padded(x_BTC: torch.Tensor) -> torch.Tensor:
     """Zeros after the end, up to a whole number of chunks; they reach nothing before them."""
     missing = -x_BTC.shape[1] % CHUNK
@@ -188,7 +217,7 @@ def _outer(a_BTM: torch.Tensor, b_BTN: torch.Tensor) -> torch.Tensor:
 
 
 class HybridCell(nn.Module):
-    """The cell with its published initial values.
+    """The cell with its published initial values; see `stable_decay` and `contraction` for what w and A become.
 
     Args:
         dim: C.
@@ -208,13 +237,13 @@ class HybridCell(nn.Module):
 
     def forward(self, x_BTC: torch.Tensor) -> torch.Tensor:
         """(B, T, C) -> (B, T, C), from the zero state."""
-        return hybrid_scan(x_BTC, *self._weights())
+        return hybrid_scan(x_BTC, *self._stable())
 
     def step(self, x_BTC: torch.Tensor, state: HybridState) -> torch.Tensor:
         """(B, T, C) -> (B, T, C), continuing from `state`, which is advanced in place; computed in fp32."""
         wide = accumulate_dtype(x_BTC.dtype)
         with torch.autocast(autocast_kind(x_BTC), enabled=False):
-            weights = [weight.to(wide) for weight in self._weights()]
+            weights = [weight.to(wide) for weight in self._stable()]
             y, after = hybrid_loop(x_BTC.to(wide), *weights, state=state)
         state.h_BC.copy_(after.h_BC)
         state.s_BS.copy_(after.s_BS)
@@ -228,5 +257,5 @@ class HybridCell(nn.Module):
             torch.zeros(batch_size, channels, dtype=wide, device=device), torch.zeros(batch_size, width, dtype=wide, device=device)
         )
 
-    def _weights(self) -> tuple[torch.Tensor, ...]:
-        return self.w_mix, self.transition, self.w_in, self.w_out, self.skip
+    def _stable(self) -> tuple[torch.Tensor, ...]:
+        return stable_decay(self.w_mix), contraction(self.transition), self.w_in, self.w_out, self.skip

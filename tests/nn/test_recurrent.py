@@ -3,7 +3,7 @@ import time
 import pytest
 import torch
 
-from lowmem.nn.recurrent import HybridCell, hybrid_loop, hybrid_scan
+from lowmem.nn.recurrent import HybridCell, contraction, hybrid_loop, hybrid_scan, stable_decay
 from tests.reference import model_oracles as oracles
 
 
@@ -115,3 +115,35 @@ def test_scan_is_faster_than_the_loop():
         torch.set_num_threads(threads)
     print(f"loop {1e3 * loop:.1f} ms, scan {1e3 * scan:.1f} ms")
     assert loop > 4 * scan
+
+
+def test_within_the_stable_region_nothing_changes():
+    w, matrix = torch.linspace(-1, 1, 41), torch.randn(5, 5)
+    matrix /= torch.linalg.matrix_norm(matrix, 2) * 1.001
+    assert torch.linalg.vector_norm(matrix) > 1  # the singular values are needed to tell
+    assert torch.equal(stable_decay(w), w)
+    assert torch.equal(contraction(matrix), matrix)
+    assert torch.equal(contraction(0.1 * matrix), 0.1 * matrix)
+
+
+def test_beyond_it_w_is_mirrored_and_the_matrix_divided():
+    assert stable_decay(torch.tensor([2.0, -4.0, 1.0, 0.0])).tolist() == [0.5, -0.25, 1.0, 0.0]
+    matrix = 3 * torch.randn(5, 5, dtype=torch.float64)
+    made = contraction(matrix)
+    assert torch.linalg.matrix_norm(made, 2).item() == pytest.approx(1, abs=1e-14)
+    assert relative(made * torch.linalg.matrix_norm(matrix, 2), matrix) < 1e-14
+
+
+def test_their_gradients_are_right():
+    w = torch.tensor([0.0, 0.5, -0.9, 1.5, -3.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(stable_decay, (w,))
+    for scale in (0.1, 3.0):
+        matrix = (scale * torch.randn(4, 4, dtype=torch.float64)).requires_grad_()
+        assert torch.autograd.gradcheck(contraction, (matrix,))
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_what_is_not_finite_stays_so(value):
+    matrix = torch.eye(3)
+    matrix[1, 1] = value
+    assert torch.equal(contraction(matrix).isfinite(), matrix.isfinite())

@@ -3,12 +3,13 @@
 import copy
 import io
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lowmem import generate as command
-from lowmem.config import DataConfig, ModelConfig, RunConfig
+from lowmem.config import DataConfig, LorptConfig, ModelConfig, RunConfig
 from lowmem.data.simple_tokenizers import ByteTokenizer
 from lowmem.models.registry import build_model
 from lowmem.nn.lorpt import LoRPtLinear
@@ -107,3 +108,56 @@ def test_each_line_of_a_person_is_counted(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("abc\nabcdefghijkl\nabcdefghijklm\n"))
     generated(monkeypatch, tmp_path, "rope", "--interactive", "--max_new_tokens", "5")
     assert capsys.readouterr().err.count("are 17 tokens") == 1
+
+
+def unstable_i3(max_seq_len: int, w_mix: float = 1.5, norm: float = 10.0):
+    """i3 whose averages and states would grow with every step."""
+    config = ModelConfig(name="i3", dim=16, num_layers=2, state_dim=8, attention_rank=4, lorpt=LorptConfig(rank=4))
+    model = build_model(config, vocab_size=50, max_seq_len=max_seq_len, seed=0)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.hybrid.w_mix.fill_(w_mix)
+            matrix = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
+            block.hybrid.transition.copy_(norm * matrix / torch.linalg.matrix_norm(matrix, 2))
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("w_mix", "norm"), [(1.5, 0.5), (-1.5, 0.5), (0.5, 10.0), (1.5, 10.0)])
+def test_i3_is_finite_whatever_its_decay_and_its_state_matrix(dtype, w_mix, norm):
+    model = unstable_i3(2048, w_mix, norm).to(dtype)
+    tokens = torch.randint(0, 50, (1, 2049), generator=torch.Generator().manual_seed(2))
+    loss = model(tokens[:, :-1], tokens[:, 1:], 2048.0)
+    loss.backward()
+    assert loss.isfinite()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+    for block in model.blocks:  # none is where no gradient could lead it back
+        assert block.hybrid.w_mix.grad.any()
+        assert block.hybrid.transition.grad.any()
+
+
+def test_i3_decodes_as_it_trains_beyond_its_stable_region():
+    model = unstable_i3(64).eval()
+    tokens = torch.randint(0, 50, (2, 64), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        whole = model(tokens)
+        cache = model.new_cache(2, 64)
+        pieces = [model(tokens[:, :20], cache=cache), *(model(tokens[:, i : i + 1], cache=cache) for i in range(20, 64))]
+    # logits below 1 after 64 steps of sums of fp32
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=0, atol=1e-5)
+
+
+def test_an_exported_i3_computes_the_same_beyond_its_stable_region():
+    pytest.importorskip("transformers")
+    from lowmem.export.modeling_lowmem import HybridCell
+
+    cell = unstable_i3(64).blocks[0].hybrid
+    exported = HybridCell(SimpleNamespace(hidden_size=16, state_dim=8), 0)
+    exported.load_state_dict(cell.state_dict())
+    x = torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = cell(x)
+        # 64 steps of sums of fp32 of size 1
+        torch.testing.assert_close(exported(x, None), expected, rtol=0, atol=1e-5)
+    assert expected.abs().max() < 10
