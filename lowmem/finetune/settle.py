@@ -13,6 +13,7 @@ from lowmem.finetune.data import read_tokenizer
 from lowmem.finetune.families import attention_window, config_positions, learned_positions
 from lowmem.finetune.memory import FinetuneMemory, predict_memory
 from lowmem.memory.budget import limit_cuda_memory, limit_host_memory
+from lowmem.memory.host import granted_memory
 from lowmem.units import parse_bytes
 
 _FREE = {"steps", "eval_every", "save_every", "budget", "out", "micro_batch_size", "gradient_checkpointing"}
@@ -67,6 +68,12 @@ def check_base(config: FinetuneConfig, directory: Path) -> list[str]:
     return notes
 
 
+def within_container(config: FinetuneConfig) -> tuple[FinetuneConfig, str]:
+    """The configuration with a budget that the container's limit allows, and one line if that is not the one asked for."""
+    ram, said = granted_memory(parse_bytes(config.budget.ram or "0"))
+    return (replace(config, budget=replace(config.budget, ram=f"{ram}B")) if said and config.budget.ram else config), said
+
+
 def choose_micro_batch(config: FinetuneConfig, directory: Path, at_most: int = 0) -> tuple[FinetuneConfig, FinetuneMemory]:
     """The configuration with its micro-batch settled, and what that needs: of those to choose from the largest that fits the budget.
 
@@ -95,8 +102,9 @@ def enforce_budget(config: FinetuneConfig, memory: FinetuneMemory) -> None:
         remedies = [*memory_remedies(config), *smaller, "a smaller seq_len"]
         raise MemoryBudgetError(f"this needs about {missing}; use {', '.join(remedies)} or a larger budget")
     try:
-        if config.budget.ram:
-            limit_host_memory(parse_bytes(config.budget.ram))
+        ram, _ = granted_memory(parse_bytes(config.budget.ram or "0"))
+        if ram:
+            limit_host_memory(ram)
         if config.budget.vram and memory.vram:
             limit_cuda_memory(parse_bytes(config.budget.vram), compute_device())
     except ValueError as error:

@@ -18,7 +18,7 @@ from lowmem.finetune.data import ChatData, chat_data, copy_tokenizer, tokenizer_
 from lowmem.finetune.methods import WITHOUT_ADAPTER, apply_method, can_checkpoint, one_per_row, parameter_groups
 from lowmem.finetune.probe import check_loss
 from lowmem.finetune.save import merged_model, save_adapter, save_merged
-from lowmem.finetune.settle import check_base, choose_micro_batch, earlier_micro_batch, enforce_budget
+from lowmem.finetune.settle import check_base, choose_micro_batch, earlier_micro_batch, enforce_budget, within_container
 from lowmem.finetune.step import Stepper
 from lowmem.memory.budget import check_host_limit
 from lowmem.memory.phases import PhasePeaks
@@ -63,6 +63,9 @@ def finetune(config: FinetuneConfig, display: ProgressDisplay) -> Finetuned:
     out = Path(config.out)
     run_dir = RunDir(out)
     try:
+        config, said = within_container(config)
+        if said:
+            display.message(said)
         earlier = earlier_micro_batch(config, out)
         directory = base_directory(config.base, out)
         for note in check_base(config, directory):

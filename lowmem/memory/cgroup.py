@@ -15,17 +15,42 @@ def cgroup_limit_bytes(root: str | os.PathLike[str] = _ROOT, membership: str | o
     Args:
         root, membership: where the kernel tells it; tests replace them.
     """
-    limits = []
+    return min((limit for limit, _, _ in _limits(root, membership)), default=None)
+
+
+def cgroup_room_bytes(
+    own_bytes: int, root: str | os.PathLike[str] = _ROOT, membership: str | os.PathLike[str] = "/proc/self/cgroup"
+) -> int | None:
+    """What this process may have under the limits of its control group and those above it; None if there is none.
+
+    Args:
+        own_bytes: what it has now, without pages of files.
+        root, membership: where the kernel tells it; tests replace them.
+    Returns:
+        The least, over the groups, of the limit less what others in the group have and the kernel cannot take back: no pages of files.
+    """
+    rooms = []
+    for limit, folder, kept in _limits(root, membership):
+        used = sum(_statistics(os.path.join(folder, "memory.stat")).get(name, 0) for name in kept)
+        rooms.append(max(0, limit - max(0, used - own_bytes)))
+    return min(rooms, default=None)
+
+
+def _limits(root: str | os.PathLike[str], membership: str | os.PathLike[str]) -> list[tuple[int, str, tuple[str, ...]]]:
+    """Limit, folder, and the names in memory.stat of what cannot be reclaimed, for each group with a limit."""
+    found = []
     for number, controllers, path in _groups(membership):
         if number == "0":
-            folders, name = _upwards(os.fspath(root), path), "memory.max"
+            folders, name, kept = _upwards(os.fspath(root), path), "memory.max", ("anon", "shmem", "slab_unreclaimable")
         elif "memory" in controllers.split(","):
-            folders, name = _upwards(os.path.join(root, "memory"), path), "memory.limit_in_bytes"
+            folders, name, kept = _upwards(os.path.join(root, "memory"), path), "memory.limit_in_bytes", ("total_rss", "total_shmem")
         else:
             continue
-        sizes = (_size(os.path.join(folder, name)) for folder in folders)
-        limits += [size for size in sizes if size is not None and size < _UNLIMITED_BYTES]
-    return min(limits, default=None)
+        for folder in folders:
+            limit = _size(os.path.join(folder, name))
+            if limit is not None and limit < _UNLIMITED_BYTES:
+                found.append((limit, folder, kept))
+    return found
 
 
 def cgroup_bytes(
@@ -60,6 +85,16 @@ def _upwards(root: str, path: str) -> list[str]:
     """A group's folder and those above it, up to and including the root."""
     names = [name for name in path.split("/") if name]
     return [os.path.join(root, *names[:depth]) for depth in range(len(names), -1, -1)]
+
+
+def _statistics(path: str) -> dict[str, int]:
+    """The "name number" lines of a file; {} without one."""
+    try:
+        with open(path, encoding="ascii") as file:
+            pairs = [line.split() for line in file]
+    except OSError:
+        return {}
+    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdecimal()}
 
 
 def _size(path: str) -> int | None:

@@ -7,7 +7,9 @@ import time
 
 import psutil
 
+from lowmem.memory.cgroup import cgroup_limit_bytes, cgroup_room_bytes
 from lowmem.memory.procfs import child_pids, reset_high_water_mark, rollup_bytes, status_bytes
+from lowmem.units import format_bytes
 
 SAMPLE_INTERVAL_S = 0.1
 _SAMPLER_SHARE = 0.01  # of one core: a sample that took c seconds is followed by at least c / share of sleep
@@ -32,6 +34,24 @@ def _lifetime_peak_bytes(info) -> int:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def granted_memory(budget_bytes: int, ranks: int = 1) -> tuple[int, str]:
+    """The smaller of a budget and of what the limit of the container, or of its service, leaves to this process.
+
+    Args:
+        budget_bytes: 0 is none.
+        ranks: processes of one run on this machine, which share both: what the others have is not taken off.
+    Returns:
+        Bytes, 0 if there is neither; and one line if it is not the budget that holds.
+    """
+    status = status_bytes() or {}
+    own = status.get("RssAnon", 0) + status.get("RssShmem", 0)
+    room = cgroup_limit_bytes() if ranks > 1 else cgroup_room_bytes(own)
+    if room is None or 0 < budget_bytes <= room:
+        return budget_bytes, ""
+    instead = f", less than budget.ram={format_bytes(budget_bytes)}" if budget_bytes else ""
+    return max(1, room), f"the memory limit of this container (its control group) leaves {format_bytes(room)}{instead}: that is the budget"
 
 
 class ChildMemory:

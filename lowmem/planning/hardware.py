@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import psutil
 
 from lowmem.errors import ConfigError
-from lowmem.memory.cgroup import cgroup_bytes, cgroup_limit_bytes
+from lowmem.memory.cgroup import cgroup_room_bytes
 from lowmem.units import format_bytes
 
 GIB = 1024**3
@@ -59,9 +59,9 @@ def this_hardware() -> Hardware:
     import torch
 
     free = psutil.virtual_memory().available
-    limit = cgroup_limit_bytes()
-    if limit is not None:
-        free = min(free, limit - (cgroup_bytes("memory.current") or 0))
+    room = cgroup_room_bytes(0)
+    if room is not None:
+        free = min(free, room)
     if not torch.cuda.is_available():
         return Hardware(free, 0)
     return Hardware(free, torch.cuda.mem_get_info(0)[0], torch.cuda.get_device_capability(0) >= (8, 0))

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from lowmem.config_load import load_run_config
 from lowmem.config_schema import field_docs
 from lowmem.engine import distributed
 from lowmem.errors import ConfigError, MemoryBudgetError, StoppedBySignal, StorageError
+from lowmem.units import parse_bytes
 
 if TYPE_CHECKING:
     from lowmem.memory.measure import PeakMemory
@@ -51,8 +52,12 @@ def _predicted(config: RunConfig, flags: argparse.Namespace) -> dict[str, Any] |
     """
     if distributed.rank() or flags.force or not (config.budget.ram or config.budget.vram):
         return None
+    from lowmem.memory.host import granted_memory
     from lowmem.planning.check import check_run
 
+    granted, said = granted_memory(parse_bytes(config.budget.ram or "0"), distributed.local_world_size())
+    if said and config.budget.ram:
+        config = replace(config, budget=replace(config.budget, ram=f"{granted}B"))
     try:
         answer = check_run(config, distributed.world_size(), distributed.local_world_size())
     except ConfigError as error:  # such as a vocabulary that only the text tells: the limits are enforced all the same

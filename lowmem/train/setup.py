@@ -25,6 +25,7 @@ from lowmem.engine.tensor_file import meta_tensors, read_tensors
 from lowmem.errors import ConfigError
 from lowmem.memory.block_cache import release_host_memory, set_up_host_memory
 from lowmem.memory.budget import check_host_limit, limit_cuda_memory, limit_host_memory
+from lowmem.memory.host import granted_memory
 from lowmem.memory.measure import shared_bytes
 from lowmem.models.base import LanguageModel
 from lowmem.nn.quantized import assign, dequantized
@@ -55,7 +56,7 @@ def set_up(config: RunConfig, display: ProgressDisplay, *, fresh: bool = False, 
     problem = set_up_host_memory(compiled_root())
     if problem and device.type == "cpu":
         display.message(problem)
-    _enforce_budget(config, device)
+    _enforce_budget(config, device, display)
     if config.engine.name == "deepspeed":
         distributed.init_process_group(device)
     run_dir = RunDir(Path(config.run_dir)) if distributed.rank() == 0 else None
@@ -264,11 +265,13 @@ def _set_threads(threads: int) -> None:
     torch.set_num_threads(threads or max(1, usable_cores() // distributed.local_world_size()))
 
 
-def _enforce_budget(config: RunConfig, device: torch.device) -> None:
-    ram, vram = parse_bytes(config.budget.ram or "0"), parse_bytes(config.budget.vram or "0")
+def _enforce_budget(config: RunConfig, device: torch.device, display: ProgressDisplay) -> None:
+    ranks, vram = distributed.local_world_size(), parse_bytes(config.budget.vram or "0")
+    ram, said = granted_memory(parse_bytes(config.budget.ram or "0"), ranks)
+    if said:
+        display.message(said)
     try:
         if ram:
-            ranks = distributed.local_world_size()
             limit_host_memory(ram // ranks + (shared_bytes() if ranks > 1 else 0))  # of what ranks share each has its share alone
         if vram and device.type == "cuda":
             limit_cuda_memory(vram, device)

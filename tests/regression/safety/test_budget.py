@@ -8,11 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from lowmem.cli import main
+from lowmem.config import BudgetConfig
+from lowmem.config_finetune import FinetuneConfig
 from lowmem.data.storage import compiled_root
 from lowmem.devices import cxx_compiler
 from lowmem.errors import StorageError
+from lowmem.finetune.settle import within_container
+from lowmem.memory import host
 from lowmem.memory.block_cache import block_cache_library
 from lowmem.memory.budget import is_out_of_memory
+from lowmem.planning import check
 from tests.train.tiny_run import ROOT, lowmem, tiny_arguments, write_text
 
 MIB = 1 << 20
@@ -180,3 +186,45 @@ def test_a_library_that_others_could_have_written_is_not_loaded(tmp_path, monkey
     assert f"{folder} belongs to user 23456" in problem
     assert len(problem.splitlines()) == 1
     block_cache_library.cache_clear()
+
+
+def within(monkeypatch, room: int | None) -> None:
+    """A container that leaves `room` bytes to this process."""
+    monkeypatch.setattr(host, "cgroup_room_bytes", lambda own_bytes: room)
+
+
+@pytest.mark.parametrize(
+    "budget, room, holds, said",
+    [
+        (0, None, 0, ""),
+        (4 << 30, None, 4 << 30, ""),
+        (1 << 30, 2 << 30, 1 << 30, ""),
+        (0, 2 << 30, 2 << 30, "leaves 2.00 GiB: that is the budget"),
+        (4 << 30, 2 << 30, 2 << 30, "leaves 2.00 GiB, less than budget.ram=4.00 GiB: that is the budget"),
+    ],
+)
+def test_the_smaller_of_budget_and_container_holds(budget, room, holds, said, monkeypatch):
+    within(monkeypatch, room)
+    granted, line = host.granted_memory(budget)
+    assert granted == holds
+    assert line.endswith(said) if said else not line
+
+
+def test_pretraining_and_finetuning_stay_within_the_container(monkeypatch, tmp_path, capsys):
+    within(monkeypatch, 50 * MIB)  # less than this process has: either is refused before anything is read
+    text = write_text(tmp_path / "text.txt")
+    assert main(["pretrain", *tiny_arguments(tmp_path / "run", text)]) == 3
+    error = capsys.readouterr().err
+    assert "the memory limit of this container (its control group) leaves 50" in error
+    assert "its limit is 50" in error
+    config, said = within_container(FinetuneConfig(budget=BudgetConfig(ram="1GiB")))
+    assert config.budget.ram == f"{50 * MIB}B"
+    assert "less than budget.ram=1.00 GiB" in said
+
+
+def test_a_prediction_that_the_kernel_killed_is_a_refusal(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(check.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], -9, "", ""))
+    arguments = tiny_arguments(tmp_path / "run", write_text(tmp_path / "text.txt"), **{"budget.ram": "4GiB"})
+    assert main(["pretrain", "--quiet", *arguments]) == 3
+    assert "could not be predicted: the process that predicts it takes some 400 MB and was killed" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
