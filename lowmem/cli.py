@@ -1,10 +1,14 @@
 """The `lowmem` command: finds the subcommand, and turns every failure a user can cause into one message and an exit code."""
 
+import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 from lowmem.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, ConfigError, LowmemError, MemoryBudgetError, StoppedBySignal, StorageError
 from lowmem.process import STOPPED, OutputLost, answered_signals, discard_output, standard_streams
+
+_IMPOSSIBLE_PATHS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EEXIST)
 
 USAGE = """usage: lowmem COMMAND [options]
 
@@ -74,6 +78,8 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | N
 
 def _exit_code(command: Callable[[Sequence[str]], int], argv: list[str]) -> int:
     try:
+        if any("\0" in word for word in argv):
+            raise ConfigError("an argument has a NUL character, which no file name has; remove it")
         return command(argv)
     except SystemExit as stop:  # argparse, after --help
         if stop.code is None or isinstance(stop.code, int):
@@ -91,6 +97,11 @@ def _failure(error: BaseException) -> LowmemError | None:
     if reason:
         name = getattr(error, "filename", None) or "a file"
         return StorageError(f"{name} cannot be written: {reason}; free space there, or choose another folder")
+    if isinstance(error, OSError) and error.errno is not None:  # of a file that no code below expects to fail
+        where = os.fsdecode(error.filename)[:300] if isinstance(error.filename, (str, bytes)) else "a file or a folder"
+        if error.errno in _IMPOSSIBLE_PATHS:
+            return ConfigError(f"{where} cannot be used: {error.strerror}; name another path")
+        return StorageError(f"{where} cannot be read or written: {error.strerror}; check the path and its permissions")
     if isinstance(error, RuntimeError) and "home directory" in str(error):
         return ConfigError("this user has no home folder, which ~ in a path stands for; write the whole path, or set HOME")
     if not isinstance(error, MemoryError):

@@ -173,7 +173,8 @@ def _profile_config(
     try:
         run_dir, stderr = folder / "run", folder / "stderr.txt"
         extra = [f"--train.eval_every={steps}", f"--train.save_every={steps}", f"--run_dir={run_dir}", "--fresh", "--quiet", "--force"]
-        predicted = prediction(_dry_run(command))  # before the run, which is then not to be checked under the watcher's eyes
+        # before the run, which is then not to be checked under the watcher's eyes
+        predicted = prediction(_dry_run([*command, f"--run_dir={run_dir}"]))
         tail = MetricsTail(run_dir / "metrics.jsonl")
         nvml = config.device != "cpu" and _NVIDIA.exists()
         with open(stderr, "wb") as errors:

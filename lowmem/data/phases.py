@@ -50,6 +50,24 @@ def phase_template(config: RunConfig, phase: PhaseConfig, tokenizer: Tokenizer |
     return choose_chat_template(phase.template, folder if beside.exists() else None, tokenizer)
 
 
+def check_sources(config: RunConfig) -> None:
+    """See that every source on this machine is there, and every template is one; reads no text and asks no hub.
+
+    Raises:
+        ConfigError, DataError: see `prepare_data`.
+    """
+    for phase in config.all_phases():
+        for source in phase.sources or config.data.sources:
+            if phase.kind == "chat":
+                template = phase_template(config, phase)
+                if source.path:
+                    ChatSource(source, template)
+            elif source.path:
+                open_source(source, config.data.decode_errors)
+    if config.data.val_source and any(phase.kind == "text" for phase in config.all_phases()):
+        open_source(SourceConfig(path=config.data.val_source), config.data.decode_errors)
+
+
 def _all_sources(config: RunConfig, phases: Sequence[PhaseConfig]) -> list[TextSource]:
     """Every source once, for the tokenizer to learn from."""
     found: dict[str, TextSource] = {}

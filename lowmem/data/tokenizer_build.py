@@ -74,6 +74,21 @@ def _kept(path: Path) -> Tokenizer | None:
         return None
 
 
+def known_tokenizer(config: DataConfig) -> Tokenizer | None:
+    """The tokenizer, where it is known before any text is read and without the hub; None elsewhere.
+
+    Raises:
+        ConfigError, DataError: see `prepare_tokenizer`.
+    """
+    _check_settings(config)
+    if config.tokenizer == "bytes":
+        return ByteTokenizer()
+    if config.tokenizer in TRAINED_KINDS:
+        return None
+    path = Path(config.tokenizer).expanduser()
+    return load_tokenizer(path) if path.exists() else None
+
+
 def _check_settings(config: DataConfig) -> None:
     default = DataConfig()
     if config.tokenizer not in ("bpe", "chunk") and config.tokenizer_vocab_size != default.tokenizer_vocab_size:

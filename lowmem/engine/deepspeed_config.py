@@ -1,13 +1,18 @@
 """The configuration DeepSpeed gets: the user's JSON file, plus everything lowmem already decides, without contradictions."""
 
+import difflib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from lowmem.config import EngineConfig, RunConfig
+from lowmem.config_values import shown
+from lowmem.config_yaml import read_config_text
 from lowmem.errors import ConfigError
 
 AUTO = "auto"
+_MOST_SHOWN = 10  # problems of one file
 # Elements per communication buffer. DeepSpeed's own 500 million reserve 2 GB of fp32 for any model.
 BUCKET_ELEMENTS = 4_000_000
 
@@ -26,7 +31,58 @@ _PASSED_ON = {
     "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "comms_logger", "flops_profiler",
 }  # fmt: skip
-_SECTIONS = ("zero_optimization", "bf16", "fp16", "torch_autocast", "data_types")
+# What the keys of a section hold, as DeepSpeed's documentation has it: its own messages name classes of its validator.
+_FLAG, _COUNT, _NUMBER, _SHARE, _TEXT, _LIST = "true or false", "a whole number of at least 0", "a number", "in [0, 1]", "text", "a list"
+_OFFLOAD = {"device": "none | cpu | nvme", "nvme_path": _TEXT, "buffer_count": _COUNT, "pin_memory": _FLAG}
+_KNOWN: dict[str, Any] = {
+    "train_batch_size": _COUNT,
+    "train_micro_batch_size_per_gpu": _COUNT,
+    "gradient_accumulation_steps": _COUNT,
+    "gradient_clipping": _NUMBER,
+    "steps_per_print": _COUNT,
+    "communication_data_type": "fp32 | fp16 | bf16",
+    **dict.fromkeys(("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "wall_clock_breakdown", "memory_breakdown"), _FLAG),
+    "zero_optimization": {
+        "stage": "0 | 1 | 2 | 3",
+        **dict.fromkeys(
+            (
+                "contiguous_gradients", "reduce_scatter", "use_multi_rank_bucket_allreduce", "allgather_partitions", "overlap_comm",
+                "cpu_offload_use_pin_memory", "stage3_gather_16bit_weights_on_model_save", "stage3_use_all_reduce_for_fetch_params",
+                "stage3_allgather_sequential", "stage3_gather_fp16_weights_on_model_save", "ignore_unused_parameters",
+                "round_robin_gradients", "zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients",
+                "memory_efficient_linear", "override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks",
+                "save_muon_momentum_buffer_in_memory", "parameter_alignment",
+            ),
+            _FLAG,
+        ),
+        **dict.fromkeys(
+            (
+                "reduce_bucket_size", "allgather_bucket_size", "sub_group_size", "stage3_prefetch_bucket_size",
+                "stage3_param_persistence_threshold", "stage3_model_persistence_threshold", "stage3_max_live_parameters",
+                "stage3_max_reuse_distance", "stage3_module_granularity_threshold", "zero_hpz_partition_size",
+            ),
+            _COUNT,
+        ),
+        "offload_param": _OFFLOAD | {"buffer_size": _COUNT, "max_in_cpu": _COUNT},
+        "offload_optimizer": _OFFLOAD
+        | dict.fromkeys(("pipeline_read", "pipeline_write", "fast_init", "super_offload"), _FLAG)
+        | {"ratio": _SHARE, "cpuadam_cores_perc": _SHARE},
+        "leaf_module": None,
+    },
+    "bf16": dict.fromkeys(
+        ("enabled", "immediate_grad_update", "check_grad_overflow", "bf16_master_weights_and_grads", "bf16_optimizer_states"), _FLAG
+    ),
+    "fp16": dict.fromkeys(("enabled", "auto_cast", "consecutive_hysteresis", "fp16_master_weights_and_grads"), _FLAG)
+    | dict.fromkeys(("initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale"), _COUNT)
+    | {"loss_scale": _NUMBER},
+    "torch_autocast": {"enabled": _FLAG, "dtype": "float32 | bfloat16 | float16", "lower_precision_safe_modules": _LIST},
+    "data_types": {"grad_accum_dtype": "fp32 | fp16 | bf16"},
+    "comms_logger": dict.fromkeys(("enabled", "prof_all", "verbose", "debug"), _FLAG) | {"prof_ops": _LIST},
+    "flops_profiler": {
+        "enabled": _FLAG, "recompute_fwd_factor": _NUMBER, "profile_step": _COUNT, "module_depth": None, "top_modules": _COUNT,
+        "detailed": _FLAG, "output_file": None,
+    },
+}  # fmt: skip
 _TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _REFUSED_ZERO = {
     "zenflow": "it delays updates, and its state is not in lowmem's checkpoints",
@@ -50,7 +106,7 @@ def build_deepspeed_config(config: RunConfig, *, world_size: int, micro_batch_si
         ConfigError: the JSON file cannot be read, or contradicts lowmem's configuration, or asks for what the engine cannot do.
     """
     where, document = _read(config.engine)
-    stage = _stage(where, document)
+    stage = zero_stage(document)
     offload = _offloads(document)
     problems = _refusals(where, document, config, stage, offload)
     decided = _decided(config, stage, offload, world_size, micro_batch_size)
@@ -63,9 +119,19 @@ def build_deepspeed_config(config: RunConfig, *, world_size: int, micro_batch_si
     return merged
 
 
+def check_deepspeed_file(config: RunConfig) -> None:
+    """Before any work: that the JSON file is there and has the keys and the kinds of values that DeepSpeed takes.
+
+    Raises:
+        ConfigError: names the file, and every such key.
+    """
+    if config.engine.name == "deepspeed":
+        _read(config.engine)
+
+
 def zero_stage(document: dict[str, Any]) -> int:
     """The ZeRO stage of a DeepSpeed configuration."""
-    return document.get("zero_optimization", {}).get("stage", 0)
+    return int(document.get("zero_optimization", {}).get("stage", 0))
 
 
 def offloads_optimizer(document: dict[str, Any]) -> bool:
@@ -106,23 +172,64 @@ def default_document(stage: int, offload: bool) -> dict[str, Any]:
 def _read(engine: EngineConfig) -> tuple[str, dict[str, Any]]:
     if not engine.config:
         return "engine", default_document(engine.zero_stage, engine.offload == "cpu")
+    where = f"engine.config is {engine.config}"
     try:
-        document = json.loads(Path(engine.config).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"engine.config is {engine.config}, which is no readable JSON file ({error}); see configs/deepspeed") from error
+        document = json.loads(read_config_text(Path(engine.config)), object_pairs_hook=_single_keys, parse_constant=_refuse_constant)
+    except (OSError, ValueError, RecursionError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise ConfigError(f"{where}, which is no readable JSON file ({why}); see configs/deepspeed") from error
     if not isinstance(document, dict):
-        raise ConfigError(f"engine.config is {engine.config}, which holds no JSON object; see configs/deepspeed")
-    for name in _SECTIONS:
-        if not isinstance(document.get(name, {}), dict):
-            raise ConfigError(f"{engine.config}: {name} is {json.dumps(document[name])}, must be an object; see configs/deepspeed")
+        raise ConfigError(f"{where}, which holds no JSON object; see configs/deepspeed")
+    if problems := _wrong_kinds(engine.config, "", document, _KNOWN):
+        rest = [f"and {len(problems) - _MOST_SHOWN} more"] if len(problems) > _MOST_SHOWN else []
+        raise ConfigError("\n".join(problems[:_MOST_SHOWN] + rest))
     return engine.config, document
 
 
-def _stage(where: str, document: dict[str, Any]) -> int:
-    stage = zero_stage(document)
-    if stage not in (0, 1, 2, 3):
-        raise ConfigError(f"{where}: zero_optimization.stage is {json.dumps(stage)}; allowed: 0, 1, 2, 3")
-    return stage
+def _single_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {shown(key)} stands twice in one object")
+        found[key] = value
+    return found
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"it has {name}, which is no JSON")
+
+
+def _wrong_kinds(where: str, prefix: str, section: dict[str, Any], known: dict[str, Any]) -> list[str]:
+    """Unknown keys below the top, where `_refusals` tells what each is for, and values of the wrong kind."""
+    problems = []
+    for key, value in section.items():
+        kind = known.get(key)
+        if key not in known:
+            if prefix and not (prefix == "zero_optimization." and key in _REFUSED_ZERO):
+                nearest = difflib.get_close_matches(key[:100], known, n=1)
+                remedy = f"the nearest key is {nearest[0]}" if nearest else "remove it"
+                problems.append(f"{where}: {prefix}{shown(key, quotes=False)} is not known to DeepSpeed; {remedy}")
+        elif isinstance(kind, dict) and isinstance(value, dict):
+            problems += _wrong_kinds(where, f"{prefix}{key}.", value, kind)
+        elif isinstance(kind, dict):
+            if value is not None or not key.startswith("offload_"):
+                problems.append(f"{where}: {prefix}{key} is {shown(value)}, must be an object; see configs/deepspeed")
+        elif kind and not (value == AUTO and key != "stage") and not _is_kind(value, kind):
+            problems.append(f"{where}: {prefix}{key} is {shown(value)}, must be {kind}")
+    return problems
+
+
+def _is_kind(value: Any, kind: str) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and abs(value) < 2**63
+    if kind == _FLAG:
+        return isinstance(value, bool)
+    if kind == _COUNT:
+        return number and value >= 0 and value == int(value)
+    if kind in (_NUMBER, _SHARE):
+        return number and (kind == _NUMBER or 0 <= value <= 1)
+    if kind in (_TEXT, _LIST):
+        return isinstance(value, str if kind == _TEXT else list)
+    return not isinstance(value, bool) and isinstance(value, (str, int)) and str(value) in kind.split(" | ")
 
 
 def _offloads(document: dict[str, Any]) -> dict[str, str]:

@@ -61,7 +61,7 @@ def finetune(config: FinetuneConfig, display: ProgressDisplay) -> Finetuned:
         ConfigError, DataError, CheckpointError, StorageError, MemoryBudgetError, StoppedBySignal, DivergedError: see `lowmem.errors`.
     """
     out = Path(config.out)
-    run_dir = RunDir(out)
+    run_dir = RunDir(out, "out")
     try:
         config, said = within_container(config)
         if said:

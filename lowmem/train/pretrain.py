@@ -39,6 +39,9 @@ def pretrain_main(argv: Sequence[str]) -> int:
     if flags.print_config:
         sys.stdout.write(dump_config(config, comments=True))
         return 0
+    from lowmem.train.setup import check_beforehand
+
+    check_beforehand(config, fresh=flags.fresh)
     if flags.dry_run:
         return _dry_run(config, as_json=flags.json)
     return _train(config, flags, _predicted(config, flags))

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import stat
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,22 @@ from typing import Any
 from lowmem.config import RunConfig
 from lowmem.config_dump import dump_config
 from lowmem.config_load import load_run_config
+from lowmem.config_values import shown
 from lowmem.data.storage import replace_file
-from lowmem.errors import ConfigError
+from lowmem.errors import CheckpointError, ConfigError
 from lowmem.train.checkpoint import json_text, storage_error
 
-# Keys that may differ when a run is resumed: they move memory, speed, saving or length, not what is
-# learned; and the rank schedule, which may be changed for the rest of a run.
+# Keys that may differ when a run is resumed, and why; every other key that differs is refused.
+_ELSEWHERE, _MEMORY, _SAVING, _LENGTH = "where things are", "memory and speed", "what is kept and measured, not what is learned", "length"
+_GROWTH = "for the rest of the run, as the rank may be changed"
 FREE_KEYS = {
-    "run_dir", "device", "loggers", "budget.ram", "budget.vram", "data.cache_dir",
-    "train.steps", "train.tokens", "train.micro_batch_size", "train.activation_checkpointing", "train.loss_chunk_tokens",
-    "train.save_every", "train.keep_last", "train.eval_every", "train.eval_sequences", "train.max_bad_steps", "train.threads",
-    "model.lorpt.schedule", "model.lorpt.grow_to", "model.lorpt.grow_patience",
+    "run_dir": _ELSEWHERE, "device": "what is computed in is recorded and compared", "loggers": _SAVING, "data.cache_dir": _ELSEWHERE,
+    "budget.ram": _MEMORY, "budget.vram": _MEMORY, "train.micro_batch_size": _MEMORY, "train.activation_checkpointing": _MEMORY,
+    "train.loss_chunk_tokens": _MEMORY, "train.threads": _MEMORY,
+    "train.steps": _LENGTH, "train.tokens": _LENGTH,
+    "train.save_every": _SAVING, "train.keep_last": _SAVING, "train.eval_every": _SAVING, "train.eval_sequences": _SAVING,
+    "train.max_bad_steps": "when to give up",
+    "model.lorpt.schedule": _GROWTH, "model.lorpt.grow_to": _GROWTH, "model.lorpt.grow_patience": _GROWTH,
 }  # fmt: skip
 # Keys that setup fills in: compared once both sides are resolved.
 RESOLVED_KEYS = {"model.vocab_size", "model.max_seq_len", "model.hidden_dim", "train.precision"}
@@ -29,18 +35,73 @@ RESOLVED_KEYS = {"model.vocab_size", "model.max_seq_len", "model.hidden_dim", "t
 _MAPS = ("ranks", "schedule", "seq_len_schedule")  # values that are maps, no sections
 
 
+def check_place(path: Path, option: str = "run_dir") -> None:
+    """See that `path` is a folder, or could be made one.
+
+    Args:
+        option: that names it.
+    Raises:
+        ConfigError: it is a file, lies below one, or is no name that the system takes.
+    """
+    for place in (path, *path.parents):
+        try:
+            found = place.stat()
+        except FileNotFoundError:
+            continue
+        except PermissionError:
+            return  # making it tells more
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else str(error)
+            name = shown(str(path), quotes=False, most=300)
+            raise ConfigError(f"{option} is {name}, which is no place for a folder: {why}; name another") from error
+        if not stat.S_ISDIR(found.st_mode):
+            what = "a file" if place == path else f"below the file {place}"
+            raise ConfigError(f"{option} is {path}, which is {what}; name a folder")
+        return
+
+
+def check_compatible(path: Path, config: RunConfig, *, resolved: bool) -> None:
+    """Refuse to go on with settings that would silently alter the result.
+
+    Args:
+        resolved: `config` is resolved like the saved one, so the keys that setup fills in are compared as well.
+    Raises:
+        ConfigError: names every such key with both values.
+        CheckpointError: the saved settings cannot be read.
+    """
+    saved_path = path / "config.yaml"
+    if not saved_path.exists():
+        raise ConfigError(f"{path} has checkpoints but no config.yaml, so it cannot be resumed safely; put it back, or use --fresh")
+    try:
+        saved_config = load_run_config(saved_path, check=False)
+    except ConfigError as error:
+        raise CheckpointError(f"the settings of the run are damaged: {error}; restore the file, or start over with --fresh") from error
+    saved, wanted = _flat(asdict(saved_config)), _flat(asdict(config))
+    for values in (saved, wanted):  # the run may become longer
+        values["phases"] = [*values["phases"][:-1], *({**last, "steps": 0, "tokens": 0} for last in values["phases"][-1:])]
+    free = {*FREE_KEYS} if resolved else {*FREE_KEYS, *RESOLVED_KEYS}
+    changed = [key for key in wanted if key not in free and wanted[key] != saved.get(key)]
+    if changed:
+        pairs = "; ".join(f"{key} was {shown(saved.get(key))}, now {shown(wanted[key])}" for key in changed)
+        raise ConfigError(
+            f"{path} holds a run with other settings: {pairs}. Keep the old values, choose another run_dir, or start over with --fresh"
+        )
+
+
 class RunDir:
     """Files of one run. Only rank 0 opens it.
 
     Args:
         path: created if absent.
+        option: that names it, for messages.
     Raises:
-        ConfigError: another process is training in it.
+        ConfigError: another process is training in it, or it is no place for a folder.
         StorageError: it cannot be created or written.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, option: str = "run_dir"):
         self.path = path
+        check_place(path, option)
         self._lock = self._acquire()
 
     def start_over(self) -> Path | None:
@@ -59,29 +120,8 @@ class RunDir:
         return old
 
     def check_compatible(self, config: RunConfig, *, resolved: bool) -> None:
-        """Refuse to go on with settings that would silently alter the result.
-
-        Args:
-            resolved: `config` is resolved like the saved one, so the keys that setup fills in are compared as well.
-        Raises:
-            ConfigError: names every such key with both values.
-        """
-        saved_path = self.path / "config.yaml"
-        if not saved_path.exists():
-            raise ConfigError(
-                f"{self.path} has checkpoints but no config.yaml, so it cannot be resumed safely; put it back, or use --fresh"
-            )
-        saved, wanted = (_flat(asdict(each)) for each in (load_run_config(saved_path, check=False), config))
-        for values in (saved, wanted):  # the run may become longer
-            values["phases"] = [*values["phases"][:-1], *({**last, "steps": 0, "tokens": 0} for last in values["phases"][-1:])]
-        free = FREE_KEYS if resolved else FREE_KEYS | RESOLVED_KEYS
-        changed = [key for key in wanted if key not in free and wanted[key] != saved.get(key)]
-        if changed:
-            pairs = "; ".join(f"{key} was {saved.get(key)!r}, now {wanted[key]!r}" for key in changed)
-            raise ConfigError(
-                f"{self.path} holds a run with other settings: {pairs}. "
-                "Keep the old values, choose another run_dir, or start over with --fresh"
-            )
+        """See the function of this name."""
+        check_compatible(self.path, config, resolved=resolved)
 
     def write_config(self, config: RunConfig) -> None:
         """Write config.yaml, resolved and commented."""

@@ -1,6 +1,8 @@
 """From a configuration to a run that is ready to train: device, limits, data, model, engine, resume."""
 
 import copy
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -9,20 +11,22 @@ import torch
 from lowmem.config import RunConfig, resolve_micro_batch_size
 from lowmem.data.batch import longest_batch
 from lowmem.data.chat_template import save_chat_template
-from lowmem.data.phases import prepare_phases
+from lowmem.data.phases import check_sources, prepare_phases
 from lowmem.data.prepare import PreparedData
 from lowmem.data.storage import compiled_root, json_sha256
+from lowmem.data.tokenizer_build import known_tokenizer
 from lowmem.data.tokenizers import Tokenizer, check_vocab, load_tokenizer
 from lowmem.devices import resolve_precision, usable_cores
 from lowmem.engine import distributed
 from lowmem.engine.base import Engine
 from lowmem.engine.build import build_configured_model, build_local_engine, chosen_device
+from lowmem.engine.deepspeed_config import check_deepspeed_file
 from lowmem.engine.layerwise import LayerwiseEngine
 from lowmem.engine.local import LocalEngine
 from lowmem.engine.recovery import release_memory
 from lowmem.engine.teacher import teacher_config
 from lowmem.engine.tensor_file import meta_tensors, read_tensors
-from lowmem.errors import ConfigError
+from lowmem.errors import ConfigError, DataError
 from lowmem.memory.block_cache import release_host_memory, set_up_host_memory
 from lowmem.memory.budget import check_host_limit, limit_cuda_memory, limit_host_memory
 from lowmem.memory.host import granted_memory
@@ -36,9 +40,51 @@ from lowmem.train.checkpoint import CheckpointStore
 from lowmem.train.loggers import open_loggers
 from lowmem.train.progress import ProgressDisplay
 from lowmem.train.run import Run
-from lowmem.train.run_dir import RunDir
+from lowmem.train.run_dir import RunDir, check_compatible, check_place
 from lowmem.train.state import TrainState
 from lowmem.units import format_bytes, format_count, parse_bytes
+
+
+def check_beforehand(config: RunConfig, *, fresh: bool) -> None:
+    """Refuse, before any work, what would end the run later, as far as it shows without reading text or building the model.
+
+    The `pretrain` command asks it first, for a run and for a dry run.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: see `lowmem.errors`.
+    """
+    chosen_device(config)
+    _check_packages(config)
+    check_deepspeed_file(config)
+    path = Path(config.run_dir)
+    check_place(path)
+    resumes = not fresh and bool(CheckpointStore(path, 1).steps())
+    if resumes:
+        check_compatible(path, config, resolved=False)
+    check_sources(config)
+    tokenizer, rows = known_tokenizer(config.data), config.model.vocab_size
+    if tokenizer is not None:
+        check_vocab(tokenizer, rows)
+    elif config.data.tokenizer in ("bpe", "chunk") and 0 < rows < config.data.tokenizer_vocab_size:
+        raise DataError(
+            f"the {config.data.tokenizer} tokenizer is trained to {config.data.tokenizer_vocab_size} tokens, model.vocab_size allows "
+            f"{rows}; set data.tokenizer_vocab_size to at most {rows}, or model.vocab_size to 0 for as many as there are tokens"
+        )
+    if config.train.init_from and not resumes:
+        _initial_weights(config.train.init_from)
+    rows = rows or (tokenizer.vocab_size if tokenizer else 0)
+    if config.train.distill.teacher and rows:
+        teacher_config(config.train.distill, vocab_size=rows, seq_len=config.data.seq_len)
+
+
+def _check_packages(config: RunConfig) -> None:
+    """Every package that a setting asks for is installed."""
+    wanted = [("loggers", name, name, name) for name in config.loggers]
+    wanted += [("engine.name", "deepspeed", "deepspeed", "deepspeed")] if config.engine.name == "deepspeed" else []
+    wanted += [("optim.backend", "bitsandbytes", "bitsandbytes", "bnb")] if config.optim.backend == "bitsandbytes" else []
+    for key, value, package, extra in wanted:
+        if package not in sys.modules and find_spec(package) is None:
+            raise ConfigError(f"{key} has {value}, which is not installed; run: pip install 'lowmem[{extra}]', or choose another {key}")
 
 
 def set_up(config: RunConfig, display: ProgressDisplay, *, fresh: bool = False, resume: Literal["auto", "last_valid"] = "auto") -> Run:
@@ -113,12 +159,10 @@ def load_initial_weights(source: str, model: LanguageModel, tokenizer: Tokenizer
         CheckpointError: its weights are missing or damaged.
     Memory: one tensor.
     """
-    path = Path(source) / "tokenizer.json"
-    if not path.is_file():
-        raise ConfigError(f"train.init_from is {source}, which is no run directory: it has no tokenizer.json")
+    path, weights = _initial_weights(source)
     if load_tokenizer(path).sha256() != tokenizer.sha256():
         raise ConfigError(f"train.init_from is {source}, which has another tokenizer than this run; set data.tokenizer={path}")
-    weights, targets = checkpoint_path(Path(source), "latest") / "model.safetensors", model.state_dict()
+    targets = model.state_dict()
     wanted = {name: target.shape for name, target in targets.items()}
     found = {name: tensor.shape for name, tensor in dequantized(meta_tensors(weights), wanted)}
     if found != wanted:
@@ -130,6 +174,18 @@ def load_initial_weights(source: str, model: LanguageModel, tokenizer: Tokenizer
     with torch.no_grad():
         for name, tensor in dequantized(read_tensors(weights), wanted):
             assign(targets[name], tensor)
+
+
+def _initial_weights(source: str) -> tuple[Path, Path]:
+    """The files of the tokenizer and of the newest weights of a run.
+
+    Raises:
+        ConfigError, CheckpointError: it is no run directory, or has no checkpoint.
+    """
+    path = Path(source) / "tokenizer.json"
+    if not path.is_file():
+        raise ConfigError(f"train.init_from is {source}, which is no run directory: it has no tokenizer.json")
+    return path, checkpoint_path(Path(source), "latest") / "model.safetensors"
 
 
 def _sizes(shape: torch.Size | None) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lowmem.config import EngineConfig, OptimConfig, RunConfig, TrainConfig
+from lowmem.engine import deepspeed_config
 from lowmem.engine.deepspeed_config import build_deepspeed_config, default_document, offloads_optimizer, zero_stage
 from lowmem.errors import ConfigError
 
@@ -77,7 +78,7 @@ def test_equal_numbers_and_free_settings_are_accepted(tmp_path: Path) -> None:
         ({"scheduler": {}}, "set optim.schedule"),
         ({"gradient_predivide_factor": 2.0}, "lowmem needs the mean over ranks"),
         ({"curriculum_learning": {}}, "curriculum_learning is not lowmem's to pass on"),
-        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4; allowed: 0, 1, 2, 3"),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4, must be 0 | 1 | 2 | 3"),
         ({"zero_optimization": True}, "zero_optimization is true, must be an object"),
         ({"zero_optimization": {"stage": 2, "zenflow": {}}}, "zero_optimization.zenflow cannot be used"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param.device is nvme; allowed: none, cpu"),
@@ -119,3 +120,22 @@ def test_bf16_weights_without_master_copy_need_stage_0() -> None:
     assert build({}, precision="bf16", weight_dtype="bf16")["torch_autocast"] == {"enabled": False}
     with pytest.raises(ConfigError, match="train.weight_dtype is bf16 with ZeRO stage 2"):
         build({"zero_stage": 2}, precision="bf16", weight_dtype="bf16")
+
+
+def test_the_known_keys_are_those_of_the_installed_deepspeed() -> None:
+    """A key that DeepSpeed drops or adds is noticed here."""
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
+
+    def keys(cls: Any) -> set[str]:
+        return {item.alias or name for name, item in cls.model_fields.items()}
+
+    zero = deepspeed_config._KNOWN["zero_optimization"]
+    assert set(zero) == keys(DeepSpeedZeroConfig) - set(deepspeed_config._REFUSED_ZERO) - {"cpu_offload_param"}
+    assert set(zero["offload_param"]) == keys(DeepSpeedZeroOffloadParamConfig)
+    assert set(zero["offload_optimizer"]) == keys(DeepSpeedZeroOffloadOptimizerConfig)
+    assert set(deepspeed_config._KNOWN["bf16"]) == keys(DeepSpeedBF16Config)
+    assert set(deepspeed_config._KNOWN["fp16"]) == keys(DeepSpeedFP16Config)
+    assert set(deepspeed_config._KNOWN) == deepspeed_config._PASSED_ON

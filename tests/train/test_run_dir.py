@@ -43,7 +43,60 @@ def test_keys_that_setup_fills_in_are_compared_once_resolved(tmp_path):
 def test_free_keys_exist():
     from dataclasses import asdict
 
-    assert set(_flat(asdict(config()))) >= FREE_KEYS | RESOLVED_KEYS
+    assert set(_flat(asdict(config()))) >= {*FREE_KEYS, *RESOLVED_KEYS}
+
+
+# Settings whose change on resuming is refused, because the result would silently be another one.
+REFUSED = {
+    "data": "sources exhausted tokenizer tokenizer_vocab_size lowercase seq_len document_mask decode_errors val_fraction val_split "
+    "val_source",
+    "optim": "name lr matrix_lr momentum betas eps weight_decay state_bits backend clip clip_by schedule warmup_steps min_lr_ratio "
+    "decay_fraction",
+    "train": "global_batch_size seq_len_schedule update boundary_dtype boundary_offload precision weight_dtype label_smoothing z_loss "
+    "distill.teacher distill.weight distill.temperature init_from seed",
+    "engine": "name zero_stage offload config",
+    "model": "name dim hidden_dim num_layers num_heads num_kv_heads vocab_size max_seq_len positions rope_theta norm norm_eps activation "
+    "bias tie_embeddings attention_rank state_dim lorpt.rank lorpt.targets lorpt.ranks lorpt.bottleneck lorpt.init lorpt.share_down",
+}
+
+
+def test_every_key_is_free_or_refused():
+    """A new key must be put into one of the two: is the result the same if it changes when the run goes on?"""
+    from dataclasses import asdict
+
+    refused = {f"{section}.{name}" for section, names in REFUSED.items() for name in names.split()} | {"phases"}
+    assert not refused & set(FREE_KEYS)
+    assert refused | set(FREE_KEYS) == set(_flat(asdict(config())))
+
+
+def other(key, value):
+    """A value of the same type that is not `value`."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value + 1
+    return {"x": 1} if isinstance(value, dict) else ["x"] if isinstance(value, (list, tuple)) else f"{value}x"
+
+
+def test_a_change_of_any_other_key_is_refused(tmp_path):
+    from dataclasses import asdict
+
+    run_dir = RunDir(tmp_path)
+    run_dir.write_config(config())
+    for key, value in _flat(asdict(config())).items():
+        if key == "phases":
+            continue
+        changed = config()
+        *parents, last = key.split(".")
+        section = changed
+        for parent in parents:
+            section = getattr(section, parent)
+        setattr(section, last, other(key, value))
+        if key in FREE_KEYS:
+            run_dir.check_compatible(changed, resolved=True)
+        else:
+            with pytest.raises(ConfigError, match=f"holds a run with other settings: {key} was"):
+                run_dir.check_compatible(changed, resolved=True)
 
 
 def test_starting_over_keeps_the_old_run(tmp_path):

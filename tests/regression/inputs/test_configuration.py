@@ -147,3 +147,125 @@ def test_checkpoints_of_nine_digits_are_found(tmp_path):
         store.path(step).mkdir(parents=True)
     (store.root / "step-000000005").mkdir()  # nine digits, but no name that a step has
     assert store.steps() == [99_999_999, 100_000_000, 2_000_000_000]
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (
+            '{"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}',
+            "zero_optimization.offload_optimizer is 'cpu', must be an object",
+        ),
+        ('{"zero_optimization": {"stage": 1, "bogus": 3}}', "zero_optimization.bogus is not known to DeepSpeed; remove it"),
+        ('{"zero_optimization": {"stage": 1, "reduce_bucket_sise": 3}}', "the nearest key is reduce_bucket_size"),
+        ('{"zero_optimization": {"stage": 2, "reduce_bucket_size": "5e8"}}', "reduce_bucket_size is '5e8', must be a whole number"),
+        ('{"zero_optimization": {"stage": 2, "reduce_bucket_size": [1]}}', "reduce_bucket_size is [1], must be a whole number"),
+        ('{"zero_optimization": {"stage": "auto"}}', "zero_optimization.stage is 'auto', must be 0 | 1 | 2 | 3"),
+        ('{"zero_optimization": {"stage": 1, "overlap_comm": 1}}', "overlap_comm is 1, must be true or false"),
+        ('{"zero_optimization": {"stage": 1}, "zero_optimization": {"stage": 2}}', "the key 'zero_optimization' stands twice"),
+        ('{"gradient_clipping": NaN}', "it has NaN, which is no JSON"),
+        ('{"fp16": {"loss_scale": "high"}}', "fp16.loss_scale is 'high', must be a number"),
+        ("[" * 100000, "it is nested too deeply"),
+        ("\ufeff{", "no readable JSON file"),
+        ("[]", "holds no JSON object"),
+    ],
+)
+def test_a_malformed_deepspeed_file_is_refused_before_any_work(tmp_path, capsys, text, expected):
+    """The text to train on does not exist: data would be refused with 4 if it were looked at first."""
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    arguments = [STEPS, "engine.name=deepspeed", f"engine.config={path}", f"data.sources=[{{path: {tmp_path}/none.txt}}]"]
+    for more in ([], ["--dry_run"]):
+        assert main(["pretrain", "--quiet", *(f"--{item}" for item in [*arguments, f"run_dir={tmp_path / 'run'}"]), *more]) == 2
+        error = capsys.readouterr().err
+        assert expected in error
+        assert str(path) in error
+        assert error.count("\n") == 1
+
+
+def odd_paths(tmp_path):
+    (tmp_path / "file").write_text("text")
+    return {"a file": tmp_path / "file", "below a file": tmp_path / "file" / "run", "300 characters": tmp_path / ("x" * 300), "NUL": "a\0b"}
+
+
+@pytest.mark.parametrize("name", ["a file", "below a file", "300 characters", "NUL"])
+@pytest.mark.parametrize("more", [[], ["--dry_run"]])
+def test_a_run_dir_that_cannot_be_is_refused(tmp_path, capsys, name, more):
+    path = odd_paths(tmp_path)[name]
+    arguments = ["pretrain", "--train.steps=1", "--data.tokenizer=bytes", f"--run_dir={path}", *more]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lowmem: error: ")
+    assert error.count("\n") == 1
+    assert len(error) < 600
+
+
+@pytest.mark.parametrize("key", ["data.tokenizer", "data.val_source", "data.cache_dir", "train.init_from"])
+def test_paths_of_300_characters_are_refused(tmp_path, capsys, key):
+    assert main(["pretrain", "--train.steps=1", f"--{key}={tmp_path / ('x' * 300)}", f"--run_dir={tmp_path / 'run'}"]) == 2
+    assert f"{key} is " in (error := capsys.readouterr().err)
+    assert "longer than a path may be" in error
+
+
+@pytest.mark.parametrize(
+    "arguments", [["generate", "--prompt", "a", "--run"], ["export", "--run", "r", "--format", "hf", "--out"], ["profile", "--out=x"]]
+)
+@pytest.mark.parametrize("name", ["below a file", "300 characters", "NUL"])
+def test_odd_paths_of_other_commands_get_one_line(tmp_path, capsys, arguments, name):
+    assert main([*arguments, str(odd_paths(tmp_path)[name])]) in (2, 4, 5, 7)
+    error = capsys.readouterr().err
+    assert error.startswith("lowmem: error: ")
+    assert error.count("\n") == 1
+
+
+def dry_run(tmp_path, *settings):
+    text = tmp_path / "text.txt"
+    text.write_text("some words to learn from\n" * 400)
+    own = ["train.steps=1", "device=cpu", "data.tokenizer=bytes", f"data.sources=[{{path: {text}}}]", f"run_dir={tmp_path / 'run'}"]
+    return main(["pretrain", *(f"--{setting}" for setting in (*own, *settings)), "--dry_run"])
+
+
+@pytest.mark.parametrize(
+    "settings, code, expected",
+    [
+        (["model.vocab_size=100"], 4, "the bytes tokenizer has 257 tokens, model.vocab_size allows 100"),
+        (["data.tokenizer=bpe", "model.vocab_size=100"], 4, "the bpe tokenizer is trained to 4096 tokens, model.vocab_size allows 100"),
+        (["data.sources=[{path: none.txt}]"], 4, "none.txt"),
+        (["data.val_source=none.txt"], 4, "none.txt"),
+        (["train.init_from=none"], 2, "train.init_from is none, which is no run directory"),
+        (["train.distill.teacher=none"], 2, "train.distill.teacher is none, which has no config.yaml"),
+        (["train.steps=0", "phases=[{kind: chat, steps: 1, sources: [{path: none.json}]}]"], 4, "none.json"),
+        (["train.steps=0", "phases=[{kind: chat, steps: 1, sources: [{path: text.txt}], template: none.jinja}]"], 4, "none.jinja"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would(tmp_path, monkeypatch, capsys, settings, code, expected):
+    monkeypatch.chdir(tmp_path)
+    assert dry_run(tmp_path, *settings) == code
+    captured = capsys.readouterr()
+    assert expected in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_a_dry_run_refuses_a_run_directory_of_other_settings(tmp_path, capsys):
+    from lowmem.train.run_dir import RunDir
+
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.write_config(load_run_config("", [STEPS]))
+    (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    run_dir.close()
+    assert dry_run(tmp_path) == 2
+    assert "holds a run with other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package, settings", [("deepspeed", ["engine.name=deepspeed"]), ("wandb", ["loggers=[wandb]"])])
+def test_a_dry_run_names_packages_that_are_missing(tmp_path, monkeypatch, capsys, package, settings):
+    import importlib.util
+    import sys
+
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    monkeypatch.setattr(
+        "lowmem.train.setup.find_spec", lambda name: None if name == package else importlib.util.find_spec(name), raising=False
+    )
+    assert dry_run(tmp_path, *settings) == 2
+    assert f"has {package}, which is not installed; run: pip install 'lowmem[{package}]'" in capsys.readouterr().err
