@@ -33,6 +33,7 @@ def finetune_main(argv: Sequence[str]) -> int:
     from lowmem.data.storage import compiled_root, replace_file, storage_errors
     from lowmem.engine.recovery import first_line
     from lowmem.finetune.base_model import base_directory
+    from lowmem.finetune.data import check_chat
     from lowmem.finetune.settle import check_base, choose_micro_batch
     from lowmem.finetune.train import finetune
     from lowmem.memory.block_cache import set_up_host_memory
@@ -40,9 +41,12 @@ def finetune_main(argv: Sequence[str]) -> int:
     from lowmem.memory.measure import measure_peak
     from lowmem.train.checkpoint import json_text
     from lowmem.train.progress import make_display
+    from lowmem.train.run_dir import check_place
 
+    check_place(Path(config.out), "out")
     if flags.dry_run:
         directory = base_directory(config.base, Path(config.out))
+        check_chat(config, directory)
         for note in check_base(config, directory):
             print(note, file=sys.stderr)
         settled, memory = choose_micro_batch(config, directory)

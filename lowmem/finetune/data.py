@@ -79,6 +79,17 @@ def chat_data(config: FinetuneConfig, folder: Path, *, one_per_row: bool, progre
     return ChatData(train, validation, template, part.counts.describe(config.truncation, config.seq_len))
 
 
+def check_chat(config: FinetuneConfig, folder: Path) -> None:
+    """See that the records are there and the template is one, without reading the records.
+
+    Args:
+        folder: of the base, which may have a template.
+    Raises:
+        DataError: they are not.
+    """
+    ChatSource(SourceConfig(path=config.data), choose_chat_template(config.template, folder, None))
+
+
 def copy_tokenizer(source: Path, target: Path, template: ChatTemplate) -> None:
     """The tokenizer's files, and the template that the run was trained with."""
     make_directory(target)

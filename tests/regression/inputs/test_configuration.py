@@ -269,3 +269,11 @@ def test_a_dry_run_names_packages_that_are_missing(tmp_path, monkeypatch, capsys
     )
     assert dry_run(tmp_path, *settings) == 2
     assert f"has {package}, which is not installed; run: pip install 'lowmem[{package}]'" in capsys.readouterr().err
+
+
+def test_a_dry_run_of_fine_tuning_looks_for_its_records(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("lowmem.finetune.base_model.base_directory", lambda base, out: tmp_path)
+    (tmp_path / "file").write_text("")
+    for setting, code in ((f"--data={tmp_path}/none.jsonl", 4), (f"--out={tmp_path}/file/x", 2)):
+        assert main(["finetune", "--base=b", "--data=d", setting, "--dry_run"]) == code
+        assert capsys.readouterr().err.count("\n") == 1
