@@ -4,6 +4,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -157,6 +158,19 @@ def write_failure(error: BaseException) -> str:
     return write_failure(error.__cause__) if error.__cause__ is not None else ""
 
 
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON, in which NaN and infinity, which it does not have, are null."""
+    return json.dumps(_without_nonfinite(value), indent=indent, allow_nan=False)
+
+
+def _without_nonfinite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _without_nonfinite(item) for key, item in value.items()}
+    return [_without_nonfinite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` atomically: a reader sees the old file or the new one.
 
@@ -164,7 +178,7 @@ def write_json(path: Path, value: Any) -> None:
         StorageError: the disk is full, or not writable.
     """
     with storage_errors(path):
-        replace_file(path, json.dumps(value, indent=1) + "\n")
+        replace_file(path, json_text(value, indent=1) + "\n")
 
 
 def cached_json(path: Path, read: Callable[[Any], T], make: Callable[[], Any]) -> T:

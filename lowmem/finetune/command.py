@@ -30,7 +30,7 @@ def finetune_main(argv: Sequence[str]) -> int:
         return 0
     from pathlib import Path
 
-    from lowmem.data.storage import compiled_root, replace_file, storage_errors
+    from lowmem.data.storage import compiled_root, json_text, replace_file, storage_errors
     from lowmem.engine.recovery import first_line
     from lowmem.finetune.base_model import base_directory
     from lowmem.finetune.data import check_chat
@@ -39,7 +39,6 @@ def finetune_main(argv: Sequence[str]) -> int:
     from lowmem.memory.block_cache import set_up_host_memory
     from lowmem.memory.budget import is_out_of_memory, lift_host_limit
     from lowmem.memory.measure import measure_peak
-    from lowmem.train.checkpoint import json_text
     from lowmem.train.progress import make_display
     from lowmem.train.run_dir import check_place
 

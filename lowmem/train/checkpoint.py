@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -10,7 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from lowmem.data.storage import WRITE_ERRNOS
+from lowmem.data.storage import WRITE_ERRNOS, json_text
 from lowmem.engine.base import Engine
 from lowmem.errors import CheckpointError, StorageError
 from lowmem.memory.block_cache import release_host_memory
@@ -191,19 +190,6 @@ def _sha256(path: Path) -> str:
         while block := file.read(_HASH_BYTES):
             digest.update(block)
     return digest.hexdigest()
-
-
-def json_text(value: Any, indent: int | None = None) -> str:
-    """JSON, in which NaN and infinity, which it does not have, are null."""
-    return json.dumps(_without_nonfinite(value), indent=indent, allow_nan=False)
-
-
-def _without_nonfinite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _without_nonfinite(item) for key, item in value.items()}
-    return [_without_nonfinite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -12,9 +12,9 @@ from lowmem.config import RunConfig
 from lowmem.config_dump import dump_config
 from lowmem.config_load import load_run_config
 from lowmem.config_values import shown
-from lowmem.data.storage import replace_file
+from lowmem.data.storage import json_text, replace_file
 from lowmem.errors import CheckpointError, ConfigError
-from lowmem.train.checkpoint import json_text, storage_error
+from lowmem.train.checkpoint import storage_error
 
 # Keys that may differ when a run is resumed, and why; every other key that differs is refused.
 _ELSEWHERE, _MEMORY, _SAVING, _LENGTH = "where things are", "memory and speed", "what is kept and measured, not what is learned", "length"
