@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from lowmem.arguments import dotted_overrides
 from lowmem.config_dump import dump_config
@@ -28,13 +29,8 @@ def finetune_main(argv: Sequence[str]) -> int:
     if flags.print_config:
         sys.stdout.write(dump_config(config, comments=True))
         return 0
-    from pathlib import Path
-
     from lowmem.data.storage import compiled_root, json_text, replace_file, storage_errors
     from lowmem.engine.recovery import first_line
-    from lowmem.finetune.base_model import base_directory
-    from lowmem.finetune.data import check_chat
-    from lowmem.finetune.settle import check_base, choose_micro_batch
     from lowmem.finetune.train import finetune
     from lowmem.memory.block_cache import set_up_host_memory
     from lowmem.memory.budget import is_out_of_memory, lift_host_limit
@@ -44,13 +40,7 @@ def finetune_main(argv: Sequence[str]) -> int:
 
     check_place(Path(config.out), "out")
     if flags.dry_run:
-        directory = base_directory(config.base, Path(config.out))
-        check_chat(config, directory)
-        for note in check_base(config, directory):
-            print(note, file=sys.stderr)
-        settled, memory = choose_micro_batch(config, directory)
-        print(f"{memory.line()}; micro-batches of {settled.micro_batch_size}")
-        return 0
+        return _dry_run(config)
     display = make_display(quiet=flags.quiet)
     set_up_host_memory(compiled_root())
     try:
@@ -74,6 +64,20 @@ def finetune_main(argv: Sequence[str]) -> int:
     report["predicted_vram"] = done.predicted_vram
     with storage_errors(Path(config.out)):
         replace_file(Path(config.out) / "result.json", json_text(report, indent=1))
+    return 0
+
+
+def _dry_run(config: FinetuneConfig) -> int:
+    from lowmem.finetune.base_model import base_directory
+    from lowmem.finetune.data import check_chat
+    from lowmem.finetune.settle import check_base, choose_micro_batch
+
+    directory = base_directory(config.base, Path(config.out))
+    check_chat(config, directory)
+    for note in check_base(config, directory):
+        print(note, file=sys.stderr)
+    settled, memory = choose_micro_batch(config, directory)
+    print(f"{memory.line()}; micro-batches of {settled.micro_batch_size}")
     return 0
 
 
