@@ -10,15 +10,15 @@ FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trap
 
 
 class BuildKernels(build_ext):
-    """With OpenMP where the compiler has it, on one thread where not."""
+    """With OpenMP where the compiler has it, on one thread where not; linked with none, see `lowmem.optim.kernels.cpu.library`."""
 
     def build_extension(self, ext: Extension) -> None:
         try:
-            ext.extra_compile_args, ext.extra_link_args = [*FLAGS, "-fopenmp"], ["-fopenmp"]
+            ext.extra_compile_args = [*FLAGS, "-fopenmp"]
             super().build_extension(ext)
         except Exception as error:
             print(f"lowmem: compiling the kernels with OpenMP failed ({error}); trying without", file=sys.stderr)
-            ext.extra_compile_args, ext.extra_link_args = FLAGS, []
+            ext.extra_compile_args = FLAGS
             super().build_extension(ext)
 
 

@@ -14,6 +14,7 @@ from lowmem.config_model import ModelConfig
 from lowmem.units import parse_count
 
 AUTO_MICRO_BATCH_TOKENS = 4096
+STATE_WIDTHS = {"adamw": (32, 8, 4), "lion": (32, 8), "spectron": (32, 8)}  # bits that the states of an optimizer may have
 
 
 @dataclass
@@ -36,8 +37,8 @@ class OptimConfig:
     weight_decay: float = 0.1
     """Decoupled decay; never applied to norms, biases, embeddings and other 1-D parameters."""
     state_bits: Literal[32, 8, 4] = 32
-    """Bits per optimizer state. 8 and 4 cost 2 and 1 bytes a parameter for adamw, half of that for lion; tensors of fewer than 4096
-    numbers keep 32."""
+    """Bits per optimizer state. 8 and 4 cost 2 and 1 bytes a parameter for adamw; 8 costs 1 for lion and spectron, which have no 4. Norms,
+    biases and tensors of fewer than 4096 elements keep 32; where 4 is asked for, matrices whose rows are no multiple of 128 have 8."""
     backend: Literal["lowmem", "bitsandbytes"] = "lowmem"
     """Whose kernels keep 8-bit states: lowmem's, on every device, or bitsandbytes', which are quick on CUDA."""
     clip: float = 1.0
@@ -204,6 +205,18 @@ def auto_micro_batch_sizes(sequences: int, seq_len: int) -> list[int]:
     """Divisors of `sequences` of at most 4096 tokens, the largest first."""
     limit = max(1, AUTO_MICRO_BATCH_TOKENS // seq_len)
     return [size for size in range(min(sequences, limit), 0, -1) if sequences % size == 0]
+
+
+def state_width_problems(optim: OptimConfig) -> list[str]:
+    """States narrower than the optimizer can learn with."""
+    allowed = STATE_WIDTHS[optim.name]
+    if optim.state_bits in allowed:
+        return []
+    widths = " or ".join(str(width) for width in allowed)
+    return [
+        f"optim.state_bits is {optim.state_bits}, but optim.name={optim.name} learns only with {widths}: its momentum would be mostly "
+        f"rounding; use optim.state_bits={min(allowed)}, or optim.name=adamw"
+    ]
 
 
 def resolve_micro_batch_size(config: RunConfig, world_size: int) -> int:

@@ -1,6 +1,6 @@
 """Contradictions between the fields of a configuration, all of them at once; `lowmem.config_values` has what each field may hold."""
 
-from lowmem.config import DataConfig, LorptConfig, ModelConfig, RunConfig, resolve_micro_batch_size
+from lowmem.config import DataConfig, LorptConfig, ModelConfig, RunConfig, resolve_micro_batch_size, state_width_problems
 from lowmem.config_check_data import length_problems, phase_problems, source_problems
 from lowmem.units import parse_bytes
 
@@ -129,6 +129,7 @@ def _update_problems(config: RunConfig) -> list[str]:
     if train.boundary_offload == "cpu" and config.device == "cpu":
         problems.append("train.boundary_offload=cpu needs a GPU: with device=cpu boundary activations are in host memory already")
     problems += _spectron_problems(config)
+    problems += state_width_problems(optim)
     if optim.backend == "bitsandbytes":
         wrong = [f"optim.state_bits={optim.state_bits}"] if optim.state_bits != 8 else []
         wrong += ["train.update=layerwise"] if layerwise else []

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lowmem.config import BudgetConfig, OptimConfig, auto_micro_batch_sizes
+from lowmem.config import BudgetConfig, OptimConfig, auto_micro_batch_sizes, state_width_problems
 
 Method = Literal["lora", "qlora", "dora", "lora_plus", "rslora", "prefix", "ia3", "head", "last_k", "full"]
 
@@ -67,7 +67,7 @@ class FinetuneConfig:
     gradient_checkpointing: bool = True
     """Keep each block's input only and compute the block again."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, weight_decay=0.0, warmup_steps=10, betas=(0.9, 0.999)))
-    """Optimizer and schedule; state_bits 8 and 4 work here, too."""
+    """Optimizer and schedule; narrow states work here, too."""
     eval_every: int = 50
     """Steps between evaluations on the held-out conversations; 0 never."""
     save_every: int = 50
@@ -105,6 +105,7 @@ def finetune_problems(config: FinetuneConfig) -> list[str]:
         problems.append("update=layerwise applies gradients as they come: leave micro_batch_size=auto, or use update=accumulate")
     if optim.name == "spectron" or optim.backend != "lowmem":
         problems.append("optim.name must be adamw or lion and optim.backend lowmem here")
+    problems += state_width_problems(optim)
     if optim.clip_by != "auto":
         problems.append(f"optim.clip_by is {optim.clip_by}, must be auto here: global, and with update=layerwise previous")
     if config.add_tokens and config.method in ("prefix", "ia3", "head", "last_k"):

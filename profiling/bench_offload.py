@@ -34,7 +34,6 @@ OPTIMIZERS = {
     "lowmem AdamW, 8 bits": {"name": "adamw", "state_bits": 8},
     "lowmem AdamW, 4 bits": {"name": "adamw", "state_bits": 4},
     "lowmem Lion, 8 bits": {"name": "lion", "state_bits": 8},
-    "lowmem Lion, 4 bits": {"name": "lion", "state_bits": 4},
 }
 
 

@@ -85,7 +85,7 @@ def optimizers(isa: str) -> dict[str, tuple]:
     found: dict[str, tuple] = {BASELINE: (torch.optim.AdamW, {"fused": True}, fp32, 28)}
     for cls, states in ((AdamW, 2), (Lion, 1)):
         for dtype, size in ((fp32, 4), (bf16, 2)):
-            for bits in (32, 8, 4):
+            for bits in cls.widths:
                 state_bytes = bits / 8 + (4 / 128 if bits < 32 else 0)
                 name = f"lowmem {cls.__name__}, {bits}-bit, {str(dtype).removeprefix('torch.')} weights"
                 found[name] = (cls, {"state_bits": bits}, dtype, 3 * size + 2 * states * state_bytes)
@@ -153,8 +153,8 @@ def make_step(cls: type, settings: dict, dtype, numel: int, device: str) -> Call
     parameters = []
     for start in range(0, numel, TENSOR):
         count = min(TENSOR, numel - start)
-        parameter = torch.nn.Parameter(torch.empty(count, device=device).normal_(0, 0.02, generator=generator).to(dtype))
-        parameter.grad = torch.empty(count, device=device).normal_(0, 1e-3, generator=generator).to(dtype)
+        parameter = torch.nn.Parameter(torch.empty(count // 1024, 1024, device=device).normal_(0, 0.02, generator=generator).to(dtype))
+        parameter.grad = torch.empty(count // 1024, 1024, device=device).normal_(0, 1e-3, generator=generator).to(dtype)
         parameters.append(parameter)
     optimizer = cls(parameters, lr=1e-4, **settings)
     for _ in range(2):

@@ -73,7 +73,7 @@ CONFIGS: dict[str, list[str]] = {
     "8 bits": ["optim.state_bits=8"],
     "4 bits": ["optim.state_bits=4"],
     "lion": ["optim.name=lion", "optim.lr=1e-4"],
-    "lion 4 bits": ["optim.name=lion", "optim.state_bits=4"],
+    "lion 8 bits": ["optim.name=lion", "optim.state_bits=8"],
     "bitsandbytes": ["optim.state_bits=8", "optim.backend=bitsandbytes"],
     "bf16 weights": BF16,
     "bf16 weights, 4 bits": [*BF16, "optim.state_bits=4"],

@@ -29,7 +29,7 @@ from lowmem.engine.deepspeed_build import build_deepspeed_ops, put_ninja_on_path
 from lowmem.engine.deepspeed_checkpoint import load_optimizer, plug_in, save_optimizer
 from lowmem.engine.deepspeed_config import build_deepspeed_config, offloads_optimizer, zero_stage
 from lowmem.engine.deepspeed_memory import memory_components
-from lowmem.engine.deepspeed_optimizers import prepare_optimizer, separate_small_parameters
+from lowmem.engine.deepspeed_optimizers import prepare_optimizer, separate_by_state_width
 from lowmem.engine.deepspeed_weights import load_weights, save_weights
 from lowmem.engine.distributed import destroy_process_group, import_deepspeed, init_process_group, local_rank
 from lowmem.engine.random_state import random_state, restore_random_state
@@ -38,7 +38,7 @@ from lowmem.engine.transfer import on_device
 from lowmem.errors import CheckpointError
 from lowmem.memory.budget import is_out_of_memory
 from lowmem.models.base import LanguageModel
-from lowmem.optim.build import build_optimizer
+from lowmem.optim.build import build_optimizer, narrower_states
 from lowmem.optim.clip import clip_gradients, global_norm
 
 
@@ -70,7 +70,7 @@ class DeepSpeedEngine(Engine):
             self._compile_operators()
         optimizer = build_optimizer(model.to(device), config.optim, seed=config.train.seed, offload=offload)
         if self.zero_stage:
-            separate_small_parameters(optimizer)
+            separate_by_state_width(optimizer, self.world_size)
         _forget_autocast()
         self._linear = torch.nn.functional.linear
         with redirect_stdout(io.StringIO()):  # BF16_Optimizer prints its memory use; standard output belongs to --json
@@ -130,7 +130,7 @@ class DeepSpeedEngine(Engine):
 
     def memory_remedies(self) -> list[str]:
         checkpointing = [] if self.config.train.activation_checkpointing == "block" else ["train.activation_checkpointing=block"]
-        return [*checkpointing, *([] if self.config.optim.state_bits == 4 else ["optim.state_bits=4"])]
+        return [*checkpointing, *narrower_states(self.config.optim)]
 
     def sum_over_ranks(self, value: float) -> float:
         return self._sum_over_ranks(value)

@@ -8,23 +8,29 @@ from typing import Any
 
 import torch
 
-from lowmem.optim.kernels.formats import MIN_QUANTIZED_NUMEL
+from lowmem.optim.kernels.formats import StateBits, state_bits_of
 from lowmem.optim.kernels.scalars import mix_key
 from lowmem.optim.low_bit import LowBitOptimizer
 
 
-def separate_small_parameters(optimizer: torch.optim.Optimizer) -> None:
-    """Move norms and biases to groups of their own with 32-bit states, before ZeRO flattens groups; for lowmem's optimizers only.
+def separate_by_state_width(optimizer: torch.optim.Optimizer, ranks: int) -> None:
+    """Give parameters whose states have other widths groups of their own, before ZeRO flattens groups; for lowmem's optimizers only.
 
-    Flattened with larger parameters they would get narrow states like those.
+    Flattened with others, norms and biases would get narrow states like those, and rows would share blocks.
+
+    Args:
+        ranks: that the flattened groups are divided among.
     """
     if not isinstance(optimizer, LowBitOptimizer):
         return
     for group in list(optimizer.param_groups):
-        small = [parameter for parameter in group["params"] if parameter.numel() < MIN_QUANTIZED_NUMEL]
-        if small and group["state_bits"] != 32:
-            group["params"] = [parameter for parameter in group["params"] if parameter.numel() >= MIN_QUANTIZED_NUMEL]
-            optimizer.add_param_group({**group, "params": small, "state_bits": 32})
+        by_width: dict[StateBits, list[torch.Tensor]] = {}
+        for parameter in group["params"]:
+            by_width.setdefault(state_bits_of(parameter.shape, group["state_bits"], ranks=ranks), []).append(parameter)
+        (bits, group["params"]), *others = by_width.items()
+        group.update(state_bits=bits, flattened=True)
+        for bits, parameters in others:
+            optimizer.add_param_group({**group, "params": parameters, "state_bits": bits})
 
 
 def prepare_optimizer(ds_engine: Any, optimizer: torch.optim.Optimizer) -> None:

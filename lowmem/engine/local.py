@@ -25,7 +25,7 @@ from lowmem.models.base import LanguageModel
 from lowmem.models.counting import move_to
 from lowmem.nn.quantized import stored_bytes, stored_tensors
 from lowmem.nn.rank_change import adopt_ranks, change_rank, check_rank, following_layers
-from lowmem.optim.build import allocate_states, build_optimizer, set_learning_rate
+from lowmem.optim.build import allocate_states, build_optimizer, narrower_states, set_learning_rate
 from lowmem.optim.clip import clip_gradients, global_norm
 from lowmem.optim.kernels.scalars import mix_key
 from lowmem.optim.resize import resize_states
@@ -169,7 +169,7 @@ class LocalEngine(Engine):
         if self.optim.backend == "bitsandbytes":
             return [*checkpointing, "optim.backend=lowmem"]
         layerwise = [] if self.optim.clip_by == "global" else ["train.update=layerwise"]
-        return [*checkpointing, *layerwise, *([] if self.optim.state_bits == 4 else ["optim.state_bits=4"])]
+        return [*checkpointing, *layerwise, *narrower_states(self.optim)]
 
     def _repeat(self, work: Callable[[], T]) -> T:
         return repeat_with_smaller_micro_batches(self, work, self._discard)

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from lowmem.errors import CheckpointError
+from lowmem.optim.low_bit import LowBitOptimizer
+from lowmem.optim.resize import fit_states
 
 Scalars = dict[str, dict[str, Any]]
 
@@ -60,3 +62,5 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
         if name not in parameters:
             raise CheckpointError(f"the checkpoint has optimizer state for {name}, which this model does not have")
         optimizer.state[parameters[name]].update(values)
+    if isinstance(optimizer, LowBitOptimizer):
+        fit_states(optimizer)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+from lowmem.config import STATE_WIDTHS
 from lowmem.optim.kernels.formats import StateBits
 from lowmem.optim.kernels.scalars import StepScalars, adamw_scalars
 from lowmem.optim.low_bit import LowBitOptimizer
@@ -17,7 +18,8 @@ class AdamW(LowBitOptimizer):
         betas: decay of the running averages of the gradient and of its square.
         eps: added to the denominator.
         weight_decay: each step multiplies weights by 1 - lr * weight_decay.
-        state_bits: 32, 8 or 4 per state; parameters of fewer than 4096 numbers keep 32.
+        state_bits: 32, 8 or 4 per state; parameters of fewer than 4096 elements or of one dimension keep 32, and where 4 is asked for,
+            those whose rows are no multiple of 128 have 8.
         seed: of the stochastic rounding.
     Raises:
         ValueError: a setting is out of its range.
@@ -26,6 +28,7 @@ class AdamW(LowBitOptimizer):
     """
 
     state_names: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+    widths: tuple[int, ...] = STATE_WIDTHS["adamw"]
 
     def __init__(
         self,

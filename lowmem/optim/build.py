@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowmem.config import OptimConfig
+from lowmem.config import STATE_WIDTHS, OptimConfig
 from lowmem.errors import ConfigError
 from lowmem.nn.lorpt import LoRPtLinear
 from lowmem.nn.positions import LearnedPositions
@@ -102,23 +102,36 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two parameter groups: matrices decay; norms, biases, other 1-D parameters and embeddings do not.
+    """Parameter groups by decay: matrices; factors of LoRPt layers, half as much; norms, biases, other 1-D parameters and embeddings, none.
 
-    Learned positions are embeddings too. A tied head is the embedding's own matrix, so it does not decay either.
+    What shall decay is the product up @ down, once: with half the decay each, it shrinks by (1 - lr * weight_decay / 2)^2 a step, which to
+    first order is what a dense weight does. Learned positions are embeddings too. A tied head is the embedding's own matrix, so it does
+    not decay either.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding | LearnedPositions)}
+    factors = {id(p) for module in model.modules() if isinstance(module, LoRPtLinear) for p in (module.down, module.up)}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decayed = [p for p in trainable if p.ndim >= 2 and id(p) not in embeddings]
     rest = [p for p in trainable if p.ndim < 2 or id(p) in embeddings]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in decayed if id(p) not in factors], "weight_decay": weight_decay},
+        {"params": [p for p in decayed if id(p) in factors], "weight_decay": weight_decay / 2},
+        {"params": rest, "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
+
+
+def narrower_states(optim: OptimConfig) -> list[str]:
+    """The setting that makes states as narrow as this optimizer's can be; nothing where they are."""
+    narrowest = min(STATE_WIDTHS[optim.name])
+    return [f"optim.state_bits={narrowest}"] if optim.state_bits > narrowest else []
 
 
 def spectron_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
     """Groups for `Spectron`: the factors of LoRPt layers in pairs, the matrices of other linear layers, and everything else, which is left
     to AdamW as `decay_groups` would: embeddings, a dense head, norms, biases.
 
-    Matrices and factors have `optim.matrix_lr` relative to `optim.lr` as "lr_scale".
+    Factors have half the decay, as in `decay_groups`. Matrices and factors have `optim.matrix_lr` relative to `optim.lr` as "lr_scale".
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | LoRPtLinear)}
     shared = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding | LearnedPositions)}
@@ -127,11 +140,16 @@ def spectron_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]
     dense = {name: module for name, module in linears.items() if isinstance(module, nn.Linear) and name != head}
     matrices = [module for module in dense.values() if id(module.weight) not in shared]
     scale = optim.matrix_lr / optim.lr if optim.matrix_lr else 1.0
-    common = {"weight_decay": optim.weight_decay, "lr_scale": scale}
     splits = [tuple(getattr(module, "splits", ())) for module in matrices]
     groups: list[dict[str, Any]] = [
-        {"params": factors, "rule": "factors", **common},
-        {"params": [module.weight for module in matrices], "rule": "matrix", "splits": splits, **common},
+        {"params": factors, "rule": "factors", "weight_decay": optim.weight_decay / 2, "lr_scale": scale},
+        {
+            "params": [module.weight for module in matrices],
+            "rule": "matrix",
+            "splits": splits,
+            "weight_decay": optim.weight_decay,
+            "lr_scale": scale,
+        },
     ]
     taken = {id(p) for group in groups for p in group["params"]}
     for group in decay_groups(model, optim.weight_decay):

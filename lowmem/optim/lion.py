@@ -1,8 +1,9 @@
-"""Lion with a state of 32, 8 or 4 bits."""
+"""Lion with a state of 32 or 8 bits."""
 
 from collections.abc import Iterable
 from typing import Any
 
+from lowmem.config import STATE_WIDTHS
 from lowmem.optim.kernels.formats import StateBits
 from lowmem.optim.kernels.scalars import StepScalars, lion_scalars
 from lowmem.optim.low_bit import LowBitOptimizer
@@ -16,15 +17,17 @@ class Lion(LowBitOptimizer):
         lr: learning rate, about a third of AdamW's.
         betas: share of the momentum in the update, and its decay.
         weight_decay: each step multiplies weights by 1 - lr * weight_decay.
-        state_bits: 32, 8 or 4; parameters of fewer than 4096 numbers keep 32.
+        state_bits: 32 or 8; parameters of fewer than 4096 elements or of one dimension keep 32. There is no 4: Lion takes the sign of
+            its momentum, an average over a hundred steps, and what 4 bits round in a hundred steps is more than most momenta.
         seed: of the stochastic rounding.
     Raises:
         ValueError: a setting is out of its range.
-    Memory: per parameter 4 bytes at 32 bits, 1.03 at 8, 0.53 at 4; a step adds nothing that grows with a tensor.
+    Memory: per parameter 4 bytes at 32 bits, 1.03 at 8; a step adds nothing that grows with a tensor.
     Source: Chen et al. 2023, arXiv:2302.06675, algorithm 2.
     """
 
     state_names = ("exp_avg",)
+    widths = STATE_WIDTHS["lion"]
 
     def __init__(
         self,

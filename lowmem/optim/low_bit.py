@@ -1,6 +1,7 @@
 """What AdamW and Lion share: states of 32, 8 or 4 bits, weights of 32, 16, 8 or 4, and updates of parts of a tensor."""
 
 import inspect
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 
 from lowmem.nn.quantized import QuantizedWeight
-from lowmem.optim.kernels.formats import BLOCK, FORMATS, MIN_QUANTIZED_NUMEL, StateBits, scale_count
+from lowmem.optim.kernels.formats import BLOCK, FORMATS, StateBits, scale_count, state_bits_of
 from lowmem.optim.kernels.operator import optimizer_step_
 from lowmem.optim.kernels.scalars import StepScalars, mix_key
 
@@ -24,11 +25,14 @@ _ADD_PARAM_GROUP, _ZERO_GRAD, _LOAD_STATE_DICT = (
 class LowBitOptimizer(torch.optim.Optimizer):
     """An ordinary optimizer whose states are codes and scales; see `lowmem.optim.kernels.formats`.
 
-    bf16, fp16 and quantised weights are rounded stochastically and have no master copy. Random numbers depend on the seed, the step and the
-    position of the parameter alone, so a resumed run draws the same ones.
+    bf16, fp16 and quantised weights are rounded stochastically and have no master copy. Random numbers depend on the seed, the step, the
+    position of the parameter and of the element alone, so a resumed run draws the same ones, and so do updates in parts.
+
+    A group with "flattened" has one-dimensional pieces of matrices, as ZeRO makes them, whose states have `state_bits` all the same.
     """
 
     state_names: tuple[str, ...]
+    widths: tuple[int, ...] = (32, 8, 4)  # that the states may have
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], seed: int):
         self.seed = seed
@@ -47,7 +51,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
         """
         _ADD_PARAM_GROUP(self, param_group)
         group = self.param_groups[-1]
-        _check_group(group)
+        _check_group(group, self.widths)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, or make them zero."""
@@ -100,6 +104,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
         if grad.is_contiguous() and (quantized or parameter.is_contiguous()):
             weights = None if quantized else parameter.detach().view(-1)[start : start + count]
             self._update_flat(parameter, weights, grad.view(-1), start, grad_scale)
+            _written(parameter)
             return
         for first in range(0, count, _STAGED_NUMBERS):
             last = min(first + _STAGED_NUMBERS, count)
@@ -112,6 +117,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
             _copy_range(parameter.detach(), start + first, weights)
             self._update_flat(parameter, weights, gradients, start + first, grad_scale)
             _copy_range(parameter.detach(), start + first, weights, back=True)
+        _written(parameter)
 
     def _update_flat(
         self, parameter: torch.Tensor, weights: torch.Tensor | None, grad: torch.Tensor, start: int, grad_scale: float
@@ -151,9 +157,9 @@ class LowBitOptimizer(torch.optim.Optimizer):
                 )
 
     def bits_of(self, parameter: torch.Tensor) -> StateBits:
-        """Bits of the states of `parameter`: its group's, or 32 if it is small."""
-        bits = self._groups[parameter]["state_bits"]
-        return bits if parameter.numel() >= MIN_QUANTIZED_NUMEL else 32
+        """Bits of the states of `parameter`; see `state_bits_of`."""
+        group = self._groups[parameter]
+        return state_bits_of(parameter.shape, group["state_bits"], flattened=group.get("flattened", False))
 
     def allocate_states(self) -> None:
         """Allocate the states of every parameter now, in one piece of memory, rather than among the temporaries of the first step."""
@@ -183,7 +189,10 @@ class LowBitOptimizer(torch.optim.Optimizer):
 
         torch's own method casts floating states to the dtype of the parameter, which would round the scales of bf16 weights.
         """
+        flattened = [group.get("flattened", False) for group in self.param_groups]
         _LOAD_STATE_DICT(self, {"state": {}, "param_groups": state_dict["param_groups"]})
+        for group, flag in zip(self.param_groups, flattened, strict=True):
+            group["flattened"] = flag  # what these parameters are, not those of `state_dict`
         self._index_parameters()
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         for number, parameter in zip(numbers, self._positions, strict=True):
@@ -204,7 +213,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
             tensors, numbers = counts.get(self.bits_of(parameter), (0, 0))
             counts[self.bits_of(parameter)] = (tensors + 1, numbers + parameter.numel())
         parts = [f"{bits}-bit for {tensors} tensors of {numbers:,} numbers" for bits, (tensors, numbers) in sorted(counts.items())]
-        return f"{type(self).__name__} states {', '.join(parts)} (32-bit below {MIN_QUANTIZED_NUMEL} numbers)"
+        return f"{type(self).__name__} states {', '.join(parts)}"
 
     def __repr__(self) -> str:
         """Settings of each group, and how many numbers have states of how many bits."""
@@ -217,14 +226,22 @@ def _code_dtype(name: str, bits: int) -> torch.dtype:
     return torch.int8 if bits == 8 and name == "exp_avg" else torch.uint8
 
 
-def _check_group(group: dict[str, Any]) -> None:
+def _written(parameter: torch.Tensor) -> None:
+    """Tell autograd what kernels that are given a pointer cannot: a graph that saved this weight must not be differentiated any more."""
+    parts = [parameter.codes, parameter.scale] if isinstance(parameter, QuantizedWeight) else []
+    torch.autograd.graph.increment_version([parameter, *parts])
+
+
+def _check_group(group: dict[str, Any], widths: tuple[int, ...]) -> None:
     problems = []
-    if group["state_bits"] not in (32, 8, 4):
-        problems.append(f"state_bits is {group['state_bits']}; allowed: 32, 8, 4")
-    if not group["lr"] >= 0:
-        problems.append(f"lr is {group['lr']}, must be 0 or more")
+    if group["state_bits"] not in widths:
+        problems.append(f"state_bits is {group['state_bits']}; allowed: {', '.join(map(str, widths))}")
+    problems += [
+        f"{name} is {group[name]}, must be finite and 0 or more"
+        for name in ("lr", "eps", "weight_decay")
+        if not 0 <= group.get(name, 0) < math.inf
+    ]
     problems += [f"betas has {beta}, must be in [0, 1)" for beta in group["betas"] if not 0 <= beta < 1]
-    problems += [f"{name} is {group[name]}, must be 0 or more" for name in ("eps", "weight_decay") if not group.get(name, 0) >= 0]
     problems += [f"a parameter is {p.dtype}; allowed: fp32, bf16, fp16" for p in group["params"] if p.dtype not in DTYPES]
     if problems:
         raise ValueError("; ".join(problems))

@@ -32,15 +32,24 @@ def orthogonalize(matrices_BMN: torch.Tensor) -> torch.Tensor:
 def spectral_norm(matrices_BMN: torch.Tensor, vectors_BM: torch.Tensor) -> torch.Tensor:
     """One step of power iteration: an estimate, from below, of each matrix's largest singular value.
 
+    A vector that a matrix maps to zero, as any is while the matrix is zero, would stay zero; it becomes the row of the identity that
+    belongs to the matrix's longest row instead, which no matrix but zero maps to zero.
+
     Args:
         matrices_BMN: (B, M, N).
         vectors_BM: (B, M) unit vectors, replaced by better ones: calls with slowly changing matrices converge.
     Returns:
         (B,) estimates.
-    Memory: (B, N).
+    Memory: twice (B, N).
     """
-    right = torch.bmm(vectors_BM.unsqueeze(1), matrices_BMN)
-    left = torch.bmm(matrices_BMN, right.mT).squeeze(2)
-    size = left.norm(dim=1)
-    vectors_BM.copy_(left / size.clamp_min(_EPS).unsqueeze(1))
-    return right.flatten(1).norm(dim=1)
+    rows = matrices_BMN.norm(dim=2)
+    longest = (torch.arange(rows.shape[1], device=rows.device) == rows.argmax(dim=1, keepdim=True)).to(vectors_BM.dtype)
+    right = torch.bmm(vectors_BM.unsqueeze(1), matrices_BMN).squeeze(1)
+    lost = right.norm(dim=1, keepdim=True) == 0
+    right = torch.where(lost, torch.bmm(longest.unsqueeze(1), matrices_BMN).squeeze(1), right)
+    size = right.norm(dim=1)
+    unit = right / torch.where(size > 0, size, 1.0).unsqueeze(1)  # its square may be too small for fp32 where it is not
+    left = torch.bmm(matrices_BMN, unit.unsqueeze(2)).squeeze(2)
+    length = left.norm(dim=1, keepdim=True)
+    vectors_BM.copy_(torch.where(length > 0, left / torch.where(length > 0, length, 1.0), longest))
+    return size

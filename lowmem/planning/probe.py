@@ -122,7 +122,7 @@ def _matmul_rate(dtype: torch.dtype) -> float:
 
 
 def _update_rate(bits: int) -> float:
-    parameter = torch.zeros(2_000_000, requires_grad=True)
+    parameter = torch.zeros(15_625, 128, requires_grad=True)  # of one dimension it would have 32-bit states
     parameter.grad = torch.ones_like(parameter)
     optimizer = AdamW([parameter], lr=1e-3, state_bits=bits)  # type: ignore[arg-type]
     return parameter.numel() / _seconds(optimizer.step)

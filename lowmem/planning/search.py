@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from lowmem.config import RunConfig
+from lowmem.config import STATE_WIDTHS, RunConfig
 from lowmem.config_check import config_problems
 from lowmem.errors import ConfigError
 from lowmem.planning.estimate import Estimate, Estimator, with_settings
@@ -121,9 +121,10 @@ def _levels(config: RunConfig) -> list[Settings]:
     """From what the configuration asks for to the narrowest; every level includes those before it."""
     bits, narrow = config.optim.state_bits, "bf16" if config.train.precision == "fp8" else config.train.precision
     levels: list[Settings] = [()]
-    levels += [(("optim.backend", "lowmem"), ("optim.state_bits", width)) for width in (8, 4) if width < bits]
+    widths = STATE_WIDTHS[config.optim.name]
+    levels += [(("optim.backend", "lowmem"), ("optim.state_bits", width)) for width in widths if width < bits]
     if config.train.weight_dtype == "fp32" and narrow != "fp32":
-        levels.append((("optim.backend", "lowmem"), ("optim.state_bits", 4), ("train.weight_dtype", narrow)))
+        levels.append((("optim.backend", "lowmem"), ("optim.state_bits", min(widths)), ("train.weight_dtype", narrow)))
     return levels
 
 

@@ -73,7 +73,8 @@ def _parts(config: RunConfig, model: LanguageModel, world_size: int, stage: int,
     share = -(-numbers // world_size)
     itemsize = _computed_itemsize(config)
     bucket = BUCKET_ELEMENTS * itemsize
-    states = sum(state_bytes(parameter.numel(), config.optim.state_bits) for parameter in model.parameters()) * _STATES[config.optim.name]
+    pieces, bits = (world_size if stage else 1), config.optim.state_bits
+    states = sum(state_bytes(parameter.shape, bits, ranks=pieces) for parameter in model.parameters()) * _STATES[config.optim.name]
     if stage == 0:
         stored = 4 if config.train.weight_dtype == "fp32" else 2
         flattened = numbers * stored if world_size > 1 else 0  # gradients are averaged in one flat copy

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowmem.engine.deepspeed_build import put_ninja_on_path
-from lowmem.engine.deepspeed_optimizers import prepare_optimizer, separate_small_parameters
+from lowmem.engine.deepspeed_optimizers import prepare_optimizer, separate_by_state_width
 from lowmem.engine.distributed import import_deepspeed
 from lowmem.optim import AdamW
 
@@ -79,7 +79,7 @@ def test_cpu_lion_keeps_one_state_and_follows_the_published_rule() -> None:
 def second_moments(rank: int, partitioned: bool = True) -> list[torch.Tensor]:
     """Codes of exp_avg_sq of two parameters of two groups after an update by equal gradients, one group at a time as in ZeRO."""
     parameters = [torch.nn.Parameter(torch.zeros(8192)) for _ in range(2)]
-    optimizer = AdamW([{"params": [parameter]} for parameter in parameters], state_bits=8, seed=3)
+    optimizer = AdamW([{"params": [parameter], "flattened": True} for parameter in parameters], state_bits=8, seed=3)
     prepare_optimizer(FakeZero(parameters if partitioned else [], rank), optimizer)
     groups = optimizer.param_groups
     for parameter, group in zip(parameters, groups, strict=True):
@@ -103,19 +103,42 @@ def test_ranks_that_update_equal_weights_have_equal_random_numbers() -> None:
         assert torch.equal(one, other)
 
 
-def test_small_parameters_leave_the_groups_that_zero_flattens() -> None:
-    matrix, bias, embedding, norm = (torch.nn.Parameter(torch.zeros(numel)) for numel in (4096, 4095, 5000, 10))
+def test_groups_that_zero_flattens_have_one_width_of_states() -> None:
+    shapes = {"matrix": (64, 128), "odd": (64, 96), "bias": (9000,), "embedding": (33, 128), "small": (4, 128)}
+    parameters = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
+    names = {id(parameter): name for name, parameter in parameters.items()}
 
-    def groups_of(optimizer: torch.optim.Optimizer) -> list[tuple[list[int], float, int]]:
-        separate_small_parameters(optimizer)
+    def groups_of(optimizer: torch.optim.Optimizer, ranks: int = 1) -> list[tuple[list[str], float, int]]:
+        separate_by_state_width(optimizer, ranks)
         return [
-            ([parameter.numel() for parameter in group["params"]], group["weight_decay"], group.get("state_bits", 32))
+            ([names[id(parameter)] for parameter in group["params"]], group["weight_decay"], group.get("state_bits", 32))
             for group in optimizer.param_groups
         ]
 
     def groups() -> list[dict[str, Any]]:
-        return [{"params": [matrix, bias], "weight_decay": 0.1}, {"params": [embedding, norm], "weight_decay": 0.0}]
+        decayed, rest = (["matrix", "odd", "bias"], ["embedding", "small"])
+        return [{"params": [parameters[name] for name in part], "weight_decay": decay} for part, decay in ((decayed, 0.1), (rest, 0.0))]
 
-    untouched = [([4096, 4095], 0.1, 32), ([5000, 10], 0.0, 32)]
+    untouched = [(["matrix", "odd", "bias"], 0.1, 32), (["embedding", "small"], 0.0, 32)]
     assert groups_of(AdamW(groups(), state_bits=32)) == untouched == groups_of(torch.optim.AdamW(groups()))
-    assert groups_of(AdamW(groups(), state_bits=4)) == [([4096], 0.1, 4), ([5000], 0.0, 4), ([4095], 0.1, 32), ([10], 0.0, 32)]
+    expected = [(["matrix"], 0.1, 4), (["embedding"], 0.0, 4), (["odd"], 0.1, 8), (["bias"], 0.1, 32), (["small"], 0.0, 32)]
+    assert groups_of(AdamW(groups(), state_bits=4)) == expected
+    # 33 blocks cannot be divided between two ranks
+    expected[1] = (["embedding"], 0.0, 8)
+    assert groups_of(AdamW(groups(), state_bits=4), ranks=2) == expected
+
+
+def test_a_flattened_group_keeps_its_width_and_a_state_dict_without_the_mark_does_not_take_it() -> None:
+    def optimizer() -> AdamW:
+        return AdamW([{"params": [torch.nn.Parameter(torch.zeros(8192))], "flattened": True}], state_bits=4)
+
+    one, other = optimizer(), optimizer()
+    one.allocate_states()
+    saved = one.state_dict()
+    del saved["param_groups"][0]["flattened"]
+    other.load_state_dict(saved)
+    for each in (one, other):
+        (parameter,) = each.param_groups[0]["params"]
+        assert each.bits_of(parameter) == 4
+        parameter.grad = torch.ones(8192)
+        each.step()

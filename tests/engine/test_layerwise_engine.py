@@ -169,7 +169,7 @@ def test_bf16_micro_batches_are_summed_in_fp32():
 
 
 @pytest.mark.parametrize("stored, precision, state_bits, name", [
-    ("fp32", "fp32", 32, "adamw"), ("fp32", "bf16", 8, "adamw"), ("bf16", "bf16", 4, "adamw"), ("bf16", "bf16", 4, "lion"),
+    ("fp32", "fp32", 32, "adamw"), ("fp32", "bf16", 8, "adamw"), ("bf16", "bf16", 4, "adamw"), ("bf16", "bf16", 8, "lion"),
     ("fp16", "fp16", 8, "adamw"),
 ])  # fmt: skip
 def test_training_lowers_the_loss_and_a_loaded_engine_goes_on_bit_for_bit(tmp_path: Path, stored, precision, state_bits, name):

@@ -30,7 +30,7 @@ I3 = ModelConfig(name="i3", dim=32, num_layers=2, num_heads=1, attention_rank=4,
 CASES: dict[str, tuple[ModelConfig, str, str, dict[str, Any], int]] = {
     "dense": (DENSE, "accumulate", "none", {}, 0),
     "lorpt": (LORPT, "accumulate", "block", {"state_bits": 8}, 32),
-    "tied": (TIED, "accumulate", "selective", {"name": "lion", "lr": 1e-3, "state_bits": 4}, 0),
+    "tied": (TIED, "accumulate", "selective", {"name": "lion", "lr": 1e-3, "state_bits": 8}, 0),
     "i3": (I3, "accumulate", "block", {}, 0),
     "dense, layerwise": (DENSE, "layerwise", "none", {}, 0),
     "dense in rows, layerwise": (DENSE, "layerwise", "block", {"state_bits": 8}, 32),

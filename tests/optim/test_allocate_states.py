@@ -12,7 +12,7 @@ CHOICES = [
     ("adamw", 32, torch.float32, "auto", "torch"),
     ("adamw", 32, torch.bfloat16, "auto", "torch"),
     ("adamw", 8, torch.float32, "auto", "torch"),
-    ("lion", 4, torch.float32, "auto", "torch"),
+    ("lion", 8, torch.float32, "auto", "torch"),
     ("lion", 32, torch.float32, "auto", "lion_pytorch"),
     ("adamw", 8, torch.float32, "bitsandbytes", "bitsandbytes"),
     ("lion", 8, torch.float32, "bitsandbytes", "bitsandbytes"),

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from lowmem.config import STATE_WIDTHS
 from lowmem.nn.lorpt import LoRPtLinear
 from lowmem.nn.rank_change import change_rank
 from lowmem.optim.adamw import AdamW
@@ -10,7 +11,7 @@ from lowmem.optim.low_bit import LowBitOptimizer
 from lowmem.optim.resize import _decoded, resize_states
 from lowmem.optim.spectron import Spectron
 
-IN, OUT, RANK = 160, 128, 40
+IN, OUT, RANK = 256, 128, 40
 
 
 def make(name, bits):
@@ -35,7 +36,7 @@ def step(layer, optimizer):
 
 
 def wide(optimizer, parameter):
-    return _decoded(optimizer, parameter, optimizer.state[parameter], tuple(parameter.shape))
+    return _decoded(optimizer.state[parameter], tuple(parameter.shape))
 
 
 def resize(layer, optimizer, rank):
@@ -46,7 +47,7 @@ def resize(layer, optimizer, rank):
         resize_states(optimizer, parameter, shape, grown=grown)
 
 
-CASES = [("torch", 32), *((name, bits) for name in ("adamw", "lion", "spectron") for bits in (32, 8, 4))]
+CASES = [("torch", 32), *((name, bits) for name, widths in STATE_WIDTHS.items() for bits in widths)]
 
 
 @pytest.mark.parametrize("name, bits", CASES)

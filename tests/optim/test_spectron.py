@@ -97,7 +97,7 @@ def test_a_fused_matrix_moves_like_its_parts():
     torch.testing.assert_close(fused.detach(), torch.cat([p.detach() for p in parts]), rtol=0, atol=0.01 * 500 * 16 * 2**-24)
 
 
-@pytest.mark.parametrize("bits", [32, 8, 4])
+@pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_states_of_each_width_and_narrow_weights(bits, dtype):
     down, up = pair(dtype, rank=64, in_features=96, out_features=96)
@@ -110,7 +110,7 @@ def test_states_of_each_width_and_narrow_weights(bits, dtype):
             q.grad = p.grad.float()
         optimizer.step()
         reference.step()
-    size = {32: 4, 8: 1, 4: 0.5}[bits] * 64 * 96 + (0 if bits == 32 else 4 * 64 * 96 / 128)
+    size = {32: 4, 8: 1}[bits] * 64 * 96 + (0 if bits == 32 else 4 * 64 * 96 / 128)
     state = optimizer.state[down]
     assert sum(state[name].nbytes for name in state if name.startswith("exp_avg")) == size
     assert "exp_avg_sq" not in state

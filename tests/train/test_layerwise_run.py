@@ -12,7 +12,7 @@ from tests.train.tiny_run import final_bits, metrics, tiny_arguments, write_text
 
 NARROW = {
     "train.update": "layerwise", "train.weight_dtype": "bf16", "train.precision": "bf16", "train.activation_checkpointing": "block",
-    "model.dim": 64, "train.steps": 12, "train.save_every": 4, "train.eval_every": 6,
+    "model.dim": 128, "train.steps": 12, "train.save_every": 4, "train.eval_every": 6,
 }  # fmt: skip
 
 
@@ -48,8 +48,10 @@ def test_a_dry_run_counts_weights_and_states_as_the_run_does(tmp_path, capsys, m
         name: counted[name] for name in ("weights", "optimizer_states")
     }
     assert 0 < predicted["gradients"] < predicted["weights"]
-    assert state_bytes(4095, 4) == 4 * 4095
-    assert state_bytes(4097, 4) == 33 * (64 + 4)
+    assert state_bytes((31, 128), 4) == 4 * 31 * 128
+    assert state_bytes((33, 128), 4) == 33 * (64 + 4)
+    assert state_bytes((4097, 1), 4) == state_bytes((4097, 1), 8) == 33 * (128 + 4)
+    assert state_bytes((9000,), 4) == 4 * 9000
 
 
 @pytest.mark.parametrize("overrides, message", [

@@ -12,6 +12,7 @@ import torch
 from lowmem.optim.kernels import reference
 from lowmem.optim.kernels.scalars import StepScalars
 
+ABI = 2  # of csrc/optim.cpp
 ISAS = ("baseline", "avx2", "avx512")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
 _FLOATS = ("step_size", "decay", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "rsqrt_correction2", "grad_scale")
@@ -23,16 +24,32 @@ class _Scalars(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where they were not built."""
+    """The compiled kernels; None where they were not built, or by another version of lowmem.
+
+    They are linked with no OpenMP library: its functions are those of the one that PyTorch has loaded, so that there is one pool of
+    threads. Where PyTorch brings none, the system's is loaded first.
+    """
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = Path(__file__).with_name("_cpu" + suffix)
         if path.is_file():
-            try:
-                kernels = ctypes.CDLL(str(path))
-            except OSError:
-                return None
-            return kernels if hasattr(kernels, "lowmem_update") else None  # of an earlier version
+            kernels = _load(path)
+            if kernels is None and _load(Path("libgomp.so.1"), ctypes.RTLD_GLOBAL) is not None:
+                kernels = _load(path)
+            return kernels if kernels is not None and _abi(kernels) == ABI else None
     return None
+
+
+def _load(path: Path, mode: int = ctypes.DEFAULT_MODE) -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(str(path), mode=mode)
+    except OSError:
+        return None
+
+
+def _abi(kernels: ctypes.CDLL) -> int:
+    """What the library says that it does; 0 before it said so."""
+    complete = all(hasattr(kernels, name) for name in ("lowmem_abi", "lowmem_best_isa", "lowmem_update"))
+    return kernels.lowmem_abi() if complete else 0
 
 
 def problem() -> str:
@@ -40,7 +57,8 @@ def problem() -> str:
     if library() is not None:
         return ""
     return (
-        "lowmem's CPU optimizer kernels are not compiled, the plain PyTorch definition runs instead, tens of times slower; "
+        "lowmem's CPU optimizer kernels are not compiled, or by another version of lowmem: the plain PyTorch definition "
+        "runs instead, tens of times slower; "
         "install a C++ compiler (g++ or clang++) and run pip install again"
     )
 

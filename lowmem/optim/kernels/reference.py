@@ -30,6 +30,15 @@ def random_bits(key: int, start: int, count: int, device: torch.device | None = 
     return x ^ (x >> 16)
 
 
+def second_bits(bits: torch.Tensor) -> torch.Tensor:
+    """32 more random bits from each of `random_bits`, of which the upper 16 are independent of the lower and of the upper 16 of `bits`.
+
+    Args:
+        bits: int64 in [0, 2^32).
+    """
+    return ((bits ^ (bits >> 15)) * 0x2C1B3C6D) & _MASK
+
+
 def decode_signed(stored: torch.Tensor, scale: torch.Tensor, fmt: Format) -> torch.Tensor:
     """exp_avg of whole blocks.
 
@@ -43,15 +52,24 @@ def decode_signed(stored: torch.Tensor, scale: torch.Tensor, fmt: Format) -> tor
     return code * code.abs() * scale.unsqueeze(1)
 
 
-def encode_signed(value: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nearest codes of exp_avg; see `decode_signed`."""
+def encode_signed(value: torch.Tensor, bits: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of exp_avg, rounded at random; see `decode_signed`.
+
+    Args:
+        value: (blocks, 128) fp32.
+        bits: (blocks, 128) random bits; the upper 23 are used: the mean of what is stored is `value`, to 2^-16 of a gap.
+    """
     square = float(fmt.signed_max**2)
     absmax = value.abs().amax(1)
     live = absmax >= _SMALLEST_NORMAL * square
     inverse = torch.where(live, torch.full_like(absmax, square) / absmax, 0.0)
-    # sqrt(t - 1/4) rounds at t = c^2 + c + 1/2, half-way between the squares of two codes; adding 2^23 rounds to an integer
-    magnitude = ((value.abs() * inverse.unsqueeze(1) - 0.25).clamp_min(0.0).double().sqrt().float() + 2.0**23) - 2.0**23
-    code = torch.where(value < 0, -magnitude, magnitude)
+    t = value.abs() * inverse.unsqueeze(1)
+    code = t.double().sqrt().float().floor()
+    # The next code's value is (c + 1)^2, a gap of 2c + 1 away: up if t > c^2 + u (2c + 1), with u uniform in (0, 1). u is at least 2^-17,
+    # so that t of the largest, one rounding above square at most, stays.
+    twice = (bits >> 9).float() * 2.0**-22 + 2.0**-16
+    code = code + (t > code * (code + twice) + 0.5 * twice).float()
+    code = torch.where(value < 0, -code, code)
     scale = torch.where(live, absmax / torch.full_like(absmax, square), 0.0)
     if fmt.bits == 8:
         return code.to(torch.int8), scale
@@ -196,7 +214,7 @@ def _step_chunk(param, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scal
         if v is not None:
             exp_avg_sq[numbers] = new_v
         return
-    codes, exp_avg_scale[blocks] = encode_signed(_whole_blocks(new_m, count), fmt)
+    codes, exp_avg_scale[blocks] = encode_signed(_whole_blocks(new_m, count), second_bits(noise).view(-1, BLOCK), fmt)
     exp_avg.view(-1, BLOCK * bits // 8)[blocks] = codes
     if v is not None:
         codes, exp_avg_sq_scale[blocks] = encode_unsigned(_whole_blocks(new_v, count), noise.view(-1, BLOCK), fmt)

@@ -44,6 +44,11 @@ def _random_bits(key, position):
     return x ^ (x >> 16)
 
 
+@_jit()
+def _second_bits(random):
+    return (random ^ (random >> 15)) * 0x2C1B3C6D
+
+
 # bf16 numbers pass as bits: Triton's interpreter converts subnormal ones wrongly, and old devices have no instruction for it
 @_jit()
 def _load_numbers(pointers, live):
@@ -98,13 +103,16 @@ def _decode_signed(code, scale, SIGNED_MAX: tl.constexpr, BITS: tl.constexpr):
 
 
 @_jit()
-def _encode_signed(value, SIGNED_MAX: tl.constexpr, BITS: tl.constexpr):
+def _encode_signed(value, random, SIGNED_MAX: tl.constexpr, BITS: tl.constexpr):
     square = SIGNED_MAX * SIGNED_MAX * 1.0
     absmax = tl.max(tl.abs(value), axis=1, keep_dims=True)
     live = absmax >= 2.0**-126 * square
     inverse = tl.where(live, tl.div_rn(square, absmax), 0.0)
-    magnitude = tl.sqrt_rn(tl.maximum(tl.abs(value) * inverse - 0.25, 0.0)) + 2.0**23  # rounds to an integer
-    magnitude = magnitude.to(tl.int32, bitcast=True) & 0xFF
+    t = tl.abs(value) * inverse
+    below = tl.floor(tl.sqrt_rn(t))
+    twice = (random >> 9).to(tl.int32).to(tl.float32) * 2.0**-22 + 2.0**-16
+    up = t > below * (below + twice) + 0.5 * twice
+    magnitude = below.to(tl.int32) + up.to(tl.int32)
     code = tl.where(value < 0, -magnitude, magnitude)
     return (code if BITS == 8 else code + (SIGNED_MAX + 1)), tl.where(live, tl.div_rn(absmax, square), 0.0)
 
@@ -196,7 +204,7 @@ def _step(
     if BITS == 32:
         tl.store(exp_avg + first + inside, m, mask=live)
     else:
-        m_code, scale = _encode_signed(tl.where(live, m, 0.0), SIGNED_MAX, BITS)
+        m_code, scale = _encode_signed(tl.where(live, m, 0.0), _second_bits(random), SIGNED_MAX, BITS)
         _store_codes(m_codes, m_code, row, column, live_row, BITS)
         tl.store(m_scale, scale, mask=live_row)
     p = tl.where(finite, p, p_old)

@@ -11,13 +11,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lowmem.optim import AdamW, Lion
 from lowmem.optim.kernels.formats import state_bytes
 
-EVERY_FORM = pytest.mark.parametrize("kind, bits", [(kind, bits) for kind in (AdamW, Lion) for bits in (32, 8, 4)])
+EVERY_FORM = pytest.mark.parametrize("kind, bits", [(kind, bits) for kind in (AdamW, Lion) for bits in kind.widths])
 
 
 @EVERY_FORM
 def test_a_dry_run_on_fake_tensors_allocates_what_the_formats_say(kind, bits):
     with FakeTensorMode():
-        tensors = torch.empty(1000, 100, dtype=torch.bfloat16), torch.empty(100, 1000).t(), torch.empty(7)
+        tensors = torch.empty(1000, 128, dtype=torch.bfloat16), torch.empty(100, 1000).t(), torch.empty(7), torch.empty(9000)
         weights = list(map(nn.Parameter, tensors))
         optimizer = kind(weights, state_bits=bits)
         for weight in weights:
@@ -25,12 +25,12 @@ def test_a_dry_run_on_fake_tensors_allocates_what_the_formats_say(kind, bits):
         optimizer.step()
     for weight in weights:
         tensors = [value for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor)]
-        assert sum(tensor.nbytes for tensor in tensors) == state_bytes(weight.numel(), bits) * len(optimizer.state_names)
+        assert sum(tensor.nbytes for tensor in tensors) == state_bytes(weight.shape, bits) * len(optimizer.state_names)
 
 
 @EVERY_FORM
 def test_the_operator_keeps_the_rules_of_torch(kind, bits):
-    weight = nn.Parameter(torch.linspace(-1, 1, 64 * 65).view(64, 65))
+    weight = nn.Parameter(torch.linspace(-1, 1, 33 * 128).view(33, 128))
     weight.grad = weight.detach().clone()
     optimizer = kind([weight], state_bits=bits)
     optimizer.step()

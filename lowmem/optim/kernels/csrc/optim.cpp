@@ -62,6 +62,9 @@ Step choose(int isa, int param_dtype, int grad_dtype, int bits, bool is_lion) {
 
 extern "C" {
 
+// Changes whenever the meaning of an argument or of a stored bit does: cpu.py refuses a library of another number.
+int lowmem_abi() { return 2; }
+
 // 0: what every processor of this kind has, 1: AVX2, 2: AVX-512.
 int lowmem_best_isa() {
 #ifdef LOWMEM_X86
