@@ -10,9 +10,12 @@ Parts, each adding to results/study_states.json; a run that is there already is 
     twice     the same at twice the learning rate, one seed
     tensors   4-bit states with one kind of tensor at 32 bits: which of them need more; and bf16 weights with 32-bit states
     rounding  4-bit states with other roundings, by the definition in PyTorch instead of the compiled kernels
-    lion      Lion with 32, 8 and 4 bits
+    lion      Lion with 32 and 8 bits
+    4096      fp32, 8-bit and 4-bit AdamW, 32- and 8-bit Lion with 4,096 tokens a step instead of 512: one seed, as many tokens in all, but
+              at least 100 steps
+    32768     the same with 32,768 tokens a step
 
-Two runs go on at once, one thread each. Same seed, same data order, same initial weights.
+A file of another shape is refused. Two runs go on at once, one thread each. Same seed, same data order, same initial weights.
 """
 
 import argparse
@@ -25,11 +28,15 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-MODEL = {"dim": 192, "hidden_dim": 576, "num_layers": 4, "num_heads": 4, "vocab_size": 8192}
+MODEL = {"dim": 256, "hidden_dim": 640, "num_layers": 4, "num_heads": 4, "vocab_size": 8192}
 SEQ_LEN, GLOBAL_BATCH, EVAL_SEQUENCES = 64, 8, 512
 LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 SEEDS = (0, 1, 2)
+FEWEST_STEPS = 100
+MOST_LR = 4.0  # times the best learning rate of small batches
 LION_SHARE = 0.2  # of AdamW's learning rate
+LARGE = {"4096": 4096 // SEQ_LEN, "32768": 32768 // SEQ_LEN}  # sequences a step
+MICRO_BATCH = 64  # sequences computed at once
 BASE = {"name": "adamw", "bits": 32, "weights": "fp32"}
 VARIANTS = {
     "fp32": BASE,
@@ -39,15 +46,16 @@ VARIANTS = {
     "bf16, 4-bit": {**BASE, "bits": 4, "weights": "bf16"},
 }
 TENSORS = ("embedding", "head", "attention", "mlp")
+PARTS = ["lr", "main", "twice", "tensors", "rounding", "lion", *LARGE]
 ROUNDINGS = (
-    "exp_avg_sq to nearest", "exp_avg at random", "exp_avg_sq in powers of two", "exp_avg_sq may be zero", "betas 0.9, 0.999"
+    "exp_avg_sq to nearest", "exp_avg to nearest", "exp_avg_sq in powers of two", "exp_avg_sq may be zero", "betas 0.9, 0.999"
 )  # fmt: skip
 
 
 def main() -> None:
     """Parse the command line, run what is missing, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["lr", "main", "twice", "tensors", "rounding", "lion"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--text", default="", help="a text file; empty takes the standard library's own text")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--out", type=Path, help="folder of study_states.json")
@@ -79,7 +87,13 @@ def settings_of(part: str, lr: float) -> dict[str, dict]:
             "fp32, betas 0.9, 0.999": {**BASE, "lr": lr, "seed": 0, "betas": [0.9, 0.999]}
         }
     lion = {"name": "lion", "weights": "fp32", "lr": lr * LION_SHARE, "seed": 0, "betas": [0.9, 0.99]}
-    return {f"lion, {bits}-bit": {**lion, "bits": bits} for bits in (32, 8, 4)}
+    lions = {f"lion, {bits}-bit": {**lion, "bits": bits} for bits in (32, 8)}
+    if part == "lion":
+        return lions
+    # the noise of a gradient falls with the root of its batch; so may the learning rate rise
+    grown = math.sqrt(LARGE[part] / GLOBAL_BATCH)
+    runs = {name: {**VARIANTS[name], "lr": lr, "seed": 0} for name in ("fp32", "8-bit", "4-bit")} | lions
+    return {f"{name}, {part} tokens": {**run, "lr": run["lr"] * min(grown, MOST_LR), "batch": LARGE[part]} for name, run in runs.items()}
 
 
 class Study:
@@ -90,7 +104,10 @@ class Study:
         self.path = arguments.out and arguments.out / "study_states.json"
         self.runs: dict[str, dict] = {}
         if self.path and self.path.exists():
-            self.runs = json.loads(self.path.read_text())["runs"]
+            document = json.loads(self.path.read_text())
+            if document["shape"] != self.shape():
+                raise SystemExit(f"{self.path} has runs of {document['shape']}, not of {self.shape()}; move it, or choose another --out")
+            self.runs = document["runs"]
 
     def learning_rate(self) -> float:
         """The best of LEARNING_RATES for fp32."""
@@ -128,16 +145,27 @@ class Study:
                     "percent_above_fp32": round(statistics.mean(percent), 3),
                     "by_seed": [round(p, 3) for p in percent],
                 }
+        for part in LARGE:
+            for name in ("8-bit", "4-bit", "lion, 8-bit"):
+                wide = "lion, 32-bit" if name.startswith("lion") else "fp32"
+                one, other = (self.runs.get(f"{each}, {part} tokens") for each in (name, wide))
+                if one and other:
+                    percent_above = round(100 * (one["val_loss"] / other["val_loss"] - 1), 3)
+                    table[f"{name}, {part} tokens"] = {"val_loss": one["val_loss"], "percent_above_32_bits": percent_above}
         return table
 
     def _write(self) -> None:
         from machine import describe_machine
 
         if self.path:
-            text = Path(self.text).name if self.text else "the standard library"
-            shape = {**MODEL, "seq_len": SEQ_LEN, "global_batch_size": GLOBAL_BATCH, "steps": self.steps, "text": text}
-            document = {"machine": describe_machine(), "shape": shape, "summary": self.summary(), "runs": self.runs}
+            document = {"machine": describe_machine(), "shape": self.shape(), "summary": self.summary(), "runs": self.runs}
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps(document, indent=1) + "\n")
+
+    def shape(self) -> dict:
+        """What all runs of one file have in common."""
+        text = Path(self.text).name if self.text else "the standard library"
+        return {**MODEL, "seq_len": SEQ_LEN, "global_batch_size": GLOBAL_BATCH, "steps": self.steps, "text": text}
 
 
 def train(setting: dict) -> dict:
@@ -160,17 +188,22 @@ def train(setting: dict) -> dict:
         model = model.to(torch.bfloat16)
     optim = OptimConfig(name=setting["name"], lr=setting["lr"], state_bits=setting["bits"], betas=tuple(setting.get("betas", (0.9, 0.95))))
     change_rounding(setting.get("rounding", ""), optim)
-    engine = LocalEngine(model, optim, device=torch.device("cpu"), precision="bf16", micro_batch_size=GLOBAL_BATCH, seed=setting["seed"])
+    rows = setting.get("batch", GLOBAL_BATCH)
+    steps = max(min(FEWEST_STEPS, setting["steps"]), setting["steps"] * GLOBAL_BATCH // rows)
+    optim.warmup_steps = min(optim.warmup_steps, steps // 10)
+    settings = {"device": torch.device("cpu"), "precision": "bf16", "micro_batch_size": min(rows, MICRO_BATCH), "seed": setting["seed"]}
+    engine = LocalEngine(model, optim, **settings)
     if setting.get("wide"):
         engine.optimizer = with_wide(model, engine.optimizer, setting["wide"])
     started, losses = time.perf_counter(), []
-    for step in range(1, setting["steps"] + 1):
-        batch = Batch.from_windows(data.train.next(GLOBAL_BATCH))
-        losses.append(engine.step(batch, learning_rate(optim, step, setting["steps"])).loss)
+    for step in range(1, steps + 1):
+        batch = Batch.from_windows(data.train.next(rows))
+        losses.append(engine.step(batch, learning_rate(optim, step, steps)).loss)
     val_loss = engine.evaluate(Batch.from_windows(part) for part in data.validation.windows(EVAL_SEQUENCES))
     return {
         "val_loss": round(val_loss, 5),
-        "train_loss_last_100": round(math.fsum(losses[-100:]) / 100, 5),
+        "train_loss_last_100": round(statistics.mean(losses[-100:]), 5),
+        "steps_taken": steps,
         "finite": all(math.isfinite(loss) for loss in losses),
         "parameters": parameters,
         "seconds": round(time.perf_counter() - started, 1),
@@ -205,14 +238,12 @@ def change_rounding(name: str, optim) -> None:
     def to_nearest(value, bits, fmt):
         return encode_unsigned(value, torch.full_like(bits, 0x8000_0000), fmt)
 
-    def at_random(value, fmt):
-        """Moves each value to one of its two neighbours before it is rounded."""
+    def average_to_nearest(value, bits, fmt):
+        """Moves each value to the nearest code's before it is rounded."""
         square = float(fmt.signed_max**2)
         inverse = square / value.abs().amax(1, keepdim=True).clamp_min(1e-30)
-        t = value.abs() * inverse
-        low = t.sqrt().floor()
-        up = (torch.rand_like(t) * (2 * low + 1) < t - low * low).float()
-        return encode_signed(value.sign() * (low + up).square() / inverse, fmt)
+        code = (value.abs() * inverse).sqrt().round()
+        return encode_signed(value.sign() * code.square() / inverse, torch.full_like(bits, 0x8000_0000), fmt)
 
     def with_zero(stored, scale, fmt):
         smallest = decode_unsigned(torch.zeros_like(stored), scale, fmt)
@@ -221,8 +252,8 @@ def change_rounding(name: str, optim) -> None:
 
     if name == "exp_avg_sq to nearest":
         reference.encode_unsigned = to_nearest
-    elif name == "exp_avg at random":
-        reference.encode_signed = at_random
+    elif name == "exp_avg to nearest":
+        reference.encode_signed = average_to_nearest
     elif name == "exp_avg_sq in powers of two":
         FORMATS[4] = Format(bits=4, signed_max=7, unsigned_max=15, shift=23)
     elif name == "exp_avg_sq may be zero":
