@@ -3,6 +3,7 @@
 DeepSpeed compiles them at first use, silently, and each rank of a launch tries at once. Plain ZeRO stages need none.
 """
 
+import fcntl
 import os
 import sys
 import sysconfig
@@ -11,11 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from lowmem.data.storage import storage_errors
 from lowmem.engine.distributed import import_deepspeed
-from lowmem.errors import ConfigError
+from lowmem.errors import ConfigError, LowmemError
 
 # Builder class by operator, and about how long it compiles on two cores.
 _OPERATORS = {"cpu_adam": ("CPUAdamBuilder", 110), "cpu_lion": ("CPULionBuilder", 55)}
+
+_POLL_S = 0.5
 
 OpStatus = Literal["built", "not built", "cannot be built"]
 
@@ -43,6 +47,7 @@ def build_deepspeed_ops(device_type: str = "cpu", report: Callable[[str], Any] =
     compiled = []
     for name, (builder_name, seconds) in _OPERATORS.items():
         builder = _builder(builder_name)
+        wait_for_build(_library(builder).parent, report)
         if _status(builder) == "built":
             continue
         report(f"{name}: compiling, about {seconds} s on two cores")
@@ -58,6 +63,58 @@ def build_deepspeed_ops(device_type: str = "cpu", report: Callable[[str], Any] =
         report(f"{name}: compiled in {time.monotonic() - start:.0f} s")
         compiled.append(name)
     return compiled
+
+
+def wait_for_build(folder: Path, report: Callable[[str], Any]) -> None:
+    """Until nobody builds in `folder`; a lock that a killed build left there is removed.
+
+    PyTorch's lock is a file that is there as long as somebody builds, who keeps it open: one that nobody has open would be waited for
+    for ever, also where the operator is compiled and only loaded.
+
+    Args:
+        report: gets a line when there is something to wait for, or to remove.
+    Raises:
+        ConfigError: who has it open cannot be known; the message names the file.
+        StorageError: it cannot be removed.
+    """
+    lock, waiting = folder / "lock", 0
+    while lock.exists():
+        holder = _holder(lock)
+        if holder and holder != waiting:
+            report(f"{folder.name}: waiting for process {holder}, which compiles it")
+            waiting = holder
+        if holder:
+            time.sleep(_POLL_S)
+            continue
+        with storage_errors(folder), open(folder / ".lowmem-lock", "w") as mine:
+            fcntl.flock(mine, fcntl.LOCK_EX)  # of several that find the same lock one removes it
+            if lock.exists() and not _holder(lock):
+                lock.unlink()
+                report(f"{folder.name}: removed {lock}, which a build that was killed has left")
+
+
+def _holder(lock: Path) -> int:
+    """A process that has the lock open; 0 if there is none.
+
+    Raises:
+        ConfigError: this system, or another user's lock, does not tell.
+    """
+    try:
+        wanted = lock.stat()
+        processes = [int(name) for name in os.listdir("/proc") if name.isdecimal()]
+    except FileNotFoundError:
+        return 0
+    if not processes or (wanted.st_uid != os.getuid() and os.getuid()):
+        raise ConfigError(f"another build has left {lock}, or is still there; if nothing compiles, remove that file")
+    for process in processes:
+        try:
+            for descriptor in os.listdir(f"/proc/{process}/fd"):
+                found = os.stat(f"/proc/{process}/fd/{descriptor}")
+                if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
+                    return process
+        except OSError:  # it has ended, or is another user's
+            continue
+    return 0
 
 
 def _builder(name: str) -> Any:
@@ -96,7 +153,7 @@ def main() -> int:
     try:
         build_deepspeed_ops()
         status = deepspeed_op_status()
-    except ConfigError as error:
+    except LowmemError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     print(", ".join(f"{name}: {state}" for name, state in status.items()))

@@ -20,7 +20,7 @@ from lowmem.memory.host import own_memory
 from lowmem.memory.procfs import status_bytes
 from lowmem.units import format_bytes
 
-RESERVE_BYTES = 4 << 20  # of a budget, for what is no tensor: the heap's growth and pages of code between two tensors
+RESERVE_BYTES = 8 << 20  # of a budget, for what is no tensor: the heap's growth and pages of code between two tensors
 BEHIND_BYTES = 256 << 20  # from the limit of tensors to the kernel's: stacks of threads and other private memory that is never touched
 CODE_BYTES = 16 << 20  # left of a budget that the kernel's limit holds alone: pages of code that the first step reads
 _NEAR_BYTES = 64 << 20  # private memory this close to the kernel's limit is used up: the request that failed was larger than what is left
