@@ -296,7 +296,7 @@ def _only(record: dict[str, Any], names: Sequence[str], place: str, *, empty: bo
         empty: one without a text will do.
     """
     found = [name for name in names if _holds(record, name)]
-    if any(record[name] != record[found[0]] for name in found):
+    if any(record[name] != record[found[0]] for name in found[1:]):
         raise DataError(f"{place}: the record has both {found[0]!r} and {found[1]!r}; keep one of them")
     return next(iter(found), next((name for name in names if empty and name in record), None))
 

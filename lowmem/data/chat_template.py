@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from lowmem.data.chat_records import REASONING, Conversation, Message
+from lowmem.data.compression import open_regular
 from lowmem.data.hf_tokenizer import name_pattern, split_names
 from lowmem.data.storage import storage_errors, write_json
 from lowmem.data.template_worker import CLOSE, OPEN, WORKER, TemplateFailure
@@ -284,14 +285,14 @@ def _tokenizer_config(path: Path) -> dict:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error}); mend or remove it") from error
     return values if isinstance(values, dict) else {}
 
 
 def _read_template(path: Path, place: str) -> str:
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             data = file.read(MAX_TEMPLATE_BYTES + 1)
         source = data.decode().removeprefix("\ufeff")
     except (OSError, ValueError) as error:

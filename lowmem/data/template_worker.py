@@ -20,8 +20,8 @@ from collections.abc import Callable
 from typing import Any
 
 OPEN, CLOSE = "\ufdd0", "\ufdd1"  # around what {% generation %} marks; noncharacters of Unicode, which no record may hold
-CPU_SECONDS = 10  # for one conversation, in all its renderings
-WALL_SECONDS = 180  # a child that gets no processor for so long, or has stopped, is given up
+CPU_SECONDS = 10  # for one conversation; a tenth more for every 10 beginnings of it that are rendered, too
+WALL_FACTOR = 20  # times the CPU time: a child that gets no processor for so long, or has stopped, is given up
 MEMORY_BYTES = 128 * 2**20  # data of the child, plus MEMORY_FACTOR times the conversation
 MEMORY_FACTOR = 16
 OUTPUT_BYTES = 2**20  # characters of one rendering, plus OUTPUT_FACTOR times the conversation
@@ -61,7 +61,8 @@ class TemplateWorker:
         if self._child is None or self._child.poll() is not None:
             self._start()
         try:
-            answer = self._exchange(json.dumps({"seconds": CPU_SECONDS, **request}).encode())
+            seconds = CPU_SECONDS * (1 + len(request.get("prefixes", ())) / 100)
+            answer = self._exchange(json.dumps({"seconds": seconds, **request}).encode(), seconds)
         except BaseException:  # an interrupt, too, leaves an answer behind that nobody waits for
             self.close()
             raise
@@ -78,27 +79,30 @@ class TemplateWorker:
     def _start(self) -> None:
         self.close()
         code = f"import sys; sys.path[:] = {sys.path!r}; from lowmem.data.template_worker import serve; serve()"
-        self._child = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
-        )
+        try:
+            self._child = subprocess.Popen(
+                [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
+            )
+        except OSError as error:
+            raise TemplateFailure(f"the process that is to render it cannot be started: {error.strerror}") from error
         self._stop = weakref.finalize(self, _end, self._child)
 
-    def _exchange(self, data: bytes) -> dict[str, Any]:
+    def _exchange(self, data: bytes, seconds: float) -> dict[str, Any]:
         child = self._child
         assert child is not None
         assert child.stdin is not None
         assert child.stdout is not None
         try:
             _write_all(child.stdin.fileno(), _LENGTH.pack(len(data)) + data)
-            deadline = time.monotonic() + WALL_SECONDS
+            deadline = time.monotonic() + WALL_FACTOR * seconds
             (length,) = _LENGTH.unpack(_read(child.stdout.fileno(), _LENGTH.size, deadline))
             answer: dict[str, Any] = json.loads(_read(child.stdout.fileno(), length, deadline))
         except TimeoutError as error:
-            raise TemplateFailure(f"it was not ready after {WALL_SECONDS} s") from error
+            raise TemplateFailure(f"it was not ready after {WALL_FACTOR * seconds:g} s") from error
         except (BrokenPipeError, EOFError) as error:
             status = self._wait()
             if status == -signal.SIGPROF:
-                raise TemplateFailure(f"it takes more than {CPU_SECONDS} s") from error
+                raise TemplateFailure(f"it takes more than {seconds:g} s") from error
             raise TemplateFailure(f"the process that renders it ended with status {status}") from error
         return answer
 
@@ -183,7 +187,8 @@ def _prefix(template: Any, variables: dict[str, Any], whole: str, count: int, pr
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    told = error.msg if isinstance(error, SyntaxError) else str(error)  # less the place in the code that Jinja made
+    text = " ".join(told.split()) or "it fails without a reason"
     return text if len(text) <= _MESSAGE_CHARS else f"{text[:_MESSAGE_CHARS]}..."
 
 

@@ -229,3 +229,9 @@ def test_advice_names_options_that_exist(tmp_path):
     with pytest.raises(DataError, match=r"raise data.seq_len, or set data.val_fraction=0$"):
         conversations(tmp_path, records)
     assert np.all(np.array(conversations(tmp_path, records, seq_len=128).held_out) < 9)
+
+
+def test_numbers_that_are_none_are_refused_where_text_is_expected():
+    for record in ({"prompt": float("nan"), "response": "b"}, {"prompt": "a", "response": "b", "system": float("nan")}):
+        with pytest.raises(DataError, match="^f:1: '(prompt|system)' is nan, expected text"):
+            parsed(record)

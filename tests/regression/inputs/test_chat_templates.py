@@ -1,6 +1,7 @@
 """Templates that ended in a traceback, never ended, or were written with other tokens than those of the conversation."""
 
 import json
+import os
 from datetime import datetime
 
 import pytest
@@ -10,6 +11,7 @@ from lowmem.data.chat_records import parse_record
 from lowmem.data.chat_template import DEFAULT_TEMPLATE, ChatTemplate, choose_chat_template, load_chat_template
 from lowmem.data.simple_tokenizers import ByteTokenizer
 from lowmem.errors import DataError
+from lowmem.generation.chat import Chat
 from tests.reference.tiny_tokenizers import KINDS, library, tokenizer_of
 
 TALK = [
@@ -133,17 +135,17 @@ def test_a_conversation_that_the_assistant_begins_names_its_record():
 
 
 BOMBS = {
-    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": "it takes more than 0.2 s",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": "it takes more than 0",
     "{% for i in range(99999) %}{{ messages | tojson | length | string * 99 }}{% endfor %}": "it (takes|needs|writes)",
-    "{{ lipsum(n=9999) }}": "it takes more than 0.2 s",
-    "{{ messages[0].content ~ 10 ** (10 ** 8) % 7 }}": "it takes more than 0.2 s",
+    "{{ lipsum(n=9999) }}": "it takes more than 0",
+    "{{ messages[0].content ~ 10 ** (10 ** 8) % 7 }}": "it takes more than 0",
     "{% set ns = namespace(s='aa') %}{% for i in range(40) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}": "it (needs|takes) more",
     "{% set ns = namespace(s='aa') %}{% for i in range(21) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}": "it writes 4194304",
     "{{ 'a' * 10 ** 9 }}": "it needs more memory",
     "{{ messages[0].content | center(10 ** 9) }}": "it needs more memory",
     "{{ '%0999999999d' % messages | length }}": "it needs more memory",
     "{{ [1] * 10 ** 9 }}": "it needs more memory",
-    "{% macro f(n) %}{{ f(n - 1) ~ f(n - 1) if n else 'x' }}{% endmacro %}{{ f(60) }}": "it takes more than 0.2 s",
+    "{% macro f(n) %}{{ f(n - 1) ~ f(n - 1) if n else 'x' }}{% endmacro %}{{ f(60) }}": "it takes more than 0",
     "{% for i in range(10 ** 9) %}{% endfor %}": "Range too big",
 }
 
@@ -155,3 +157,21 @@ def test_a_template_without_end_is_ended(source, monkeypatch):
         rendered(source)
     monkeypatch.undo()
     assert rendered(CHATML).endswith("日本 is x.<|im_end|>\n")  # the next one is served again
+
+
+@pytest.mark.parametrize("source", ["{{ 1 / 0 }}", "{{ 'a' * 10 ** 9 }}", "{% for m in messages %}{{ m.content / 2 }}{% endfor %}"])
+def test_a_conversation_with_a_model_refuses_such_templates(source):
+    with pytest.raises(DataError, match="refuses a conversation"):
+        Chat(ChatTemplate(source), ByteTokenizer(), 100).prompt("hi")
+
+
+def test_a_template_that_is_no_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jinja")
+    for name in ("pipe.jinja", "none.jinja", "."):
+        with pytest.raises(DataError, match="cannot read the template|named pipe|a folder"):
+            choose_chat_template(str(tmp_path / name), None, None)
+    with pytest.raises(DataError, match="a device"):
+        choose_chat_template("/dev/zero", None, None)
+    (tmp_path / "huge.jinja").write_bytes(b"x" * (2**20 + 1))
+    with pytest.raises(DataError, match="is longer than 1 MiB"):
+        choose_chat_template(str(tmp_path / "huge.jinja"), None, None)
