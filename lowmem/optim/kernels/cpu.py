@@ -57,9 +57,9 @@ def problem() -> str:
     if library() is not None:
         return ""
     return (
-        "lowmem's CPU optimizer kernels are not compiled, or by another version of lowmem: the plain PyTorch definition "
-        "runs instead, tens of times slower; "
-        "install a C++ compiler (g++ or clang++) and run pip install again"
+        "lowmem's CPU optimizer kernels are not compiled, or by another version of lowmem: the plain PyTorch definition runs instead, "
+        "tens of times slower; install a C++ compiler (g++ or clang++) and run pip install again "
+        "(in a checkout: python setup.py build_ext --inplace)"
     )
 
 
