@@ -8,7 +8,11 @@ from dataclasses import asdict, fields, is_dataclass
 
 import yaml
 
-from lowmem.config_schema import docs_of, hints, item_class
+from lowmem.config import RunConfig
+from lowmem.config_data import PhaseConfig, SourceConfig
+from lowmem.config_finetune import FinetuneConfig
+from lowmem.config_schema import docs_of, field_docs, hints, item_class, known_keys
+from lowmem.config_values import allowed
 
 
 class _Dumper(yaml.SafeDumper):
@@ -58,3 +62,43 @@ def _comment(text: str, pad: str) -> list[str]:
 def _inline(value: object) -> str:
     """`value` on one line: the inside of a flow list, where text is quoted wherever it could be mistaken."""
     return yaml.dump([value], Dumper=_Dumper, default_flow_style=True, sort_keys=False, width=float("inf")).strip()[1:-1]
+
+
+PAGE = """# Configuration: what each key takes
+
+Written by `python -m lowmem.config_dump > docs/configuration.md` from the table that checks configurations (`lowmem/config_values.py`); a
+test compares the two. `lowmem pretrain --print_config` and `lowmem finetune --print_config` print every key with its meaning.
+
+A configuration is one YAML file and `--section.key=value` on the command line, where text is taken as it is given: `#`, `*`, `[` and quotes
+are part of it. In YAML a key stands once, numbers are decimal, and `~` at the start of a path is the home directory. Not-a-number and
+infinity are refused everywhere, sizes of memory have a unit (`4GiB`), and all problems of a configuration are reported at once with exit
+code 2: nothing has been read or written by then.
+"""
+
+
+def configuration_page() -> str:
+    """The content of docs/configuration.md: the keys that take numbers, with their ranges and defaults."""
+    tables = (
+        ("lowmem pretrain, plan, profile", _rows(RunConfig)),
+        ("An entry of `data.sources` or of a phase's `sources`", _rows(SourceConfig)),
+        ("An entry of `phases`", _rows(PhaseConfig)),
+        ("lowmem finetune", _rows(FinetuneConfig)),
+    )
+    return PAGE + "".join(
+        f"\n## {title}\n\n| key | default | allowed |\n|---|---|---|\n" + "\n".join(rows) + "\n" for title, rows in tables
+    )
+
+
+def _rows(cls: typing.Any) -> Iterator[str]:
+    sections, defaults = {"": cls, **known_keys(cls)}, cls()
+    for key in field_docs(cls):
+        section, _, name = key.rpartition(".")
+        if found := allowed(sections[section], name):
+            value = defaults
+            for part in key.split("."):
+                value = getattr(value, part)
+            yield f"| `{key}` | `{_inline(value)}` | {found} |"
+
+
+if __name__ == "__main__":
+    print(configuration_page(), end="")

@@ -2,14 +2,17 @@
 
 import inspect
 import re
+import typing
 from pathlib import Path
 
 import pytest
 
-from lowmem.config import RunConfig, SourceConfig, resolve_micro_batch_size
-from lowmem.config_dump import dump_config
+from lowmem.config import PhaseConfig, RunConfig, SourceConfig, resolve_micro_batch_size
+from lowmem.config_dump import configuration_page, dump_config
+from lowmem.config_finetune import FinetuneConfig
 from lowmem.config_load import load_run_config
-from lowmem.config_schema import field_docs
+from lowmem.config_schema import field_docs, hints, known_keys
+from lowmem.config_values import allowed
 from lowmem.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -219,3 +222,19 @@ def test_auto_micro_batch_is_the_largest_divisor_within_4096_tokens():
 def test_tokens_are_rounded_up_to_whole_steps():
     config = load_run_config("", ["train.tokens=10k", "train.global_batch_size=4", "data.seq_len=64"])
     assert config.total_steps() == 40  # 10,000 / 256 = 39.06
+
+
+def test_the_page_of_ranges_is_the_table_of_the_checks():
+    assert (ROOT / "docs/configuration.md").read_text() == configuration_page()
+
+
+def test_every_number_has_a_range_that_help_shows():
+    for cls in (RunConfig, FinetuneConfig, SourceConfig, PhaseConfig):
+        sections = {"": cls, **known_keys(cls)}
+        for key, doc in field_docs(cls).items():
+            section, _, name = key.rpartition(".")
+            kind = hints(sections[section])[name]
+            parts = {kind, *typing.get_args(kind)} if typing.get_origin(kind) is not typing.Literal else set()
+            if {int, float} & parts:
+                assert (found := allowed(sections[section], name)), f"{cls.__name__} {key}"
+                assert doc.endswith(f" Allowed: {found}.")
