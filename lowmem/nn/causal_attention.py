@@ -167,7 +167,7 @@ class _Blocks:
 
     def exact(self, x_GTD: torch.Tensor) -> torch.Tensor:
         """What forward multiplies: fp32, unless the device has products of 16 bits with an fp32 result."""
-        return x_GTD if device_kind(x_GTD) == "cuda" else x_GTD.to(self.wide)
+        return x_GTD if device_kind(x_GTD) == "cuda" and not torch.version.hip else x_GTD.to(self.wide)
 
     def probabilities(self, q: torch.Tensor, k: torch.Tensor, group: slice, start: int, stop: int) -> torch.Tensor:
         """(group, stop - start, stop) attention weights of a group's queries and keys, from `exact`."""

@@ -25,6 +25,8 @@ from lowmem.memory.budget import limit_cuda_memory
 from lowmem.memory.measure import cuda_allocated_bytes, cuda_reserved_bytes, measure_peak
 from lowmem.models.base import LanguageModel
 from lowmem.models.registry import build_model
+from lowmem.nn.causal_attention import causal_attention
+from lowmem.nn.embedding import embedding_gradient
 from lowmem.sampling import SamplingOptions
 from tests.train.tiny_run import lowmem, tiny_arguments, write_text
 
@@ -222,3 +224,27 @@ def test_cached_generation_equals_uncached(name: str):
         assert logits[position, token] >= logits[position].max() - 4e-5  # the best one, up to ties within rounding
     again = generate(model, tokenizer, "def f", SamplingOptions(temperature=0), 40)
     assert again.token_ids == result.token_ids
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_over_tokens_are_those_of_fp64(dtype: torch.dtype):
+    """An embedding of which one row is chosen by half of all tokens, and attention of packed rows, at scores of std 3."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, VOCAB, (2048,), generator=generator)
+    tokens[::2] = 7
+    grad = (0.03 + 0.1 * torch.randn(2048, 40, generator=generator)).to(dtype)
+    exact = torch.zeros(VOCAB, 40, dtype=torch.float64).index_add_(0, tokens, grad.double())
+    found = embedding_gradient(tokens.to(CUDA), grad.to(CUDA), VOCAB).cpu()
+    unit = {torch.bfloat16: 2**-9, torch.float16: 2**-12}[dtype]
+    assert ((found.double() - exact).norm() / exact.norm()).item() < unit
+
+    segments = torch.arange(192).div(70, rounding_mode="floor").expand(2, -1).to(torch.int32)
+    inputs = [(3**0.5 * torch.randn(2, 4, 192, 64, generator=generator)).to(dtype) for _ in range(3)]
+    results = []
+    for device, precision in ((CUDA, dtype), (CPU, torch.float64)):
+        leaves = [x.to(device, precision).requires_grad_() for x in inputs]
+        output = causal_attention(*leaves, (), segments.to(device))
+        results.append([output, *torch.autograd.grad(output, leaves, torch.ones_like(output))])
+    for mine, theirs in zip(*results, strict=True):
+        # weights, gradients of weights, those of scores and the result are rounded; gradients of ones cancel to a third
+        assert ((mine.cpu().double() - theirs).norm() / theirs.norm()).item() < 6 * unit
