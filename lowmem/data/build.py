@@ -1,6 +1,5 @@
 """Tokenises a source into shards, once, resumably, in constant memory."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from lowmem.data.compression import open_regular
 from lowmem.data.pieces import PIECE_CHARS, Piece, utf8_size
 from lowmem.data.progress import DataProgress, ProgressCallback, ignore_progress
 from lowmem.data.shard_writer import PROGRESS_FILE, FinishedShard, ShardWriter
-from lowmem.data.shards import FORMAT, INDEX_FILE, VERIFIED_FILE, TokenShards, is_count, is_shard_name
+from lowmem.data.shards import FORMAT, INDEX_FILE, VERIFIED_FILE, TokenShards, is_count, is_shard_name, read_cached
 from lowmem.data.storage import exclusive_lock, json_sha256, make_directory, write_json
 from lowmem.data.text_source import ReadCounters, TextSource
 from lowmem.data.tokenizer_probe import too_many_tokens
@@ -157,9 +155,8 @@ class _Build:
 def _intact_shards(folder: Path, dtype: np.dtype) -> list[FinishedShard]:
     """Finished shards of an interrupted build, up to the first that is not as it was written."""
     try:
-        with open_regular(folder / PROGRESS_FILE) as file:
-            recorded = [FinishedShard(**entry) for entry in json.loads(file.read().decode())]
-    except (OSError, ValueError, TypeError, RecursionError, DataError):
+        recorded = [FinishedShard(**entry) for entry in read_cached(folder / PROGRESS_FILE)]
+    except (OSError, ValueError, TypeError, RecursionError):
         return []  # nothing usable: build from the start
     intact = []
     for shard in recorded:

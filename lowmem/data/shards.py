@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lowmem.data.compression import irregular_kind, open_regular
+from lowmem.data.compression import irregular_kind
 from lowmem.data.progress import DataProgress, ProgressCallback, ignore_progress
 from lowmem.data.storage import file_sha256, write_json
 from lowmem.errors import DataError, StorageError
@@ -91,6 +91,19 @@ def damaged_shard(path: Path, what: str) -> DataError:
     return DataError(f"the token shard {path} is damaged: {what}; delete the folder {path.parent} and run again, which rebuilds it")
 
 
+def read_cached(path: Path) -> Any:
+    """The JSON of a file in a cache entry.
+
+    Raises:
+        DataError: it is a pipe, a device or the like, which must be neither read nor written.
+        OSError, ValueError, RecursionError: it cannot be read.
+    """
+    kind = irregular_kind(path.stat().st_mode)
+    if kind:
+        raise damaged_shard(path, f"it is {kind}")
+    return json.loads(path.read_bytes().decode())
+
+
 def is_shard_name(value: Any) -> bool:
     """Whether a name from a file of the cache is one that shards have: never one that leads out of their folder."""
     return isinstance(value, str) and _SHARD_NAME.fullmatch(value) is not None
@@ -104,8 +117,7 @@ def is_count(value: Any) -> bool:
 def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX_FILE
     try:
-        with open_regular(path) as file:
-            index = json.loads(file.read().decode())
+        index = read_cached(path)
         if index["format"] != FORMAT or index["dtype"] not in _DTYPES:
             raise ValueError(f"found format {index['format']} with {index['dtype']}, allowed {FORMAT} with {' or '.join(_DTYPES)}")
         for shard in index["shards"]:
@@ -152,8 +164,7 @@ def _check_shards(folder: Path, index: dict[str, Any], progress: ProgressCallbac
 
 def _read_verified(folder: Path) -> dict[str, Any]:
     try:
-        with open_regular(folder / VERIFIED_FILE) as file:
-            value = json.loads(file.read().decode())
-    except (OSError, ValueError, RecursionError, DataError):
+        value = read_cached(folder / VERIFIED_FILE)
+    except (OSError, ValueError, RecursionError):
         return {}  # only costs computing the hashes
     return value if isinstance(value, dict) else {}

@@ -1,5 +1,6 @@
 """The tokenizer that a run asks for: trained on its corpus, or ready-made."""
 
+import json
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -10,7 +11,7 @@ from lowmem.data.hf_tokenizer import HuggingFaceTokenizer
 from lowmem.data.pieces import utf8_size
 from lowmem.data.progress import DataProgress, ProgressCallback
 from lowmem.data.simple_tokenizers import ByteTokenizer, CharTokenizer
-from lowmem.data.storage import exclusive_lock, json_sha256, make_directory
+from lowmem.data.storage import exclusive_lock, file_sha256, json_sha256, make_directory, write_json
 from lowmem.data.text_source import LimitedSource, ReadCounters, TextSource
 from lowmem.data.tokenizers import Tokenizer, load_tokenizer
 from lowmem.errors import ConfigError, DataError
@@ -22,6 +23,7 @@ MAX_SAMPLE_BYTES = 64 * 1024**2
 _LEAST_RATE = 1 / 64
 _REPORT_PIECES = 256
 _FORMAT = 1
+_HASH = ".sha256"
 
 
 def prepare_tokenizer(config: DataConfig, sources: Sequence[TextSource], cache: Path, progress: ProgressCallback) -> Tokenizer:
@@ -59,19 +61,23 @@ def prepare_tokenizer(config: DataConfig, sources: Sequence[TextSource], cache: 
             tokenizer = _kept(path)
             if tokenizer is None:
                 _train(config, sources, progress).save(path)
+                write_json(path.with_suffix(_HASH), file_sha256(path))
                 tokenizer = load_tokenizer(path)
     tokenizer.kind = config.tokenizer
     return tokenizer
 
 
 def _kept(path: Path) -> Tokenizer | None:
-    """The tokenizer in the cache; None if it is missing or damaged, and is to be trained."""
-    if not path.is_file():
-        return None
+    """The tokenizer in the cache; None if it is missing or not what was written, and is to be trained."""
+    recorded = path.with_suffix(_HASH)
+    for file in (path, recorded):
+        if file.exists() and not file.is_file():
+            raise DataError(f"the tokenizer kept at {file} is no regular file; delete it, so that it is trained again")
     try:
-        return load_tokenizer(path)
-    except DataError:
+        intact = json.loads(recorded.read_bytes()) == file_sha256(path)
+    except (OSError, ValueError, RecursionError):
         return None
+    return load_tokenizer(path) if intact else None
 
 
 def known_tokenizer(config: DataConfig) -> Tokenizer | None:

@@ -423,13 +423,27 @@ def test_a_record_of_an_interrupted_build_that_cannot_be_true_is_not_used(tmp_pa
     assert len(stored(tmp_path)) == 501
 
 
+@pytest.mark.parametrize("name", ["index.json", "verified.json", "progress.json", "tokens-00000.bin"])
+def test_pipes_among_the_files_of_the_cache_are_neither_read_nor_written(tmp_path, name):
+    changed_index(tmp_path, lambda index: None)
+    folder = next((tmp_path / "cache" / "shards").glob("*/index.json")).parent
+    if name == "progress.json":
+        (folder / "index.json").unlink()
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(DataError, match=rf"{name} is damaged: it is a named pipe; delete the folder"):
+        stored(tmp_path)
+
+
 def test_a_damaged_tokenizer_in_the_cache_is_trained_again(tmp_path):
     (tmp_path / "a.txt").write_text("some text " * 50)
     config = DataConfig(sources=[SourceConfig(path=str(tmp_path / "a.txt"))], tokenizer="chars", seq_len=16, cache_dir=str(tmp_path / "c"))
     before = prepare_data(config, seed=0).fingerprint
     kept = next((tmp_path / "c" / "tokenizers").glob("*.json"))
-    kept.write_bytes(kept.read_bytes()[:20])
-    assert prepare_data(config, seed=0).fingerprint == before
+    whole = kept.read_bytes()
+    for damaged in (whole[:20], whole.replace(b"some", b"tome"), whole.replace(b"x", b"y")):
+        kept.write_bytes(damaged)
+        assert prepare_data(config, seed=0).fingerprint == before
 
 
 def test_no_home_and_no_name(tmp_path, monkeypatch):
