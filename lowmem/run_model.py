@@ -13,6 +13,7 @@ from lowmem.config import RunConfig
 from lowmem.config_load import load_run_config
 from lowmem.data.tokenizers import Tokenizer, load_tokenizer
 from lowmem.devices import device_has_native_bf16
+from lowmem.engine.manifest import verify_weights
 from lowmem.engine.tensor_file import meta_tensors, read_tensors, tensor_shapes
 from lowmem.errors import CheckpointError
 from lowmem.models.base import LanguageModel
@@ -76,6 +77,8 @@ def load_run_model(
         )
     with torch.device("meta") if outline else nullcontext():
         model = build_model(shape, vocab_size=shape.vocab_size, max_seq_len=shape.max_seq_len, seed=config.train.seed)
+    if not outline:
+        verify_weights(path)
     read = meta_tensors if outline else read_tensors
     load_weights(path / "model.safetensors", model, keep_bf16=device_has_native_bf16(device), read=read)
     return RunModel((model if outline else model.to(device)).eval(), tokenizer, config, int(path.name.removeprefix("step-")), path)
@@ -96,6 +99,8 @@ def checkpoint_path(run_dir: Path, checkpoint: int | Literal["latest", "best"]) 
         return root / f"step-{checkpoint:08d}"
     pointer = root / checkpoint
     try:
+        if pointer.exists() and not pointer.is_file():
+            raise OSError("it is no regular file")
         name = pointer.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(

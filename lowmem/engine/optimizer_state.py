@@ -45,7 +45,7 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
     Args:
         tensors: consumed: each entry is removed as it is placed, so that host copies do not add up.
     Raises:
-        CheckpointError: a state names a parameter that the model does not have.
+        CheckpointError: a state names a parameter that the model does not have, or is not of the shape and the dtype that it must be.
     Memory: the states; they grow as `tensors` shrinks.
     """
     host_only = {"step"} if not any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups) else set()
@@ -58,9 +58,46 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
         parameter, value = parameters[name], tensors.pop(full_name)
         device = value.device if key in host_only else parameter.device
         optimizer.state[parameter][key] = value.to(device, copy=True)
+    if not isinstance(scalars, dict) or not all(isinstance(values, dict) for values in scalars.values()):
+        raise CheckpointError("the checkpoint has optimizer states that are no objects; its state.json is damaged")
     for name, values in scalars.items():
         if name not in parameters:
             raise CheckpointError(f"the checkpoint has optimizer state for {name}, which this model does not have")
         optimizer.state[parameters[name]].update(values)
     if isinstance(optimizer, LowBitOptimizer):
-        fit_states(optimizer)
+        try:
+            fit_states(optimizer)
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            raise CheckpointError(f"the checkpoint has optimizer states that do not belong together ({error})") from error
+    for name, parameter in parameters.items():
+        if optimizer.state.get(parameter):
+            _check_states(name, optimizer.state[parameter], _expected_states(optimizer, parameter))
+
+
+def _expected_states(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, Any]:
+    """What is known of the states of a parameter: all of them of lowmem's optimizers, moments in full of others."""
+    if isinstance(optimizer, LowBitOptimizer):
+        return optimizer.fresh_states(parameter)
+    found = optimizer.state[parameter]
+    moments = [key for key in ("exp_avg", "exp_avg_sq") if isinstance(found.get(key), torch.Tensor) and found[key].is_floating_point()]
+    return {key: torch.empty(parameter.shape, dtype=found[key].dtype, device="meta") for key in moments}
+
+
+def _check_states(name: str, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Kernels trust the sizes of what they are given.
+
+    Raises:
+        CheckpointError: a state is missing, or of another shape or dtype.
+    """
+    for key, wanted in expected.items():
+        value = found.get(key)
+        if isinstance(wanted, torch.Tensor):
+            right = isinstance(value, torch.Tensor) and (value.shape, value.dtype) == (wanted.shape, wanted.dtype)
+            what = f"{wanted.dtype} {tuple(wanted.shape)}"
+        else:
+            right, what = type(value) is type(wanted) and value >= 0, "a count"
+        if not right:
+            shown = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:40]
+            raise CheckpointError(
+                f"the checkpoint has optimizer state {name}.{key} of {shown}, expected {what}; was it saved with another configuration?"
+            )

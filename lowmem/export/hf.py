@@ -9,10 +9,10 @@ import torch
 
 from lowmem.data.storage import UNFINISHED, write_json, written_whole
 from lowmem.engine.tensor_file import meta_tensors, write_tensors
-from lowmem.errors import ConfigError
+from lowmem.errors import CheckpointError, ConfigError
 from lowmem.export.carried import carried_config, carried_weights
 from lowmem.export.plain import gpt2_config, gpt2_weights, llama_config, llama_weights, plain_family
-from lowmem.export.tokenizer_files import TOKENIZER_FILES, export_tokenizer
+from lowmem.export.tokenizer_files import GENERATION_CONFIG, TOKENIZER_FILES, export_tokenizer, read_generation_config
 from lowmem.models.base import LanguageModel
 from lowmem.nn.lorptize import merge_lorpt
 from lowmem.run_model import RunModel
@@ -87,6 +87,7 @@ def export_run_model(
         run_dir: where the run's chat template is; None takes that of the checkpoint.
     Raises:
         ConfigError: `out` is not empty, or no folder.
+        CheckpointError: weights are not finite, or not in `dtype`.
         StorageError: it cannot be written.
     """
     out = Path(out)
@@ -97,12 +98,18 @@ def export_run_model(
     config, weights, family, reason = converted(run.model, keep_factors=keep_factors)
     stored = DTYPES[dtype] if dtype else _stored_dtype(run)
     weights = {name: tensor.to(stored) for name, tensor in weights.items()}
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{run.path} holds weights that are not finite in {stored} ({name}); choose another --checkpoint, or --dtype=fp32"
+            )
     tokens = {"eos_token_id": run.tokenizer.eos_id, "pad_token_id": run.tokenizer.eos_id}
     template = run_dir or run.path.parent.parent
+    generation = read_generation_config(template)  # of an imported run
     with written_whole(out, earlier=_FILES) as folder:  # what an earlier export wrote and this one does not is gone then
         tokenizer_code = export_tokenizer(run.tokenizer, folder, run_dir=template, max_seq_len=run.model.max_seq_len)
         write_json(folder / "config.json", {**config, **tokens, "bos_token_id": None, "dtype": str(stored).removeprefix("torch.")})
-        write_json(folder / "generation_config.json", {**tokens, "use_cache": True})
+        write_json(folder / GENERATION_CONFIG, {**tokens, "use_cache": True, **generation})
         if family == "lowmem":
             for code in _CODE:
                 shutil.copyfile(code, folder / code.name)

@@ -10,13 +10,14 @@ from torch import nn
 from lowmem.config import DataConfig, LorptConfig, ModelConfig, RunConfig, TrainConfig
 from lowmem.config_dump import dump_config
 from lowmem.data.chat_template import save_chat_template
-from lowmem.data.storage import UNFINISHED, make_directory, storage_errors, written_whole
+from lowmem.data.storage import UNFINISHED, make_directory, storage_errors, write_json, written_whole
 from lowmem.data.tokenizers import Tokenizer, load_tokenizer
+from lowmem.engine.manifest import MANIFEST_NAME, file_hashes
 from lowmem.engine.tensor_file import meta_tensors, read_tensors, weight_files, write_tensors
 from lowmem.errors import CheckpointError, ConfigError
 from lowmem.export.import_config import TheirModel, read_model_config
 from lowmem.export.plain import gpt2_weights, llama_weights
-from lowmem.export.tokenizer_files import OWN_TOKENIZER, run_template
+from lowmem.export.tokenizer_files import GENERATION_CONFIG, OWN_TOKENIZER, read_generation_config, run_template
 from lowmem.models.base import LanguageModel
 from lowmem.models.registry import build_model
 from lowmem.nn.factory import MixedSplit
@@ -79,20 +80,24 @@ def import_directory(source: Path | str, out: Path | str, lorpt: LorptConfig | N
         train=TrainConfig(init_from=str(out)),
         run_dir=f"{out}-trained",
     )
-    template = run_template(source, tokenizer)
+    template, generation = run_template(source, tokenizer), read_generation_config(source)
     with written_whole(out) as folder:
         _write_run(folder, config, model, tokenizer)
         if template is not None:
             save_chat_template(template, folder)
+        if generation:
+            write_json(folder / GENERATION_CONFIG, generation)
     return Imported(theirs.family, config, model.num_parameters(), converted)
 
 
 def _write_run(out: Path, config: RunConfig, model: LanguageModel, tokenizer: Tokenizer) -> None:
     checkpoints = out / "checkpoints"
-    make_directory(checkpoints / "step-00000000")
+    folder = checkpoints / "step-00000000"
+    make_directory(folder)
     with storage_errors(out):
         (out / "config.yaml").write_text(dump_config(config, comments=True), encoding="utf-8")
-        write_tensors(checkpoints / "step-00000000" / "model.safetensors", model.state_dict())
+        write_tensors(folder / "model.safetensors", model.state_dict())
+        write_json(folder / MANIFEST_NAME, {"step": 0, "files": file_hashes(folder)})
         for pointer in ("latest", "best"):
             (checkpoints / pointer).write_text("step-00000000\n", encoding="utf-8")
     tokenizer.save(out / "tokenizer.json")

@@ -45,7 +45,7 @@ def finetune_main(argv: Sequence[str]) -> int:
     set_up_host_memory(compiled_root())
     try:
         with measure_peak() as peak:
-            done = finetune(config, display)
+            done = finetune(config, display, fresh=flags.fresh, resume=flags.resume)
     except Exception as error:
         out_of_memory = is_out_of_memory(error)
         lift_host_limit()
@@ -93,6 +93,8 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--config", default="", metavar="FILE", help="YAML file; overrides come after it")
     parser.add_argument("--print_config", action="store_true", help="print the configuration, commented, and stop")
     parser.add_argument("--dry_run", action="store_true", help="print the predicted peak of memory, train nothing")
+    parser.add_argument("--fresh", action="store_true", help="start over; the run that is there is kept beside the new one")
+    parser.add_argument("--resume", choices=["auto", "last_valid"], default="auto", help="last_valid passes over damaged checkpoints")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     try:

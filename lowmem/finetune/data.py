@@ -11,7 +11,7 @@ from lowmem.data.chat_source import ChatSource, build_chat_tokens
 from lowmem.data.chat_stream import ChatStream, ChatValidation, Conversations
 from lowmem.data.chat_template import TEMPLATE_FILE, ChatTemplate, choose_chat_template, save_chat_template
 from lowmem.data.progress import ProgressCallback
-from lowmem.data.storage import cache_root, make_directory
+from lowmem.data.storage import cache_root, json_sha256, make_directory
 from lowmem.data.tokenizers import Tokenizer, load_tokenizer
 from lowmem.errors import ConfigError
 
@@ -29,12 +29,14 @@ class ChatData:
         train, validation: packed conversations; validation is None if nothing is held out.
         template: how they are written.
         notes: what was cut or left out, for people.
+        content: hashes of what the run learns from: records, template, tokenizer.
     """
 
     train: ChatStream
     validation: ChatValidation | None
     template: ChatTemplate
     notes: str
+    content: dict[str, str]
 
 
 def tokenizer_folder(config: FinetuneConfig, directory: Path, model: Any) -> tuple[Path, list[int]]:
@@ -51,7 +53,7 @@ def tokenizer_folder(config: FinetuneConfig, directory: Path, model: Any) -> tup
 
     if not (directory / "tokenizer.json").is_file():
         raise ConfigError(f"add_tokens needs a tokenizer.json, which {directory} has not; leave it out")
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     ids = add_tokens(model, tokenizer, config.add_tokens)
     folder = Path(config.out) / "tokenizer"
     tokenizer.save_pretrained(folder)
@@ -76,7 +78,9 @@ def chat_data(config: FinetuneConfig, folder: Path, *, one_per_row: bool, progre
     part = Conversations(tokens, seq_len=config.seq_len, truncation=config.truncation, val_fraction=config.val_fraction, options="")
     train = ChatStream([part], [1.0], seq_len=config.seq_len, seed=config.seed, one_per_row=one_per_row)
     validation = ChatValidation([part], seq_len=config.seq_len, one_per_row=one_per_row) if config.val_fraction else None
-    return ChatData(train, validation, template, part.counts.describe(config.truncation, config.seq_len))
+    written = json_sha256([template.source, template.names])
+    content = {"data": tokens.sha256, "template": written, "tokenizer": tokenizer.sha256()}
+    return ChatData(train, validation, template, part.counts.describe(config.truncation, config.seq_len), content)
 
 
 def check_chat(config: FinetuneConfig, folder: Path) -> None:

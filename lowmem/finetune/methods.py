@@ -43,9 +43,29 @@ def apply_method(model: Any, config: FinetuneConfig, new_tokens: list[int]) -> A
             warnings.filterwarnings(
                 "ignore", ".*is_gradient_checkpointing.*", FutureWarning
             )  # PEFT 0.21 asks transformers 5 by its old name
-            return peft.get_peft_model(model, peft_config(model, config, new_tokens))
+            warnings.filterwarnings("ignore", ".*tie_word_embeddings.*", UserWarning)  # `lowmem.finetune.save` unties what is merged
+            adapted = peft.get_peft_model(model, peft_config(model, config, new_tokens))
     except (ValueError, KeyError) as error:
         raise ConfigError(f"method={config.method} cannot be applied: {' '.join(str(error).split())[:300]}") from error
+    _refuse_half_of_a_tie(model, config)
+    return adapted
+
+
+def _refuse_half_of_a_tie(model: Any, config: FinetuneConfig) -> None:
+    """An adapter on one of two layers that share a weight needs a head of its own to be merged into.
+
+    Raises:
+        ConfigError: there is no such layer, or new tokens are rows of both.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not any(hasattr(layer, "get_delta_weight") for layer in (embedding, head)):
+        return
+    if head is None or (config.add_tokens and model.config.tie_word_embeddings):
+        names = ", ".join(config.adapter.target_modules)
+        raise ConfigError(
+            f"adapter.target_modules ({names}) names one of two layers that share a weight, the embedding and the head, which "
+            f"cannot be told apart {'with add_tokens' if config.add_tokens else 'in this base'}; leave it out"
+        )
 
 
 def peft_config(model: Any, config: FinetuneConfig, new_tokens: list[int]) -> Any:

@@ -3,17 +3,22 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lowmem.config_finetune import FinetuneConfig, memory_remedies, micro_batch_sizes
+from lowmem.data.storage import file_sha256, json_sha256
+from lowmem.engine.tensor_file import weight_files
 from lowmem.errors import CheckpointError, ConfigError, MemoryBudgetError
+from lowmem.export.tokenizer_files import read_generation_config
 from lowmem.finetune.base_model import compute_device, empty_model
 from lowmem.finetune.data import read_tokenizer
 from lowmem.finetune.families import attention_window, config_positions, learned_positions
 from lowmem.finetune.memory import FinetuneMemory, predict_memory
 from lowmem.memory.budget import limit_cuda_memory, limit_host_memory
 from lowmem.memory.host import granted_memory
+from lowmem.train.checkpoint import CheckpointStore
 from lowmem.units import parse_bytes
 
 _FREE = {"steps", "eval_every", "save_every", "budget", "out", "micro_batch_size", "gradient_checkpointing"}
@@ -24,17 +29,64 @@ def earlier_micro_batch(config: FinetuneConfig, folder: Path) -> int:
 
     Raises:
         ConfigError: the folder's run has other settings.
+        CheckpointError: what it says of them is damaged.
     """
-    path = folder / "finetune.json"
-    if not path.is_file():
+    saved = _saved_settings(folder)
+    if not saved:
         return 0
-    saved, wanted = json.loads(path.read_text()), json.loads(json.dumps(asdict(config)))
+    wanted = json.loads(json.dumps(asdict(config)))
     changed = [
         f"{key} was {saved.get(key)!r}, now {value!r}" for key, value in wanted.items() if key not in _FREE and saved.get(key) != value
     ]
     if changed:
-        raise ConfigError(f"{folder} holds a run with other settings: {'; '.join(changed)}. Keep them, or choose another out")
+        raise ConfigError(
+            f"{folder} holds a run with other settings: {'; '.join(changed)}. Keep them, choose another out, or start over with --fresh"
+        )
     return saved["micro_batch_size"] if config.micro_batch_size == "auto" else 0
+
+
+def _saved_settings(folder: Path) -> dict[str, Any]:
+    """What the folder's finetune.json holds; empty if there is none.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    path = folder / "finetune.json"
+    if not path.exists():
+        return {}
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); restore it, or start over with --fresh") from error
+    size = saved.get("micro_batch_size") if isinstance(saved, dict) else None
+    if not isinstance(size, int) or size < 1 or not isinstance(saved.get("content", {}), dict):
+        raise CheckpointError(f"{path} is damaged (no settings of a run); restore it, or start over with --fresh")
+    return saved
+
+
+def check_content(folder: Path, content: dict[str, str]) -> None:
+    """Refuse to go on with another base, tokenizer, template or other records than the checkpoints in a folder were trained on.
+
+    Args:
+        content: hashes, by what they are of.
+    Raises:
+        ConfigError: names what has changed.
+    """
+    saved = _saved_settings(folder).get("content", {})
+    changed = [name for name in ("base", "tokenizer", "template", "data") if name in saved and saved[name] != content[name]]
+    changed = [name for name in changed if name != "data"] or changed  # tokens differ wherever the template or the tokenizer does
+    if changed and CheckpointStore(folder, 1).steps():
+        pairs = "; ".join(f"{name} was {str(saved[name])[:12]}, now {content[name][:12]}" for name in changed)
+        raise ConfigError(
+            f"{folder} holds a run of other content (SHA-256): {pairs}. Restore the files it was trained on, choose another out, "
+            "or start over with --fresh"
+        )
+
+
+def base_sha256(directory: Path) -> str:
+    """Of the configuration and the weights of a base."""
+    files = [directory / "config.json", *weight_files(directory)]
+    return json_sha256([[file.name, file_sha256(file)] for file in files])
 
 
 def check_base(config: FinetuneConfig, directory: Path) -> list[str]:
@@ -59,6 +111,7 @@ def check_base(config: FinetuneConfig, directory: Path) -> list[str]:
     tokens, rows = read_tokenizer(config, directory).vocab_size, model.get_input_embeddings().weight.shape[0]
     if tokens > rows:
         raise CheckpointError(f"the tokenizer of {directory} has {tokens} tokens, its model {rows}; give files that belong together")
+    read_generation_config(directory)
     notes = []
     if not positions and said < needed:
         notes.append(f"seq_len is {config.seq_len}: the base was made for {said} positions, and may compute nonsense beyond them")

@@ -4,7 +4,7 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lowmem.config_finetune import FinetuneConfig
 from lowmem.data.storage import written_whole
@@ -18,7 +18,15 @@ from lowmem.finetune.data import ChatData, chat_data, copy_tokenizer, tokenizer_
 from lowmem.finetune.methods import WITHOUT_ADAPTER, apply_method, can_checkpoint, one_per_row, parameter_groups
 from lowmem.finetune.probe import check_loss
 from lowmem.finetune.save import merged_model, save_adapter, save_merged
-from lowmem.finetune.settle import check_base, choose_micro_batch, earlier_micro_batch, enforce_budget, within_container
+from lowmem.finetune.settle import (
+    base_sha256,
+    check_base,
+    check_content,
+    choose_micro_batch,
+    earlier_micro_batch,
+    enforce_budget,
+    within_container,
+)  # fmt: skip
 from lowmem.finetune.step import Stepper
 from lowmem.memory.budget import check_host_limit
 from lowmem.memory.phases import PhasePeaks
@@ -54,15 +62,22 @@ class Finetuned:
     predicted_vram: dict[str, int]
 
 
-def finetune(config: FinetuneConfig, display: ProgressDisplay) -> Finetuned:
+def finetune(
+    config: FinetuneConfig, display: ProgressDisplay, *, fresh: bool = False, resume: Literal["auto", "last_valid"] = "auto"
+) -> Finetuned:
     """Train, or go on where the folder's last checkpoint is, then write adapter/ and merged/.
 
+    Args:
+        fresh: move what the folder holds aside and start over.
+        resume: last_valid passes over damaged checkpoints.
     Raises:
         ConfigError, DataError, CheckpointError, StorageError, MemoryBudgetError, StoppedBySignal, DivergedError: see `lowmem.errors`.
     """
     out = Path(config.out)
     run_dir = RunDir(out, "out")
     try:
+        if fresh and (old := run_dir.start_over()):
+            display.message(f"the run that was there is kept as {old}")
         config, said = within_container(config)
         if said:
             display.message(said)
@@ -81,14 +96,16 @@ def finetune(config: FinetuneConfig, display: ProgressDisplay) -> Finetuned:
         data = chat_data(config, folder, one_per_row=one_per_row(model, config), progress=display)
         if data.notes:
             display.message(f"{config.data}: {data.notes}")
+        content = {"base": base_sha256(directory), **data.content}
+        check_content(out, content)
         adapted = apply_method(model, config, new_ids)
         if config.gradient_checkpointing and can_checkpoint(config):
             enable_checkpointing(model)
         check_host_limit()
         run = _Run(config, adapted, data, run_dir, display)
-        run_dir.write_json("finetune.json", asdict(config))
+        run_dir.write_json("finetune.json", {**asdict(config), "content": content})
         with phases("steady_steps"):
-            losses = run.train()
+            losses = run.train(skip_damaged=resume == "last_valid")
         release_memory(run.device)
         with phases("save"):
             _write(config, adapted, directory, folder, data)
@@ -138,10 +155,10 @@ class _Run:
         own = {"clipping": self.stepper.clipping.state(), "micro_batch": self.stepper.micro_batch_state()}
         return {"optimizer_scalars": scalars, "random": random, **own}
 
-    def train(self) -> dict[int, float]:
+    def train(self, *, skip_damaged: bool) -> dict[int, float]:
         """From the last checkpoint, or the beginning, to the last step; losses of the evaluations by step."""
         config = self.config
-        self._resume()
+        self._resume(skip_damaged)
         self.display.start(config.steps, self.done)
         if not self.done:
             self._evaluate()
@@ -204,8 +221,8 @@ class _Run:
         while self.stepper.messages:
             self.display.message(self.stepper.messages.pop(0))
 
-    def _resume(self) -> None:
-        found = self.store.newest_valid(skip_damaged=False)
+    def _resume(self, skip_damaged: bool) -> None:
+        found = self.store.newest_valid(skip_damaged=skip_damaged)
         if found is None:
             return
         path, state = found
@@ -218,6 +235,8 @@ class _Run:
         self.stepper.restore_micro_batch(engine)
         self.data.train.load_state_dict(state["data"])
         self.done, self.losses = state["step"], {int(step): loss for step, loss in state["losses"].items()}
+        for name in self.store.set_aside_after(self.done):
+            self.display.message(f"damaged checkpoint kept as {name}")
         self.store.repair(self.done, 0)
         self.run_dir.truncate_metrics(self.done)
         self.display.message(f"resumed from {path}")

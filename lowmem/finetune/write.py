@@ -52,6 +52,11 @@ def _merged_tensors(inner: Any) -> Iterator[tuple[str, torch.Tensor | LazyTensor
             yield f"{dot}weight", LazyTensor((base.out_features, base.in_features), _stored(inner), _Dense(module, base, _stored(inner)))
             if base.bias is not None:
                 yield f"{dot}bias", base.bias
+        elif base is not module and hasattr(module, "get_delta_weight"):
+            done.append(dot)
+            yield f"{dot}weight", LazyTensor(tuple(base.weight.shape), base.weight.dtype, _Merged(module, base))
+            if getattr(base, "bias", None) is not None:
+                yield f"{dot}bias", base.bias
         elif type(module).__name__ == "TrainableTokensWrapper":
             done.append(dot)
             yield f"{dot}weight", module.token_adapter.get_merged_weights(module.token_adapter.active_adapters).detach()
@@ -75,6 +80,20 @@ class _Dense:
         for adapter in getattr(self.layer, "active_adapters", ()):
             dense += self.layer.get_delta_weight(adapter)
         return dense.to(self.dtype)
+
+
+class _Merged:
+    """The weight of a layer that is kept in full, with its adapter multiplied in; made when called."""
+
+    def __init__(self, layer: Any, base: Any):
+        self.layer, self.base = layer, base
+
+    @torch.no_grad()
+    def __call__(self) -> torch.Tensor:
+        dense = self.base.weight.float()
+        for adapter in self.layer.active_adapters:
+            dense = dense + self.layer.get_delta_weight(adapter)
+        return dense.to(self.base.weight.dtype)
 
 
 def _stored(inner: Any) -> torch.dtype:

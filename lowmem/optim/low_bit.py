@@ -166,6 +166,18 @@ class LowBitOptimizer(torch.optim.Optimizer):
         for parameter in self._groups:
             self._allocate(parameter)
 
+    def fresh_states(self, parameter: torch.Tensor) -> dict[str, Any]:
+        """What the states of a parameter are before its first step; those that it has stay.
+
+        Memory: one parameter's states.
+        """
+        kept = self.state.pop(parameter, None)
+        self._allocate(parameter)
+        fresh: dict[str, Any] = self.state.pop(parameter)
+        if kept is not None:
+            self.state[parameter] = kept
+        return fresh
+
     def _allocate(self, parameter: torch.Tensor) -> None:
         state, bits = self.state[parameter], self.bits_of(parameter)
         if state:

@@ -1,6 +1,5 @@
 """Checkpoints that are whole or absent (D8): written beside, flushed, hashed, renamed; verified before they are read."""
 
-import hashlib
 import json
 import os
 import re
@@ -11,11 +10,11 @@ from typing import Any
 
 from lowmem.data.storage import WRITE_ERRNOS, json_text
 from lowmem.engine.base import Engine
+from lowmem.engine.manifest import MANIFEST_NAME, damage, file_hashes
 from lowmem.errors import CheckpointError, StorageError
 from lowmem.memory.block_cache import release_host_memory
 
 _STEP_NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})")  # eight digits, more where a step has more
-_HASH_BYTES = 1 << 20
 
 
 class CheckpointStore:
@@ -53,7 +52,7 @@ class CheckpointStore:
             engine.barrier()
             if engine.rank == 0:
                 _write_json(writing / "state.json", state)
-                _write_json(writing / "manifest.json", {"step": step, "files": _file_hashes(writing)})
+                _write_json(writing / MANIFEST_NAME, {"step": step, "files": file_hashes(writing)})
                 self._publish(writing, name)
                 self._point("latest", name)
                 if best_step:
@@ -151,24 +150,6 @@ class CheckpointStore:
                 shutil.rmtree(doomed, ignore_errors=True)
 
 
-def damage(path: Path) -> str:
-    """What is wrong with a checkpoint folder: "" if every file of its manifest has the size and hash written there."""
-    try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        for name, expected in manifest["files"].items():
-            size = (path / name).stat().st_size
-            if size != expected["bytes"]:
-                return f"{name} has {size} bytes, its manifest says {expected['bytes']}"
-            if _sha256(path / name) != expected["sha256"]:
-                return f"{name} does not match its SHA-256"
-        json.loads((path / "state.json").read_text())
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"manifest or state cannot be read ({error})"
-    return ""
-
-
 def storage_error(error: OSError, path: Path) -> Exception:
     """A StorageError for a full or read-only disk; any other OSError as it is."""
     if error.errno not in WRITE_ERRNOS:
@@ -177,19 +158,6 @@ def storage_error(error: OSError, path: Path) -> Exception:
         f"{path} cannot be written: {error.strerror}; checkpoints written before are intact; "
         "free space or make the folder writable, then run the same command again"
     )
-
-
-def _file_hashes(directory: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(path for path in directory.iterdir() if path.is_file())
-    return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_HASH_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -106,7 +106,7 @@ class RunDir:
 
     def start_over(self) -> Path | None:
         """Move what is there to PATH.old-N and begin an empty directory; the new name, None if there was nothing."""
-        if not any((self.path / name).exists() for name in ("config.yaml", "checkpoints", "metrics.jsonl")):
+        if not any((self.path / name).exists() for name in ("config.yaml", "finetune.json", "checkpoints", "metrics.jsonl")):
             return None
         here, number = self.path.resolve(), 1
         while (old := here.with_name(f"{here.name}.old-{number}")).exists():

@@ -23,6 +23,7 @@ from lowmem.engine.build import build_configured_model, build_local_engine, chos
 from lowmem.engine.deepspeed_config import check_deepspeed_file
 from lowmem.engine.layerwise import LayerwiseEngine
 from lowmem.engine.local import LocalEngine
+from lowmem.engine.manifest import verify_weights
 from lowmem.engine.recovery import release_memory
 from lowmem.engine.teacher import teacher_config
 from lowmem.engine.tensor_file import meta_tensors, read_tensors
@@ -162,6 +163,7 @@ def load_initial_weights(source: str, model: LanguageModel, tokenizer: Tokenizer
     path, weights = _initial_weights(source)
     if load_tokenizer(path).sha256() != tokenizer.sha256():
         raise ConfigError(f"train.init_from is {source}, which has another tokenizer than this run; set data.tokenizer={path}")
+    verify_weights(weights.parent)
     targets = model.state_dict()
     wanted = {name: target.shape for name, target in targets.items()}
     found = {name: tensor.shape for name, tensor in dequantized(meta_tensors(weights), wanted)}

@@ -157,3 +157,66 @@ def test_the_index_decides_and_names_files_of_its_folder(llama, tmp_path):
     save_file({"a": torch.zeros(2).to(torch.float8_e5m2)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="a is F8_E5M2, allowed: "):
         list(meta_tensors(tmp_path / "model.safetensors"))
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")  # PEFT's own, when the test loads the adapter
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_an_adapter_on_a_tied_layer_is_merged_into_that_layer_alone(target, method, chat, tmp_path):
+    from peft import PeftModel
+
+    save_tiny(tmp_path / "base", "llama", tie_word_embeddings=True)
+    more = (f'--adapter.target_modules=["{target}", "q_proj"]', f"--method={method}", "--optim.lr=0.05", "--steps=8")
+    assert finetune(tmp_path / "base", chat, tmp_path / "out", *more) == 0
+    base = load_base(tmp_path / "base", nf4=method == "qlora")
+    adapted, merged = logits(PeftModel.from_pretrained(base, tmp_path / "out/adapter")), logits(theirs(tmp_path / "out/merged"))
+    # a merged weight is rounded once more, to 2**-24 of it, in each of 7 products of 32 terms; 4-bit kernels sum in blocks of their own
+    assert torch.allclose(adapted, merged, rtol=0, atol=(30 if method == "qlora" else 1) * 2e-6 * float(merged.abs().max()))
+    assert not torch.allclose(merged, logits(theirs(tmp_path / "base")), rtol=0, atol=0.1)
+
+
+def test_what_ends_and_samples_an_answer_is_kept(chat, tmp_path):
+    save_tiny(tmp_path / "base", "llama")
+    settings = {"eos_token_id": [0, 2], "temperature": 0.7, "do_sample": True, "top_p": 0.9}
+    (tmp_path / "base/generation_config.json").write_text(json.dumps(settings))
+    assert finetune(tmp_path / "base", chat, tmp_path / "out") == 0
+    for folder in ("adapter", "merged"):
+        assert json.loads((tmp_path / "out" / folder / "generation_config.json").read_text()) == settings
+
+
+def test_a_finetuning_goes_on_only_with_what_it_was_trained_on(llama, tmp_path, capsys):
+    base, data, template = tmp_path / "base", tmp_path / "data.jsonl", tmp_path / "template.jinja"
+    shutil.copytree(llama, base)
+    records = [{"prompt": f"some words {n % 7}", "response": "the other words"} for n in range(40)]
+    data.write_text("\n".join(json.dumps(record) for record in records))
+    template.write_text("{% for message in messages %}{{ message['content'] + eos_token }}{% endfor %}")
+
+    def again(steps: int, *more: str) -> tuple[int, str]:
+        capsys.readouterr()
+        code = finetune(base, data, tmp_path / "out", f"--template={template}", f"--steps={steps}", *more)
+        return code, capsys.readouterr().err
+
+    assert again(1)[0] == 0
+    before = {path: path.read_bytes() for path in (data, template, base / "model.safetensors")}
+    data.write_text("\n".join(json.dumps(record | {"response": "other words the"}) for record in records))
+    template.write_text("{% for message in messages %}{{ message['content'] + ' ' + eos_token }}{% endfor %}")
+    change_weights(base, lambda w: {name: tensor * 1.01 for name, tensor in w.items()})
+    for path, name in zip(before, ("data", "template", "base"), strict=True):
+        changed = {other: other.read_bytes() for other in before}
+        for other in before:
+            other.write_bytes(changed[other] if other == path else before[other])
+        code, error = again(2)
+        assert code == 2
+        assert f"holds a run of other content (SHA-256): {name} was " in error
+        for other in before:
+            other.write_bytes(changed[other])
+    for path, content in before.items():
+        path.write_bytes(content)
+    assert again(2)[0] == 0
+    (tmp_path / "out/finetune.json").write_text("{")
+    code, error = again(3)
+    assert code == 5
+    assert "finetune.json is damaged" in error
+    assert error.rstrip().endswith("or start over with --fresh")
+    assert again(1, "--fresh")[0] == 0
+    assert (tmp_path / "out.old-1/adapter").is_dir()

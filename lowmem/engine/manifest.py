@@ -1,0 +1,103 @@
+"""The manifest of a checkpoint: the size and the SHA-256 of every file, by which damage is found before anything is read."""
+
+import hashlib
+import json
+import stat
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from lowmem.errors import CheckpointError
+
+MANIFEST_NAME = "manifest.json"
+_HASH_BYTES = 1 << 20
+_LARGEST_JSON = 1 << 28  # bytes; far above what any state is, below what would exhaust memory
+_DATA = (".safetensors", ".json")
+
+
+def file_hashes(directory: Path) -> dict[str, dict[str, Any]]:
+    """Size and hash of every file of a folder, by name.
+
+    Memory: one block.
+    """
+    files = sorted(path for path in directory.iterdir() if path.is_file())
+    return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+
+
+def damage(path: Path, only: Collection[str] = ()) -> str:
+    """What is wrong with a checkpoint folder: "" if every file of its manifest has the size and hash written there.
+
+    Args:
+        only: names of files that are looked at, and must be in the manifest; none is all of them, state.json and what else is there.
+    """
+    try:
+        files = _manifest_files(path)
+        if only:
+            files = {name: expected for name, expected in files.items() if name in only}
+        wanted = set(only or {"state.json", *(file.name for file in path.iterdir() if file.suffix in _DATA)}) - {MANIFEST_NAME}
+        if absent := sorted(wanted - set(files)):
+            return f"its manifest does not have {absent[0]}"
+        for name, expected in files.items():
+            if problem := _file_damage(path / name, name, expected):
+                return problem
+        if not only and not isinstance(_read_json(path / "state.json"), dict):
+            return "state.json holds no object"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"manifest or state cannot be read ({' '.join(str(error).split())[:200]})"
+    return ""
+
+
+def verify_weights(path: Path) -> None:
+    """Refuse a checkpoint whose model.safetensors is not what was written.
+
+    Args:
+        path: its folder; one without manifest is taken as it is if it has no state either: imports of earlier versions wrote none.
+    Raises:
+        CheckpointError: it is not, or the manifest is damaged.
+    Memory: one block.
+    """
+    if not (path / MANIFEST_NAME).exists() and not (path / "state.json").exists():
+        return
+    if problem := damage(path, only=("model.safetensors",)):
+        raise CheckpointError(f"{path} is damaged: {problem}; restore it, or give another checkpoint or run")
+
+
+def _manifest_files(path: Path) -> dict[str, Any]:
+    files = _read_json(path / MANIFEST_NAME)["files"]
+    if not isinstance(files, dict):
+        raise TypeError("its files are no object")
+    return files
+
+
+def _read_json(path: Path) -> Any:
+    if problem := _irregular(path):
+        raise ValueError(f"{path.name} {problem}")
+    if path.stat().st_size > _LARGEST_JSON:
+        raise ValueError(f"{path.name} has {path.stat().st_size} bytes")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _file_damage(path: Path, name: str, expected: Any) -> str:
+    if not name or Path(name).name != name or "\0" in name:
+        return f"its manifest names {name[:80]!r}, which is no file of the folder"
+    if problem := _irregular(path):
+        return f"{name} {problem}"
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        return f"{name} has {size} bytes, its manifest says {expected['bytes']}"
+    return "" if _sha256(path) == expected["sha256"] else f"{name} does not match its SHA-256"
+
+
+def _irregular(path: Path) -> str:
+    """Devices and pipes are never opened: they may not end."""
+    return "" if stat.S_ISREG(path.stat().st_mode) else "is no regular file"
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_HASH_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
