@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from lowmem.config import SourceConfig
+from lowmem.data import chat_records
 from lowmem.data.chat_records import Conversation, parse_record, read_conversations
 from lowmem.data.chat_source import ChatSource, build_chat_tokens
 from lowmem.data.chat_stream import Conversations
@@ -235,3 +236,27 @@ def test_numbers_that_are_none_are_refused_where_text_is_expected():
     for record in ({"prompt": float("nan"), "response": "b"}, {"prompt": "a", "response": "b", "system": float("nan")}):
         with pytest.raises(DataError, match="^f:1: '(prompt|system)' is nan, expected text"):
             parsed(record)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.json.gz"])
+def test_a_record_without_end_is_refused_before_it_fills_the_memory(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(chat_records, "MAX_LINE_BYTES", 2**17)
+    data = b'[{"prompt": "' + b"x" * 2**20
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    with pytest.raises(DataError, match=f"{name}:1: .*longer than 128 KiB"):
+        read(tmp_path / name)
+
+
+def test_parquet_that_cannot_be_read_names_the_row(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = pyarrow.array([b"a", b"a", b"\xe9"], pyarrow.binary()).view(pyarrow.string())
+    answers = pyarrow.array(["b"] * 3)
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": texts, "response": answers}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a.parquet:3: a text is not UTF-8 .*; convert it to UTF-8"):
+        read(tmp_path / "a.parquet")
+    doubled = pyarrow.Table.from_arrays([answers, answers], names=["prompt", "prompt"])
+    pyarrow.parquet.write_table(doubled, tmp_path / "b.parquet")
+    with pytest.raises(DataError, match="b.parquet has two columns 'prompt'; rename or remove one"):
+        read(tmp_path / "b.parquet")
