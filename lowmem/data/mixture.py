@@ -5,6 +5,7 @@ from itertools import accumulate
 from typing import Any, Literal
 
 from lowmem.data.order import keyed_hash
+from lowmem.data.storage import malformed
 from lowmem.errors import CheckpointError
 
 Exhausted = Literal["repeat", "drop", "stop"]
@@ -78,7 +79,9 @@ class Mixture:
         try:
             position, drawn = int(state["position"]), [int(count) for count in state["drawn"]]
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the data position in the checkpoint is malformed ({type(error).__name__}: {error})") from error
+            raise CheckpointError(f"the data position in the checkpoint is malformed ({malformed(error)})") from error
+        if min([position, *drawn]) < 0:
+            raise CheckpointError("the data position in the checkpoint is malformed (a count is below 0)")
         if len(drawn) != len(self.drawn):
             raise CheckpointError(
                 f"the checkpoint has positions of {len(drawn)} sources, the run has {len(self.drawn)}; restore data.sources"
@@ -115,7 +118,7 @@ def check_same_data(state: dict[str, Any], expected: dict[str, Any]) -> None:
     """
     for key, value in expected.items():
         if key not in state:
-            raise CheckpointError(f"the data position in the checkpoint is malformed (KeyError: {key!r})")
+            raise CheckpointError(f"the data position in the checkpoint is malformed ({key!r} is missing)")
         if state[key] != value:
             raise CheckpointError(
                 f"the checkpoint was made with other data: {key} was {state[key]}, is {value}; "

@@ -10,7 +10,7 @@ import numpy as np
 
 from lowmem.data.compression import irregular_kind
 from lowmem.data.progress import DataProgress, ProgressCallback, ignore_progress
-from lowmem.data.storage import file_sha256, write_json
+from lowmem.data.storage import file_sha256, malformed, write_json
 from lowmem.errors import DataError, StorageError
 
 INDEX_FILE = "index.json"
@@ -130,7 +130,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise damaged_shard(path, f"the index cannot be read: {error.strerror}") from error
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise damaged_shard(path, f"the index is malformed ({type(error).__name__}: {error})") from error
+        raise damaged_shard(path, f"the index is malformed ({malformed(error)})") from error
     return index
 
 

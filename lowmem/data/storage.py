@@ -225,6 +225,11 @@ def exclusive_lock(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
         os.close(handle)
 
 
+def malformed(error: Exception) -> str:
+    """What is wrong with a value read from JSON, in words, from the error that using it raised."""
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
+
+
 def file_sha256(path: Path) -> str:
     """Hash of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()

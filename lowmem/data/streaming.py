@@ -12,6 +12,7 @@ from lowmem.config import SourceConfig
 from lowmem.data.hub import StreamedSource, call_hub, load_hub_dataset
 from lowmem.data.json_lines import field_text
 from lowmem.data.pieces import Piece, document_pieces, limit_bytes, utf8_size
+from lowmem.data.storage import malformed
 from lowmem.data.text_source import ReadCounters
 from lowmem.data.tokenizers import Tokenizer
 from lowmem.errors import CheckpointError, DataError
@@ -118,7 +119,7 @@ class StreamedWindows:
             self._buffer = [int(token) for token in state["buffer"]]
             self._open(state["dataset"], text_bytes=int(state["text_bytes"]))
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the position in {self.label} is malformed ({type(error).__name__}: {error})") from error
+            raise CheckpointError(f"the position in {self.label} is malformed ({malformed(error)})") from error
         if in_document:
             if not self._next_document():
                 raise CheckpointError(f"{self.label} ends before the document that the checkpoint stopped in: it has changed since")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lowmem.data.compression import open_regular
-from lowmem.data.storage import json_sha256, write_json
+from lowmem.data.storage import json_sha256, malformed, write_json
 from lowmem.errors import DataError
 from lowmem.units import format_bytes
 
@@ -117,7 +117,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     try:
         return _own_tokenizer(value)
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{place} is a damaged tokenizer file ({type(error).__name__}: {error}); restore it") from error
+        raise DataError(f"{place} is a damaged tokenizer file ({malformed(error)}); restore it") from error
 
 
 def _read(place: Path) -> tuple[Path, str]:

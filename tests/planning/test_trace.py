@@ -64,7 +64,7 @@ def real_steps(config: RunConfig) -> Watch:
         engine = build_local_engine(config, model, torch.device("cpu"), config.train.precision, resolve_micro_batch_size(config, 1))
         windows = np.zeros((config.train.global_batch_size, config.data.seq_len + 1), dtype=np.int64)
         for _ in range(2):
-            engine.step(Batch.from_windows(windows), config.optim.lr)
+            engine.step(Batch.from_windows(windows, 0 if config.data.document_mask else None), config.optim.lr)
         watch.open = False
     return watch
 
@@ -91,6 +91,7 @@ def largest_sum(changes: list[int]) -> int:
 NARROW = {
     "bf16": ["train.precision=bf16", "train.weight_dtype=bf16", "optim.state_bits=8"],
     "autocast": ["train.precision=bf16", "optim.state_bits=4"],
+    "masked": ["data.document_mask=true"],
 }
 CASES = [(model, update, mode) for model in MODELS for update in ("accumulate", "layerwise") for mode in ("none", "block", "selective")]
 CASES += [(name, *rest) for name in NARROW for rest in (("accumulate", "selective"), ("layerwise", "block"))]
