@@ -65,7 +65,7 @@ def load_run_model(
     for name in ("config.yaml", "tokenizer.json"):
         if not (run_dir / name).is_file():
             found = ", ".join(sorted(path.name for path in run_dir.iterdir())) or "nothing" if run_dir.is_dir() else "no such folder"
-            raise CheckpointError(f"{run_dir} is no run directory: {name} is missing (found: {found}); give the run_dir of a lowmem run")
+            raise CheckpointError(f"{run_dir} is no run directory: {name} is missing (found: {found}); {_remedy(run_dir)}")
     path = checkpoint_path(run_dir, checkpoint)
     config = load_run_config(run_dir / "config.yaml", check=False)
     tokenizer = load_tokenizer(run_dir / "tokenizer.json")
@@ -82,6 +82,15 @@ def load_run_model(
     read = meta_tensors if outline else read_tensors
     load_weights(path / "model.safetensors", model, keep_bf16=device_has_native_bf16(device), read=read)
     return RunModel((model if outline else model.to(device)).eval(), tokenizer, config, int(path.name.removeprefix("step-")), path)
+
+
+def _remedy(folder: Path) -> str:
+    """What to do with a folder that is no run, by what it is instead."""
+    if (folder / "adapter_config.json").is_file() or (folder / "finetune.json").is_file():
+        return "it was written by fine-tuning: transformers reads its merged/, PEFT its adapter/; give the run_dir of a lowmem run"
+    if (folder / "config.json").is_file():
+        return f"it is a directory of transformers: lowmem import {folder} --out RUN makes a run of it, or read it with transformers"
+    return "give the run_dir of a lowmem run"
 
 
 def checkpoint_path(run_dir: Path, checkpoint: int | Literal["latest", "best"]) -> Path:

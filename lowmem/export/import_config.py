@@ -1,13 +1,14 @@
 """What a config.json of transformers says, as the shape of lowmem's decoder; what that does not have is refused by name."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lowmem.config import ModelConfig
-from lowmem.errors import ConfigError
+from lowmem.errors import CheckpointError, ConfigError
 from lowmem.export.plain import GPT2_ACTIVATIONS
 
 _ACTIVATIONS: dict[str, Any] = {theirs: ours for ours, theirs in GPT2_ACTIVATIONS.items()} | {"gelu_pytorch_tanh": "gelu_tanh"}
@@ -37,12 +38,13 @@ def read_model_config(source: Path) -> TheirModel:
     path = source / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); give a directory that transformers' save_pretrained has written") from error
     family = values.get("model_type") if isinstance(values, dict) else None
-    if family not in ("llama", "gpt2"):
+    if not isinstance(family, str) or family not in ("llama", "gpt2"):
         remedy = "use the run it was exported from" if family == "lowmem" else "give a model of one of these"
-        raise ConfigError(f"{path} has model_type {family}, allowed: llama, gpt2; {remedy}")
+        raise ConfigError(f"{path} has model_type {str(family)[:80]}, allowed: llama, gpt2; {remedy}")
+    _check_types(values, path)
     try:
         model = _llama(values, path) if family == "llama" else _gpt2(values, path)
     except KeyError as error:
@@ -51,6 +53,49 @@ def read_model_config(source: Path) -> TheirModel:
     if min(shape.dim, shape.num_heads, shape.num_layers, shape.vocab_size, shape.max_seq_len) < 1 or shape.dim % shape.num_heads:
         raise ConfigError(f"{path}: a width of {shape.dim} with {shape.num_heads} heads in {shape.num_layers} layers is no model; mend it")
     return model
+
+
+# what may stand under a key, and whether null may: it is then as if the key were not there
+_COUNTS = {
+    "hidden_size": False, "intermediate_size": False, "num_hidden_layers": False, "num_attention_heads": False, "vocab_size": False,
+    "max_position_embeddings": False, "num_key_value_heads": True, "head_dim": True,
+    "n_embd": False, "n_layer": False, "n_head": False, "n_positions": False, "n_inner": True,
+}  # fmt: skip
+_NUMBERS = ("rope_theta", "rms_norm_eps", "layer_norm_epsilon")
+_SWITCHES = (
+    "attention_bias", "mlp_bias", "tie_word_embeddings", "scale_attn_by_inverse_layer_idx", "scale_attn_weights", "add_cross_attention",
+)  # fmt: skip
+_NAMES = ("hidden_act", "activation_function")
+_LARGEST = {"num_hidden_layers": 10_000, "n_layer": 10_000}  # other sizes meet the shapes of the weights
+_LARGEST_COUNT = 1 << 31
+
+
+def _check_types(values: dict[str, Any], path: Path) -> None:
+    """Refuse what no transformers writes under the keys that are read.
+
+    Raises:
+        CheckpointError: names the first such key.
+    """
+    rope = [values.get(key) for key in ("rope_parameters", "rope_scaling")]
+    problems = [f"{part!r:.60}, expected an object or null" for part in rope if not isinstance(part, (dict, type(None)))]
+    known = values | {f"rope {key}": part[key] for part in rope if isinstance(part, dict) for key in part}
+    for key, value in known.items():
+        name = key.removeprefix("rope ")
+        if name in _COUNTS:
+            most = _LARGEST.get(name, _LARGEST_COUNT)
+            right, wanted = (type(value) is int and 1 <= value <= most) or (value is None and _COUNTS[name]), f"1 to {most}"
+        elif name in (*_NUMBERS, "partial_rotary_factor"):
+            right = value is None or (type(value) in (int, float) and 0 < value < math.inf)
+            wanted = "a number above 0"
+        elif name in _SWITCHES:
+            right, wanted = isinstance(value, (bool, type(None))), "true or false"
+        elif name in _NAMES or key in ("rope rope_type", "rope type"):
+            right, wanted = isinstance(value, (str, type(None))), "a name"
+        else:
+            continue
+        problems += [] if right else [f"{name} {value!r:.60}, expected {wanted}"]
+    if problems:
+        raise CheckpointError(f"{path} has {problems[0]}; restore it")
 
 
 def _llama(values: Mapping[str, Any], path: Path) -> TheirModel:

@@ -44,16 +44,19 @@ def tokenizer_folder(config: FinetuneConfig, directory: Path, model: Any) -> tup
 
     Raises:
         ConfigError: new tokens, and a tokenizer that cannot take any, or has them already.
+        CheckpointError: transformers cannot read the tokenizer without running code that comes with it.
     """
     if not config.add_tokens:
         return directory, []
     from transformers import AutoTokenizer
 
+    from lowmem.finetune.base_model import reported_as_damage
     from lowmem.finetune.methods import add_tokens
 
     if not (directory / "tokenizer.json").is_file():
         raise ConfigError(f"add_tokens needs a tokenizer.json, which {directory} has not; leave it out")
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    with reported_as_damage(directory):
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     ids = add_tokens(model, tokenizer, config.add_tokens)
     folder = Path(config.out) / "tokenizer"
     tokenizer.save_pretrained(folder)

@@ -220,3 +220,31 @@ def test_a_finetuning_goes_on_only_with_what_it_was_trained_on(llama, tmp_path, 
     assert error.rstrip().endswith("or start over with --fresh")
     assert again(1, "--fresh")[0] == 0
     assert (tmp_path / "out.old-1/adapter").is_dir()
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("hidden_size", "32"), ("num_hidden_layers", [2]), ("num_hidden_layers", 10**30), ("num_attention_heads", -4), ("head_dim", "8"),
+        ("num_key_value_heads", 2.0), ("intermediate_size", None), ("vocab_size", True), ("rms_norm_eps", "small"), ("rms_norm_eps", -1.0),
+        ("rope_parameters", "default"), ("rope_parameters", {"rope_type": 3}), ("rope_parameters", {"rope_theta": "x"}),
+        ("tie_word_embeddings", "no"), ("hidden_act", ["silu"]), ("max_position_embeddings", {}), ("attention_bias", 2),
+    ],
+)  # fmt: skip
+def test_import_refuses_other_types_in_config_json(key, value, llama, tmp_path, capsys):
+    folder = tmp_path / "base"
+    folder.mkdir()
+    shutil.copyfile(llama / "config.json", folder / "config.json")
+    change_config(folder, **{key: value})
+    assert main(["import", str(folder), f"--out={tmp_path / 'run'}"]) == 5
+    error = capsys.readouterr().err
+    assert len(error.strip().splitlines()) == 1
+    assert "config.json has " in error
+    assert "expected " in error
+
+
+def test_generate_says_what_a_folder_is_instead_of_a_run(llama, tmp_path, capsys):
+    (tmp_path / "finetune.json").write_text("{}")
+    for folder, wanted in ((tmp_path, "PEFT its adapter/"), (llama, "lowmem import ")):
+        assert main(["generate", f"--run={folder}", "--prompt=a"]) == 5
+        assert wanted in capsys.readouterr().err
