@@ -117,8 +117,10 @@ class StreamedWindows:
         try:
             in_document, pieces_done = bool(state["in_document"]), int(state["pieces_done"])
             self._buffer = [int(token) for token in state["buffer"]]
+            if pieces_done < 0 or not all(0 <= token < self._tokenizer.vocab_size for token in self._buffer):
+                raise ValueError("a count is below 0, or a token is none of the tokenizer's")
             self._open(state["dataset"], text_bytes=int(state["text_bytes"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # of the dataset's own state, too
             raise CheckpointError(f"the position in {self.label} is malformed ({malformed(error)})") from error
         if in_document:
             if not self._next_document():

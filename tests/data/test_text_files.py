@@ -207,3 +207,21 @@ def test_a_column_whose_name_begins_another_is_not_mixed_up(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text.language": ["en", "de"], "text": ["one", "two"]}), path)
     assert documents(path) == ["one", "two"]
     assert documents(path, text_field="text.language") == ["en", "de"]
+
+
+def test_zstd_frames_may_be_skippable_empty_or_padded(tmp_path):
+    path = tmp_path / "a.txt.zst"
+    compress = zstandard.ZstdCompressor().compress
+    skippable = b"\x50\x2a\x4d\x18" + (70_000).to_bytes(4, "little") + b"x" * 70_000
+    path.write_bytes(skippable + compress(b"one ") + compress(b"") + skippable + compress(b"two") + b"\0" * 20)
+    assert documents(path) == ["one two"]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_a_file_cut_anywhere_is_damaged(tmp_path, suffix):
+    path = tmp_path / f"a.txt{suffix}"
+    whole = COMPRESS[suffix](b"one two three" * 5)
+    for length in range(1, len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(DataError, match="damaged or cut short"):
+            documents(path)

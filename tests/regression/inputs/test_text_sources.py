@@ -3,11 +3,13 @@
 import bz2
 import gzip
 import json
+import lzma
 import os
 import socket
 import tempfile
 import threading
 import tracemalloc
+import zlib
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -337,6 +339,19 @@ def test_an_intact_zstd_file_with_a_long_window_is_not_called_damaged(tmp_path):
     compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     path.write_bytes(compressor.compress(b"text") + compressor.flush())
     with pytest.raises(DataError, match="needs a window of 256 MiB of memory to be unpacked, allowed is 128 MiB"):
+        documents(path)
+
+
+def test_an_xz_dictionary_beyond_the_limit_is_named(tmp_path):
+    data = bytearray(lzma.compress(b"text", preset=0))
+    # the first block's header, after 12 bytes of the stream's: size, flags, filter 0x21, one byte of properties, padding, CRC
+    size = (data[12] + 1) * 4
+    assert data[14:16] == b"\x21\x01"
+    data[16] = 38  # 2 GiB
+    data[12 + size - 4 : 12 + size] = zlib.crc32(data[12 : 12 + size - 4]).to_bytes(4, "little")
+    path = tmp_path / "a.txt.xz"
+    path.write_bytes(bytes(data))
+    with pytest.raises(DataError, match="needs more than 256 MiB of memory to be unpacked"):
         documents(path)
 
 
