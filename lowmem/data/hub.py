@@ -6,8 +6,10 @@ from typing import Any
 
 from lowmem.config import SourceConfig
 from lowmem.data.json_lines import field_text
+from lowmem.data.parquet_files import check_text_column, column_bytes
 from lowmem.data.pieces import Piece, document_pieces, utf8_size
 from lowmem.data.text_source import ReadCounters, TextSource
+from lowmem.data.utf8 import DecodeErrors, decode_value
 from lowmem.errors import DataError
 
 
@@ -64,42 +66,72 @@ def call_hub(what: str, function: Callable[..., Any], *args: Any, **kwargs: Any)
     except (MemoryError, StopIteration, DataError):
         raise
     except Exception as error:  # datasets, fsspec and the HTTP library beneath raise classes without a common base
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        # datasets wraps what went wrong while it builds its cache
+        found = error.__cause__ if isinstance(error.__cause__, Exception) and "generating" in str(error) else error
+        reason = (str(found).strip().splitlines() or [type(found).__name__])[0].rstrip(".")
         raise DataError(f"{what}: {reason}; check the name and the network, or use a local path") from error
 
 
 class HubSource(TextSource):
     """A downloaded dataset, row by row. The download is kept in the datasets package's own cache."""
 
-    def __init__(self, config: SourceConfig):
+    def __init__(self, config: SourceConfig, decode_errors: DecodeErrors):
         self.label = config.hub
-        self._config = config
+        self._config, self._decode_errors = config, decode_errors
         self._dataset = load_hub_dataset(config)
 
     def identity(self) -> dict[str, Any]:
         config = self._config
         # the folders of the cached files carry the hash of the dataset's version and settings
-        files = [[file["filename"], Path(file["filename"]).stat().st_size] for file in self._dataset.cache_files]
+        stamps = call_hub(
+            f"reading the cached dataset {self.label!r}", lambda: [[str(file), file.stat().st_size] for file in self._files()]
+        )
         return {
             "kind": "hub",
             "name": config.hub,
             "subset": config.subset,
             "split": config.split,
             "text_field": config.text_field,
+            "decode_errors": self._decode_errors,
             "rows": self._dataset.num_rows,
-            "files": files,
+            "files": stamps,
         }
 
     def pieces(self, counters: ReadCounters) -> Iterator[Piece]:
-        for number, row in enumerate(self._rows(), start=1):
-            text = field_text(row, self._config.text_field, f"{self.label}: row {number}")
+        texts = self._dataset_texts() if "[" in self._config.split or not self._files() else self._unmapped_texts(counters)
+        for text in texts:
             counters.input_bytes += utf8_size(text)
             yield from document_pieces(text)
 
-    def _rows(self) -> Iterable[dict[str, Any]]:
-        if "[" in self._config.split or not self._dataset.cache_files:
-            return self._dataset
-        return _unmapped_rows([file["filename"] for file in self._dataset.cache_files], self._config.text_field)
+    def _files(self) -> list[Path]:
+        return [Path(file["filename"]) for file in self._dataset.cache_files]
+
+    def _dataset_texts(self) -> Iterator[str]:
+        rows, number = iter(self._dataset), 0
+        while (row := call_hub(f"reading the dataset {self.label!r} after row {number}", next, rows, None)) is not None:
+            number += 1
+            yield field_text(row, self._config.text_field, f"{self.label}: row {number}")
+
+    def _unmapped_texts(self, counters: ReadCounters) -> Iterator[str]:
+        """The dataset itself maps its files into memory, and every page read would count as ours."""
+        import pyarrow
+
+        field, number = self._config.text_field, 0
+        for name in self._files():
+            try:
+                with pyarrow.OSFile(str(name)) as file, pyarrow.ipc.open_stream(file) as batches:
+                    check_text_column(self.label, field, batches.schema)
+                    for batch in batches:
+                        for data in column_bytes(batch.column(batch.schema.names.index(field))):
+                            number += 1
+                            place = f"{self.label}: row {number}"
+                            if data is None:
+                                raise DataError(f"{place}: field {field!r} is null, expected text; mend the record")
+                            text, replaced = decode_value(data, place, self._decode_errors)
+                            counters.replacements += replaced
+                            yield text
+            except (pyarrow.ArrowException, OSError) as error:
+                raise DataError(f"{name} is damaged after row {number} ({error}); delete it, so that it is downloaded again") from error
 
 
 class StreamedSource(TextSource):
@@ -131,13 +163,3 @@ class StreamedSource(TextSource):
         while (row := call_hub(f"reading the dataset {self.label!r} after row {number}", next, rows, None)) is not None:
             number += 1
             yield field_text(row, self._config.text_field, f"{self.label}: row {number}")
-
-
-def _unmapped_rows(files: list[str], field: str) -> Iterator[dict[str, Any]]:
-    # the dataset itself maps its files into memory, and every page read would count as ours
-    import pyarrow
-
-    for name in files:
-        with pyarrow.OSFile(name) as file, pyarrow.ipc.open_stream(file) as batches:
-            for batch in batches:
-                yield from batch.select([field]).to_pylist()

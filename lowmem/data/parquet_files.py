@@ -99,13 +99,13 @@ def _values(path: Path, readable: Path | BinaryIO, field: str) -> Iterator[tuple
     try:
         with pyarrow.parquet.ParquetFile(readable, memory_map=False, pre_buffer=False, buffer_size=_BLOCK_BYTES) as file:
             rows = file.metadata.num_rows
-            _check_column(path, field, file.schema_arrow)
+            check_text_column(path, field, file.schema_arrow)
             _check_ratio(path, file.metadata)
             for group in range(file.num_row_groups):
                 size = _batch_rows(file, field, group)
                 # columns below the name, as in "text.lang", come too
                 for batch in file.iter_batches(batch_size=size, row_groups=[group], columns=[field], use_threads=False):
-                    for value in _bytes_of(batch.column(batch.schema.names.index(field))):
+                    for value in column_bytes(batch.column(batch.schema.names.index(field))):
                         row += 1
                         yield row, rows, value
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last one: names of columns
@@ -138,8 +138,12 @@ def _batch_rows(file: Any, field: str, group: int) -> int:
     return max(1, min(_BATCH_ROWS, _BATCH_BYTES // largest))
 
 
-def _bytes_of(array: Any) -> Iterator[bytes | None]:
-    """The values of a column of text or bytes, not decoded: text in parquet need not be UTF-8."""
+def column_bytes(array: Any) -> Iterator[bytes | None]:
+    """The values of a pyarrow column of text or bytes, not decoded: such text need not be UTF-8.
+
+    Raises:
+        pyarrow.ArrowException: the column is damaged.
+    """
     import pyarrow
 
     if pyarrow.types.is_dictionary(array.type):
@@ -164,7 +168,15 @@ def _as_binary(array: Any) -> Any:
     return array.cast(pyarrow.binary()) if pyarrow.types.is_string(array.type) else array
 
 
-def _check_column(path: Path, field: str, schema: Any) -> None:
+def check_text_column(path: Path | str, field: str, schema: Any) -> None:
+    """Refuse a table without exactly one column `field`, of text or of bytes.
+
+    Args:
+        path: of the table, for the message.
+        schema: pyarrow's.
+    Raises:
+        DataError: there is none, or several, or it holds something else.
+    """
     import pyarrow
 
     count = schema.names.count(field)

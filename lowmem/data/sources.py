@@ -21,7 +21,7 @@ def open_source(config: SourceConfig, decode_errors: DecodeErrors) -> TextSource
     if config.path:
         source = FileSource(config.path, find_files(config.path), config.text_field, decode_errors)
     elif config.hub:
-        source = StreamedSource(config) if config.streaming else HubSource(config)
+        source = StreamedSource(config) if config.streaming else HubSource(config, decode_errors)
     else:
         source = StdlibSource()
     return LimitedSource(source, config.max_bytes) if config.max_bytes else source

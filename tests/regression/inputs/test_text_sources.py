@@ -313,6 +313,20 @@ def test_a_compressed_parquet_leaves_room_on_the_disk(tmp_path, monkeypatch):
         documents(path)
 
 
+def test_rows_of_a_hub_dataset_that_are_not_utf8(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    parquet(tmp_path / "data" / "a.parquet", {"text": invalid_utf8([b"good", b"b\xc9d"])})
+    config = SourceConfig(hub=str(tmp_path / "data"))
+    with pytest.raises(DataError, match="row 2: byte 0xc9 is not UTF-8"):
+        list(open_source(config, "fail").pieces(ReadCounters()))
+    counters = ReadCounters()
+    assert [piece.text for piece in open_source(config, "replace").pieces(counters)] == ["good", "b\ufffdd"]
+    assert counters.replacements == 1
+
+
 # Compression
 
 
