@@ -1,14 +1,15 @@
-"""The process that a command runs in: its standard streams, and the signals that ask it to end.
+"""The process that a command runs in: its standard streams, the signals that ask it to end, and helpers that must end with it.
 
 Standard error is for people: where it is lost or full the work goes on without it. Standard output is what was asked for: where it cannot
 be written the command fails. A signal ends the command once, wherever it is; those that follow in the same breath say nothing more.
 """
 
+import ctypes
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
@@ -17,6 +18,7 @@ from lowmem.errors import StorageError
 
 SAME_WISH_S = 2.0  # a terminal's Ctrl-C reaches a launcher too, which passes it on: several signals for one wish
 STOPPED = "stopped before a checkpoint was due; finished work on disk is kept"
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 SIGNALS = [number for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None)) if number is not None]
 
 
@@ -166,3 +168,25 @@ def answered_signals(*, last: bool) -> Iterator[Asked]:
         sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, signal.SIG_IGN if last and number == signal.SIGINT else handler)
+
+
+def with_parent(command: Sequence[str]) -> list[str]:
+    """A command that gets SIGTERM when this process ends, however it ends; outside Linux the command itself.
+
+    `python -m lowmem.process PID COMMAND...` arranges that and becomes the command.
+    """
+    if sys.platform != "linux":
+        return list(command)
+    return [sys.executable, "-m", "lowmem.process", str(os.getpid()), *command]
+
+
+def _become(words: list[str]) -> None:
+    parent, command = int(words[0]), words[1:]
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it has ended already
+        sys.exit(128 + signal.SIGTERM)
+    os.execvp(command[0], command)
+
+
+if __name__ == "__main__":
+    _become(sys.argv[1:])

@@ -19,6 +19,7 @@ from lowmem.config_load import load_run_config
 from lowmem.errors import ConfigError, StoppedBySignal, StorageError
 from lowmem.memory.watch import INTERVAL_S
 from lowmem.memory.watched import WatchedRun, run_watched
+from lowmem.process import with_parent
 from lowmem.reporting.environment import describe, without_folders
 from lowmem.reporting.markdown import table
 from lowmem.reporting.rows import peak_rows
@@ -178,9 +179,8 @@ def _profile_config(
         tail = MetricsTail(run_dir / "metrics.jsonl")
         nvml = config.device != "cpu" and _NVIDIA.exists()
         with open(stderr, "wb") as errors:
-            run = run_watched(
-                [*command, *extra], interval_s=interval_s, nvml=nvml, on_poll=tail.poll, stdout=subprocess.DEVNULL, stderr=errors
-            )
+            whole = with_parent([*command, *extra])
+            run = run_watched(whole, interval_s=interval_s, nvml=nvml, on_poll=tail.poll, stdout=subprocess.DEVNULL, stderr=errors)
         if run.forwarded:
             raise StoppedBySignal("stopped; the report was not written", 128 + run.forwarded)
         memory, message = read_memory(run_dir), last_words(stderr.read_text(encoding="utf-8", errors="replace"))
@@ -209,7 +209,7 @@ def _profile_config(
 
 def _dry_run(command: list[str]) -> dict[str, Any] | None:
     """What `lowmem pretrain --dry_run --json` predicts; None if it cannot."""
-    answer = subprocess.run([*command, "--dry_run", "--json"], capture_output=True, text=True, check=False)
+    answer = subprocess.run([*with_parent(command), "--dry_run", "--json"], capture_output=True, text=True, check=False)
     try:
         return json.loads(answer.stdout).get("predicted")
     except ValueError:

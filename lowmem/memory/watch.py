@@ -1,6 +1,6 @@
 """Watches the memory of a process and of everything below it from outside, in a process of its own.
 
-    python -m lowmem.memory.watch --pid PID [--interval 0.05] [--out FILE.jsonl] [--nvml]
+    python -m lowmem.memory.watch --pid PID [--interval 0.05] [--out FILE.jsonl] [--nvml] [--parent PID]
 
 One JSON object a sample, until PID ends: `t_s` since the start; `host_bytes` resident now; `host_peak_bytes` with the peaks that
 processes had since the sample before; `processes`; `cgroup_bytes` where a version 2 control group tells it; with --nvml
@@ -30,7 +30,7 @@ else:  # by path, without site-packages and without lowmem's own imports
 
 INTERVAL_S = 0.05
 _SHARE = 0.02  # of one core
-_USAGE = "usage: python -m lowmem.memory.watch --pid PID [--interval SECONDS] [--out FILE] [--nvml]"
+_USAGE = "usage: python -m lowmem.memory.watch --pid PID [--interval SECONDS] [--out FILE] [--nvml] [--parent PID]"
 
 
 class TreeMemory:
@@ -103,15 +103,16 @@ def _resident_bytes(processes: dict[int, dict[str, int]]) -> int:
     return anonymous + max(files, max(status.get("RssFile", 0) for status in statuses) if files else 0)
 
 
-def watch(pid: int, out, interval_s: float, device_bytes=None) -> None:
+def watch(pid: int, out, interval_s: float, device_bytes=None, parent: int = 0) -> None:
     """Write samples of `pid`'s tree to `out` until it ends.
 
     Args:
         out: a text file.
         device_bytes: pids to bytes or None, asked at every sample.
+        parent: whose end is ours too; 0 is nobody.
     """
     tree, began = TreeMemory(pid), time.monotonic()
-    while tree.alive():
+    while tree.alive() and parent in (0, os.getppid()):
         cost = time.process_time()
         at = time.monotonic() - began
         record = tree.sample()
@@ -127,12 +128,12 @@ def watch(pid: int, out, interval_s: float, device_bytes=None) -> None:
 
 def options(argv: list[str]) -> dict[str, str]:
     """Command line to values by name; argparse alone would add a megabyte."""
-    values, words = {"interval": str(INTERVAL_S), "out": "", "nvml": ""}, list(argv)
+    values, words = {"interval": str(INTERVAL_S), "out": "", "nvml": "", "parent": "0"}, list(argv)
     while words:
         name, equals, value = words.pop(0).partition("=")
         if name == "--nvml":
             values["nvml"] = "yes"
-        elif name in ("--pid", "--interval", "--out") and (equals or words):
+        elif name in ("--pid", "--interval", "--out", "--parent") and (equals or words):
             values[name[2:]] = value if equals else words.pop(0)
         else:
             raise SystemExit(_USAGE)
@@ -147,7 +148,7 @@ def main(argv: list[str]) -> int:
         values = options(argv)
         interval_s = float(values["interval"])
         text = sys.stdin.readline() if values["pid"] == "-" else values["pid"]
-        pid = int(text) if text else 0
+        pid, parent = int(text) if text else 0, int(values["parent"])
     except (SystemExit, ValueError) as error:
         print(error if isinstance(error, SystemExit) else _USAGE, file=sys.stderr)
         return 2
@@ -162,9 +163,9 @@ def main(argv: list[str]) -> int:
         return 0
     if values["out"]:
         with open(values["out"], "w", encoding="ascii") as out:
-            watch(pid, out, interval_s, device_bytes)
+            watch(pid, out, interval_s, device_bytes, parent)
     else:
-        watch(pid, sys.stdout, interval_s, device_bytes)
+        watch(pid, sys.stdout, interval_s, device_bytes, parent)
     return 0
 
 

@@ -8,6 +8,7 @@ Works on Linux; elsewhere the timeline stays empty.
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -35,7 +36,8 @@ class Watcher:
         self.path = Path(path)
         self.path.write_text("")
         isolated = ["-I"] if nvml else ["-S", "-I"]
-        arguments = [f"--pid={'-' if pid is None else pid}", f"--interval={interval_s}", f"--out={self.path}"] + ["--nvml"] * nvml
+        arguments = [f"--pid={'-' if pid is None else pid}", f"--interval={interval_s}", f"--out={self.path}", f"--parent={os.getpid()}"]
+        arguments += ["--nvml"] * nvml
         self._process = subprocess.Popen(
             [sys.executable, *isolated, watch.__file__, *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True, start_new_session=True,

@@ -29,6 +29,7 @@ from lowmem.errors import ConfigError, MemoryBudgetError
 from lowmem.memory.block_cache import KEEP_FROM_BYTES, block_cache_library
 from lowmem.memory.malloc import MAP_FROM_BYTES
 from lowmem.planning.check import KILLED
+from lowmem.process import with_parent
 
 CUDA_HOST_BYTES = 1_300_000_000  # libraries and driver of a process that uses CUDA; an estimate where it cannot be measured
 UNSEEN_BYTES = 8_000_000  # what a larger model than the trial's adds besides tensors: kernels for more shapes, autograd's nodes
@@ -197,7 +198,7 @@ def _run(command: list[str], environment: dict[str, str]) -> None:
         MemoryBudgetError: it ran out of memory, or was killed, which is what the system does then.
         ConfigError: it failed.
     """
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    result = subprocess.run(with_parent(command), capture_output=True, text=True, env=environment)
     if not result.returncode:
         return
     last = " ".join((result.stderr.strip() or result.stdout.strip()).splitlines()[-1:])

@@ -13,6 +13,7 @@ from typing import Any
 from lowmem.config import RunConfig
 from lowmem.config_load import config_from_values
 from lowmem.errors import EXIT_INTERRUPTED, ConfigError, MemoryBudgetError
+from lowmem.process import with_parent
 
 KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)  # exit codes of a process that the system ended for want of memory
 
@@ -31,7 +32,8 @@ def check_run(config: RunConfig, world_size: int = 1, local_ranks: int = 0) -> d
     Memory: none in this process.
     """
     request = json.dumps({"config": asdict(config), "world_size": world_size, "local_ranks": local_ranks})
-    result = subprocess.run([sys.executable, "-m", "lowmem.planning.check"], input=request, capture_output=True, text=True)
+    command = with_parent([sys.executable, "-m", "lowmem.planning.check"])
+    result = subprocess.run(command, input=request, capture_output=True, text=True)
     if result.returncode in (EXIT_INTERRUPTED, -signal.SIGINT):
         raise KeyboardInterrupt
     if not result.returncode:

@@ -179,3 +179,47 @@ def test_five_interrupts_at_any_moment(tmp_path, delay_s):
     assert process.returncode == 130
     assert len(error.splitlines()) == 1
     assert "Traceback" not in error
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+    except FileNotFoundError:
+        return False
+    return state not in "ZX"
+
+
+def gone(pid: int, within_s: float = 30.0) -> bool:
+    end = time.monotonic() + within_s
+    while is_alive(pid) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not is_alive(pid)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux")
+@pytest.mark.parametrize(
+    "start",
+    [
+        "from lowmem.planning import check; subprocess.run = Run; check.check_run(load_run_config('', [], check=False))",
+        "from lowmem.memory.watcher import Watcher; watcher = Watcher(1, sys.argv[1]); tell(watcher._process.pid)",
+    ],
+    ids=["prediction", "watcher"],
+)
+def test_a_killed_parent_leaves_no_child(start, tmp_path):
+    code = f"""
+import os, subprocess, sys, time
+from lowmem.config_load import load_run_config
+def tell(pid):
+    print(pid, flush=True)
+    time.sleep(600)
+def Run(command, **_):  # the prediction's own process, which waits for its request
+    tell(subprocess.Popen(command, stdin=subprocess.PIPE).pid)
+{start}
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "timeline")]
+    # the child of a watcher reads its standard input, of which nobody holds the other end once the parent is gone
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        child = int(process.stdout.readline())
+        time.sleep(1)
+        process.kill()
+    assert gone(child)
