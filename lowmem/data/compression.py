@@ -108,9 +108,14 @@ def _damaged(path: Path, error: Exception) -> DataError:
 class _Frame(Protocol):
     """One compressed unit of a file, as bz2 and lzma offer it."""
 
-    eof: bool
-    needs_input: bool
-    unused_data: bytes
+    @property
+    def eof(self) -> bool: ...
+
+    @property
+    def needs_input(self) -> bool: ...
+
+    @property
+    def unused_data(self) -> bytes: ...
 
     def decompress(self, data: bytes, max_length: int) -> bytes: ...
 

@@ -144,7 +144,8 @@ def _tree(root: Path, found: FoundFiles) -> Iterator[tuple[Path, list[Path]]]:
         if status is None or (status.st_dev, status.st_ino) in seen:
             continue
         seen.add((status.st_dev, status.st_ino))
-        folders, others = [], []
+        folders: list[Path] = []
+        others: list[Path] = []
         for name in _names(here):
             child = here / name
             if name.startswith("."):
