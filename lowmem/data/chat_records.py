@@ -140,7 +140,8 @@ def _object_conversation(record: dict[str, Any], place: str) -> Conversation:
     found = [name for name in _UNSUPPORTED if _holds(record, name)]
     if found := [*found, *(name for name in _OTHER_WEIGHTS if isinstance(record.get(name), bool))]:
         raise DataError(f"{place}: the record has {found[0]!r}, which cannot be used; {_remedy(found[0])}")
-    weights, needed = [], []
+    weights: list[float | None] = []
+    needed: list[str] = []
     if listed := next((name for name in _LISTS if record.get(name)), None):
         _check_unused(record, listed, place)
         messages, weights, needed = _listed_messages(record[listed], place)
@@ -342,8 +343,13 @@ def _joined(value: Any) -> str | None:
         return value
     if not isinstance(value, list) or not value:
         return None
-    texts = [part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None for part in value]
-    return "".join(texts) if all(isinstance(text, str) for text in texts) else None
+    texts: list[str] = []
+    for part in value:
+        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
+        if not isinstance(text, str):
+            return None
+        texts.append(text)
+    return "".join(texts)
 
 
 def _clean(value: Any, place: str, decode_errors: DecodeErrors, remedy: str) -> Any:
