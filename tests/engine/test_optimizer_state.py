@@ -10,7 +10,10 @@ from lowmem.config import OptimConfig
 from lowmem.engine.optimizer_state import load_optimizer_tensors, optimizer_tensors
 from lowmem.engine.tensor_file import read_tensors, write_tensors
 from lowmem.errors import CheckpointError
+from lowmem.optim import AdamW
 from lowmem.optim.build import build_optimizer
+from lowmem.optim.kernels.formats import BLOCK, FORMATS
+from lowmem.optim.kernels.reference import decode_signed
 
 WIDTH = 96  # 9,216 weights: above the 4,096 from which bitsandbytes keeps 8-bit states; the bias stays below
 KINDS = [("adamw", 32), ("lion", 32), ("adamw", 8), ("lion", 8)]
@@ -116,3 +119,34 @@ def test_a_state_that_json_cannot_hold_is_refused():
     optimizer.state[model.weight]["history"] = [torch.ones(1)]
     with pytest.raises(TypeError, match="optimizer state history of weight is a list"):
         optimizer_tensors(model, optimizer)
+
+
+@pytest.mark.parametrize("shape, held, kept", [((8192,), 8, 32), ((64, 96), 4, 8)])
+def test_states_of_an_older_width_are_converted(shape: tuple[int, ...], held: int, kept: int):
+    """Norms once had narrow states, and matrices 4-bit ones whatever the width of their rows."""
+
+    def made(flattened: bool) -> tuple[nn.Module, AdamW]:
+        model = nn.Module()
+        model.weight = nn.Parameter(torch.ones(shape))
+        return model, AdamW([{"params": [model.weight], "flattened": flattened}], state_bits=held)
+
+    old, old_optimizer = made(flattened=True)
+    for seed in range(3):
+        old.weight.grad = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        old_optimizer.step()
+    tensors, scalars = optimizer_tensors(old, old_optimizer)
+    values = decode_signed(tensors["weight.exp_avg"].view(-1, BLOCK * held // 8), tensors["weight.exp_avg_scale"], FORMATS[held])
+    new, new_optimizer = made(flattened=False)
+    load_optimizer_tensors(new, new_optimizer, dict(tensors), scalars)
+    state = new_optimizer.state[new.weight]
+    assert state["step"] == 3
+    assert new_optimizer.bits_of(new.weight) == kept
+    if kept == 32:
+        assert torch.equal(state["exp_avg"], values.view(shape))
+    else:
+        found = decode_signed(state["exp_avg"].view(-1, BLOCK), state["exp_avg_scale"], FORMATS[8])
+        # a value moves to a neighbour of 8 bits: c^2 and (c + 1)^2 of 127^2
+        allowed = (2 * (values.abs() / state["exp_avg_scale"].unsqueeze(1)).sqrt() + 2) * state["exp_avg_scale"].unsqueeze(1)
+        assert ((found - values).abs() <= allowed).all()
+    new.weight.grad = torch.ones(shape)
+    new_optimizer.step()

@@ -291,3 +291,37 @@ def test_states_allocated_in_advance_change_nothing(name, bits):
         train(optimizer, 0, 2)
     assert equal(optimizers[0].state_dict(), optimizers[1].state_dict())
     assert all(map(equal, left, right))
+
+
+def test_every_width_that_is_offered_follows_a_gradient_that_turns():
+    """As in tests/regression/numerics/test_optimizer_states.py, with the widths that followed it before, too."""
+    for kind, bits in ((AdamW, 32), (AdamW, 8), (AdamW, 4), (Lion, 32), (Lion, 8)):
+        weight = nn.Parameter(torch.full((32, 128), -1.0))
+        optimizer = kind([weight], lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0, state_bits=bits)
+        before, after = (0.33, -0.3) if kind is AdamW else (0.155, -0.1)
+        for step in range(1000):
+            weight.grad = torch.full((32, 128), before if step < 300 else after)
+            weight.grad[:, 0] = 8.0
+            optimizer.step()
+            if step == 299:
+                turned = weight.detach().clone()
+        assert (weight.detach() - turned)[:, 1:].min() > 0, (kind.__name__, bits)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+@pytest.mark.parametrize("kind", [AdamW, Lion])
+def test_8_bits_end_a_quadratic_where_32_bits_do(kind, noise):
+    """4,096 elements with curvatures of a decade, one of ten in each block; the last distance from the minimum."""
+
+    def distance(bits: int) -> float:
+        curvature = 0.1 + 0.9 * torch.rand(32, 128, generator=torch.Generator().manual_seed(1)).square()
+        curvature[:, 0] = 10.0
+        weight = nn.Parameter(randn(32, 128, seed=2))
+        optimizer = kind([weight], lr=0.01, betas=(0.9, 0.99), weight_decay=0.0, state_bits=bits)
+        for step in range(500):
+            optimizer.param_groups[0]["lr"] = 0.01 * (1 - 0.9 * step / 500)
+            weight.grad = curvature * weight.detach() + noise * randn(32, 128, seed=step)
+            optimizer.step()
+        return weight.detach().norm().item()
+
+    assert distance(8) <= 1.15 * distance(32)

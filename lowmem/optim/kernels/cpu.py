@@ -13,6 +13,7 @@ from lowmem.optim.kernels import reference
 from lowmem.optim.kernels.scalars import StepScalars
 
 ABI = 2  # of csrc/optim.cpp
+_OPENMP = ("libgomp.so.1", "libomp.so", "libomp.so.5")  # GCC's, and Clang's
 ISAS = ("baseline", "avx2", "avx512")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
 _FLOATS = ("step_size", "decay", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "rsqrt_correction2", "grad_scale")
@@ -32,16 +33,17 @@ def library() -> ctypes.CDLL | None:
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = Path(__file__).with_name("_cpu" + suffix)
         if path.is_file():
-            kernels = _load(path)
-            if kernels is None and _load(Path("libgomp.so.1"), ctypes.RTLD_GLOBAL) is not None:
-                kernels = _load(path)
+            kernels = _load(str(path))
+            for name in _OPENMP:
+                if kernels is None and _load(name, ctypes.RTLD_GLOBAL) is not None:
+                    kernels = _load(str(path))
             return kernels if kernels is not None and _abi(kernels) == ABI else None
     return None
 
 
-def _load(path: Path, mode: int = ctypes.DEFAULT_MODE) -> ctypes.CDLL | None:
+def _load(path: str, mode: int = ctypes.DEFAULT_MODE) -> ctypes.CDLL | None:
     try:
-        return ctypes.CDLL(str(path), mode=mode)
+        return ctypes.CDLL(path, mode=mode)
     except OSError:
         return None
 
