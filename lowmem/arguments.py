@@ -1,6 +1,7 @@
 """Command line options, with bad usage reported like every other failure."""
 
 import argparse
+import re
 from typing import NoReturn
 
 from lowmem.errors import ConfigError
@@ -19,7 +20,13 @@ class OptionParser(argparse.ArgumentParser):
         self.add_argument("--debug", action="store_true", help="show tracebacks")
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog}: {message}; see {self.prog} --help")
+        raise ConfigError(f"{self.prog}: {plain_words(message)}; see {self.prog} --help")
+
+
+def plain_words(message: str) -> str:
+    """What argparse says of an option, without the names of Python's types."""
+    message = re.sub(r"invalid int value: (.*)", r"\1 is no whole number", message)
+    return re.sub(r"invalid float value: (.*)", r"\1 is no number", message)
 
 
 def dotted_overrides(rest: list[str], command: str) -> list[str]:

@@ -24,7 +24,7 @@ _TRUE, _FALSE = {"true", "yes", "on"}, {"false", "no", "off"}
 _INT = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
 _FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))([eE][-+]?[0-9]+)?")
 _NONFINITE = re.compile(r"([-+]?)\.(inf|Inf|INF|nan|NaN|NAN)")
-_MAX_DIGITS = 400  # of a number: beyond, it is text, which no field for numbers takes
+_MAX_DIGITS = 100  # of a number, so that it is a float, too: beyond, it is text, which no field for numbers takes
 
 
 class _Reader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]

@@ -51,6 +51,8 @@ def plan_main(argv: Sequence[str]) -> int:
     if not flags.config and not any(override.startswith(("train.steps=", "train.tokens=")) for override in overrides):
         overrides.insert(0, "train.tokens=100M")
     config = load_run_config(flags.config, overrides)
+    if flags.write:
+        _check_target(Path(flags.write))
     _set_budget(config, flags.hardware)
     if flags.solve:
         return _solve(config, flags)
@@ -201,6 +203,13 @@ def _nothing_fits(found: Any) -> str:
         f"The nearest plans:\n{nearest}\n"
         "Use a larger budget, or a smaller model: lowmem plan --solve=model.dim, model.num_layers or data.seq_len"
     )
+
+
+def _check_target(path: Path) -> None:
+    """Before a search that takes minutes: that the plan can be written."""
+    if path.is_dir() or not path.parent.is_dir():
+        why = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise StorageError(f"--write={path} cannot be written ({why}); name a file in a folder that is there")
 
 
 def _write(path: str, prediction: "Prediction") -> None:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lowmem.arguments import dotted_overrides
+from lowmem.arguments import dotted_overrides, plain_words
 from lowmem.config_dump import dump_config
 from lowmem.config_finetune import FinetuneConfig, finetune_problems, memory_remedies
 from lowmem.config_load import load_config
@@ -100,5 +100,5 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     try:
         flags, rest = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
-        raise ConfigError(f"lowmem finetune: {error}") from error
+        raise ConfigError(f"lowmem finetune: {plain_words(str(error))}") from error
     return flags, dotted_overrides(rest, "lowmem finetune")

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowmem.arguments import dotted_overrides
+from lowmem.arguments import dotted_overrides, plain_words
 from lowmem.config import RunConfig
 from lowmem.config_dump import dump_config
 from lowmem.config_load import load_run_config
@@ -213,7 +213,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     try:
         flags, rest = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
-        raise ConfigError(f"lowmem pretrain: {error}") from error
+        raise ConfigError(f"lowmem pretrain: {plain_words(str(error))}") from error
     return flags, [*_grow_overrides(flags), *dotted_overrides(rest, "lowmem pretrain")]
 
 

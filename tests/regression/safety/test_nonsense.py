@@ -149,3 +149,28 @@ def test_files_of_a_run_hold_no_nan(tmp_path):
     run_dir.write_json("result.json", {"losses": {3: math.nan}})
     assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse_constant)["val_loss"] is None
     assert json.loads((tmp_path / "result.json").read_text(), parse_constant=refuse_constant) == {"losses": {"3": None}}
+
+
+@pytest.mark.parametrize(
+    "arguments, code, expected",
+    [
+        (["plan", "--budget.ram=4"], 2, "budget.ram: found 4, which has no unit"),
+        (["plan", "--budget.ram=1GiB", "--optim.lr=.nan"], 2, "optim.lr is nan"),
+        (["plan", "--budget.ram=1GiB", "--write=none/x.yaml"], 7, "--write=none/x.yaml cannot be written (there is no folder none)"),
+        (["profile", "x.yaml", "--steps=nan", "--out=y"], 2, "argument --steps: 'nan' is no whole number"),
+        (["profile", "x.yaml", "--interval=x", "--out=y"], 2, "argument --interval: 'x' is no number"),
+        (["pretrain", "--grow_every_steps=x", "--grow_plan=8"], 2, "argument --grow_every_steps: 'x' is no whole number"),
+    ],
+)
+def test_nonsense_given_to_other_commands_is_refused_at_once(tmp_path, monkeypatch, capsys, arguments, code, expected):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == code
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("digits", [23, 120, 400, 5000])
+def test_numbers_of_many_digits_are_refused(digits):
+    for key in ("train.seed", "train.tokens", *(["optim.lr"] if digits > 30 else [])):
+        assert key in refusal(f"{key}={'9' * digits}")
