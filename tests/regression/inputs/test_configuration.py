@@ -39,7 +39,7 @@ def test_a_key_that_stands_twice_is_refused(tmp_path, text, key, lines):
 
 
 @pytest.mark.parametrize(
-    "text", ["runs/try #2", "a: b", "*.jsonl", "[v2].jsonl", "@x", "%x", "!x", "'q'", '"q"', "{a}", "null", "a #", "- x", "[a]"]
+    "text", ["runs/try #2", "a: b", "*.jsonl", "[v2].jsonl", "@x", "%x", "!x", "'q'", '"q"', "null", "a #", "- x", "[a]"]
 )
 def test_text_on_the_command_line_is_the_text_as_given(text):
     config = load_run_config("", [STEPS, f"run_dir={text}", f"data.tokenizer={text}"])
