@@ -194,7 +194,7 @@ def predict_again(name: str, settings: list[str], kept: dict) -> dict:
 
 DRAWN_COMMON = [
     "data.sources=[{stdlib: true, max_bytes: 3000000}]", "data.val_fraction=0.05", "train.steps=2", "train.eval_every=2",
-    "train.eval_sequences=4", "train.save_every=2", "device=cpu", "optim.lr=1e-4",
+    "train.eval_sequences=4", "train.save_every=2", "train.threads=1", "device=cpu", "optim.lr=1e-4",
 ]  # fmt: skip
 FLOPS_PER_STEP = 1e11  # of a drawn row, so that the table takes half an hour
 BPE_ROWS = 2000

@@ -12,6 +12,7 @@ import pytest
 from lowmem.config_load import load_run_config
 from lowmem.errors import MemoryBudgetError
 from lowmem.planning import base_cost, check, probe
+from lowmem.reporting.run_result import read_memory
 
 STEP_WITH_BLOCK_RECOMPUTATION = """
 import sys
@@ -90,6 +91,12 @@ def test_damaged_rates_are_measured_anew(tmp_path, monkeypatch, damaged):
     assert json.loads(path.read_text()) == RATES
 
 
+@pytest.mark.parametrize("damaged", ["[]", "3", '{"measured": [1]}', '{"predicted": "none"}', "[" * 100_000], ids=range(5))
+def test_a_damaged_record_of_a_run_is_as_good_as_none(tmp_path, damaged):
+    (tmp_path / "memory.json").write_text(damaged)
+    assert read_memory(tmp_path) == {}
+
+
 def test_a_cache_that_cannot_be_written_ends_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(base_cost, "_measure", lambda *_: 250_000_000)
     (tmp_path / "base").write_text("a file where the folder should be")
@@ -103,3 +110,42 @@ def test_a_prediction_that_the_system_kills_is_a_refusal(monkeypatch):
     with pytest.raises(MemoryBudgetError, match="was killed"):
         check.check_run(config_of())
     assert MemoryBudgetError.exit_code == 3
+
+
+MODULES = """
+import json, sys
+from lowmem.cli import main
+code = main(["pretrain", "--quiet", *sys.argv[2:]])
+open(sys.argv[1], "w").write(json.dumps(sorted(sys.modules)))
+sys.exit(code)
+"""
+# Each setting that could change what is imported, in several company: a sample of the pairs.
+RUNS = {
+    "blocks again, 8 bits": ["optim.state_bits=8", "train.activation_checkpointing=block", "model.positions=learned"],
+    "full precision, blocks again": ["train.activation_checkpointing=block", "model.norm=layernorm", "model.tie_embeddings=true"],
+    "int4, layerwise, lion, bpe": ["train.weight_dtype=int4", "train.update=layerwise", "optim.name=lion", "optim.state_bits=8",
+        "data.tokenizer=bpe", "data.tokenizer_vocab_size=300", "train.activation_checkpointing=none"],
+    "spectron, factors": ["optim.name=spectron", "model.lorpt.rank=8", "train.activation_checkpointing=low_rank", "model.positions=alibi"],
+}  # fmt: skip
+
+
+def modules_of(path, overrides):
+    arguments = [f"--{override}" for override in overrides]
+    result = subprocess.run([sys.executable, "-c", MODULES, str(path), *arguments], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return {name for name in json.loads(path.read_text()) if not name.startswith("__")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", RUNS.values(), ids=RUNS)
+def test_a_run_imports_what_the_measured_one_of_its_kind_imports(tmp_path, settings):
+    """Blocks computed again and quantised weights imported what no measured run did."""
+    config = config_of("train.threads=1", *settings)
+    (tmp_path / "trial").mkdir()
+    trial = base_cost.trial_settings(base_cost._kind(config), tmp_path / "trial", world_size=1)
+    text = [setting for setting in trial if setting.startswith(("data.sources", "data.val_fraction"))]
+    run = ["device=cpu", "data.tokenizer=bytes", "data.seq_len=32", "model.dim=64", "model.num_layers=1", "model.num_heads=2", *text,
+           "train.precision=fp32", "train.steps=2", "train.global_batch_size=4", "train.micro_batch_size=2", "train.eval_every=2",
+           "train.eval_sequences=2", "train.save_every=2", "train.threads=1", f"data.cache_dir={tmp_path}/cache"]  # fmt: skip
+    found = modules_of(tmp_path / "run.json", [*run, f"run_dir={tmp_path}/run", *settings])
+    assert found == modules_of(tmp_path / "trial.json", trial)
