@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from lowmem.errors import CheckpointError
+
 # model types whose conversations are kept apart by a mask over the tokens of a row
 PACKED = (
     "apertus", "arcee", "biogpt", "codegen", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4",
@@ -32,7 +34,7 @@ def attention_window(config: Any) -> int:
     """Tokens that a layer with a sliding window looks back at; 0 if there is none."""
     kinds = getattr(config, "layer_types", None)
     none = getattr(config, "use_sliding_window", True) is False or (kinds and not any("sliding" in str(kind) for kind in kinds))
-    return 0 if none else int(getattr(config, "sliding_window", None) or 0)
+    return 0 if none else _count(config, "sliding_window")
 
 
 def learned_positions(model: Any) -> int:
@@ -48,4 +50,16 @@ def learned_positions(model: Any) -> int:
 
 def config_positions(config: Any) -> int:
     """The positions that the model was made for, as its config.json has it; a large number if it says nothing."""
-    return int(getattr(config, "max_position_embeddings", None) or 1 << 60)
+    return _count(config, "max_position_embeddings") or 1 << 60
+
+
+def _count(config: Any, key: str) -> int:
+    """A size in a configuration; 0 if it is null or not there.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    value = getattr(config, key, None)
+    if value is not None and (type(value) is not int or value < 0):
+        raise CheckpointError(f"config.json has {key} {value!r:.60}, expected a count or null; restore it")
+    return value or 0

@@ -140,7 +140,10 @@ def test_rows_longer_than_the_positions_of_the_base_are_refused(family, chat, tm
     assert "has 128 positions; use seq_len=128 or less" in error
 
 
-@pytest.mark.parametrize("values", [{"hidden_size": "32"}, {"num_hidden_layers": 10**9}, {"num_attention_heads": 0}, {"vocab_size": -3}])
+@pytest.mark.parametrize(
+    "values",
+    [{"hidden_size": "32"}, {"num_hidden_layers": 10**9}, {"num_attention_heads": 0}, {"vocab_size": -3}, {"sliding_window": ["a"]}],
+)
 def test_nonsense_in_config_json_is_one_line(values, llama, chat, tmp_path, capsys):
     folder = tmp_path / "base"
     shutil.copytree(llama, folder)
