@@ -77,7 +77,7 @@ def test_signals_reach_the_whole_group_once(number, handled, code):
         (["--", "no-such-command-here"], "cannot start 'no-such-command-here': No such file"),
         (["nothing.yaml"], "no such file: nothing.yaml"),
         (["configs/cpu/demo.yaml", "--steps", "1"], "--steps is 1; expected at least 2"),
-        (["configs/cpu/demo.yaml", "--steps", "two"], "invalid int value: 'two'"),
+        (["configs/cpu/demo.yaml", "--steps", "two"], "'two' is no whole number"),
         (["configs/cpu/demo.yaml", "--interval", "0"], "--interval is 0.0; expected 0.001 to 60"),
         (["configs/cpu/demo.yaml", "--optim.lrr=3"], "the nearest valid key is optim.lr"),
         (["configs/cpu/demo.yaml", "--train.steps=3"], "profile sets train.steps itself, use --steps"),
