@@ -131,7 +131,7 @@ def test_ctrl_c_ends_one_text_in_a_conversation_and_the_command_otherwise(run, c
     [
         (["--prompt", "x"], "the following arguments are required: --run; see lowmem generate --help"),
         (["--run", "r"], "--prompt is missing; give --prompt TEXT"),
-        (["--run", "r", "--prompt", "x", "--top_k", "1.5"], "argument --top_k: invalid int value: '1.5'"),
+        (["--run", "r", "--prompt", "x", "--top_k", "1.5"], "argument --top_k: '1.5' is no whole number"),
         (["--run", "r", "--prompt", "x", "--top_p", "0"], "top_p is 0.0; allowed"),
         (["--run", "r", "--prompt", "x", "--max_new_tokens", "0"], "max_new_tokens is 0; allowed: 1 or more"),
         (["--run", "r", "--prompt", "x", "--checkpoint", "first"], "found 'first'; allowed: latest, best, or a step"),
