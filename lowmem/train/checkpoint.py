@@ -4,7 +4,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,19 @@ class CheckpointStore:
                 doomed = self.root / f".removing-{self.path(step).name}"
                 self.path(step).rename(doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
+
+
+@contextmanager
+def reading_state(path: Path) -> Iterator[None]:
+    """Report a state.json that is JSON, and not what a run writes.
+
+    Raises:
+        CheckpointError: instead of what its values make of the code that reads them.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise CheckpointError(f"{path / 'state.json'} is malformed ({error}); restore it, or use --fresh") from error
 
 
 def storage_error(error: OSError, path: Path) -> Exception:

@@ -37,7 +37,7 @@ from lowmem.nn.quantized import assign, dequantized
 from lowmem.nn.rank_change import check_rank, following_layers
 from lowmem.optim.low_bit import LowBitOptimizer
 from lowmem.run_model import checkpoint_path, load_run_model
-from lowmem.train.checkpoint import CheckpointStore
+from lowmem.train.checkpoint import CheckpointStore, reading_state
 from lowmem.train.loggers import open_loggers
 from lowmem.train.progress import ProgressDisplay
 from lowmem.train.run import Run
@@ -288,9 +288,10 @@ def _resume(run: Run, skip_damaged: bool) -> None:
                 f"{run.state.data_fingerprint[:12]}); "
                 "restore the files it was trained on, choose another run_dir, or start over with --fresh"
             )
-        run.engine.load(path, state.engine)
-        run.state, run.resumed = state, True
-        run.data.train.load_state_dict(state.data)
+        with reading_state(path):
+            run.engine.load(path, state.engine)
+            run.state, run.resumed = state, True
+            run.data.train.load_state_dict(state.data)
     run.engine.barrier()  # everyone has read before rank 0 tidies up
     if run.run_dir is not None:
         for name in run.checkpoints.set_aside_after(run.state.step):

@@ -63,4 +63,9 @@ class TrainState:
                 f"state.json has format {version} and fields {sorted(values)}; this lowmem reads format {FORMAT_VERSION}; "
                 "resume with the version that wrote it, or start over with --fresh"
             )
+        for name, default in asdict(cls()).items():
+            value = values.get(name, default)
+            count = isinstance(default, int) and not isinstance(default, bool)
+            if default is not None and (type(value) is not type(default) or (count and value < 0)):
+                raise CheckpointError(f"state.json has {name} {value!r:.60}, expected {'a count' if count else type(default).__name__}")
         return cls(**{name: values[name] for name in names if name in values})

@@ -143,3 +143,14 @@ def test_an_import_is_sealed_and_keeps_what_ends_an_answer(tmp_path, capsys):
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     assert main(["export", f"--run={tmp_path / 'run'}", f"--out={tmp_path / 'again'}"]) == 5
     assert "does not match its SHA-256" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "values", [{"step": "2"}, {"step": -1}, {"engine": {}}, {"engine": 3}, {"data": []}, {"phase_ends": 3}, {"engine": {"random": 3}}]
+)
+def test_a_state_of_other_types_is_one_line(values, run, place, capsys):
+    path = newest(run) / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    seal(newest(run))
+    assert main(["pretrain", "--quiet", *tiny_arguments(run, place / "a.txt", train__steps=3)]) == 5
+    assert "state.json " in capsys.readouterr().err
