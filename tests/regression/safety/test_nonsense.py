@@ -84,9 +84,7 @@ def test_the_message_has_the_range(override, expected):
     assert expected in refusal(override)
 
 
-@pytest.mark.parametrize(
-    "override", ["optim.lr=-1", "adapter.lora_alpha=-1", "adapter.lora_dropout=1", "optim.lr=x", "seed=-1", "budget.ram=4", "steps=0.5"]
-)
+@pytest.mark.parametrize("override", ["optim.lr=-1", "adapter.lora_alpha=-1", "adapter.lora_dropout=1", "seed=-1", "budget.ram=4"])
 def test_fine_tuning_refuses_by_the_same_table(override):
     assert override.partition("=")[0] in refusal(override, FinetuneConfig)
 
