@@ -119,7 +119,7 @@ def test_mistakes_get_one_message_and_the_right_code(capsys, arguments, code, ex
 def test_a_file_that_cannot_be_written(remembered, tmp_path, capsys):
     path = tmp_path / "missing" / "planned.yaml"
     assert plan(f"--write={path}") == 7
-    assert f"--write={path} cannot be written (No such file or directory)" in capsys.readouterr().err
+    assert f"--write={path} cannot be written (there is no folder {path.parent})" in capsys.readouterr().err
 
 
 def test_solve_tells_the_largest_value(remembered, tmp_path, capsys):
