@@ -26,6 +26,8 @@ def test_compiler_failure_says_what_to_install(monkeypatch: pytest.MonkeyPatch) 
     from lowmem.errors import ConfigError
 
     class BrokenBuilder:
+        name = "cpu_adam"
+
         def load(self, verbose: bool) -> None:
             raise RuntimeError("first line\nError building extension 'cpu_adam'")
 

@@ -58,7 +58,8 @@ def test_every_method_learns_and_others_load_what_it_saves(method, base, chat, t
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    lr = {"full": 0.003, "prefix": 0.03}.get(method, 0.01)
+    # lora_plus multiplies the rate of B by 16: at 0.01 weights grow so large that fp32 logits lose the digits that `tolerance` counts on
+    lr = {"full": 0.003, "prefix": 0.03, "lora_plus": 0.002}.get(method, 0.01)
     done = finetune(make_config(base, chat, tmp_path, f"method={method}", f"optim.lr={lr}", "steps=12"), NullDisplay())
     assert done.losses[12] < done.losses[0] - 0.05
     if method != "full":

@@ -140,12 +140,14 @@ def test_weights_states_and_gradients_are_counted_to_the_byte():
     assert 0 <= states <= 8 * (4 * layers + counters + 4)  # AdamW of PyTorch counts steps, one number a tensor
 
 
-@pytest.mark.parametrize("bits, a_block", [(8, 128 + 4), (4, 64 + 4)])
-def test_low_bit_states_are_counted_to_the_byte(bits, a_block):
-    trace, _ = trace_run(resolve_without_data(small_config(*SHAPE, f"optim.state_bits={bits}")))
-    matrices = [257 * 64] * 2 + 2 * ([64 * 64] * 4 + [64 * 192] * 3)
+@pytest.mark.parametrize("bits, width, a_block", [(8, 64, 128 + 4), (4, 64, 128 + 4), (8, 128, 128 + 4), (4, 128, 64 + 4)])
+def test_low_bit_states_are_counted_to_the_byte(bits, width, a_block):
+    """Where rows are no multiple of 128 elements, 4 bits are 8."""
+    shape = [*SHAPE, f"model.dim={width}", f"model.hidden_dim={3 * width}"]
+    trace, _ = trace_run(resolve_without_data(small_config(*shape, f"optim.state_bits={bits}")))
+    matrices = [257 * width] * 2 + 2 * ([width * width] * 4 + [width * 3 * width] * 3)
     blocks = sum(-(-numel // 128) for numel in matrices)
-    assert live_peaks(trace, {"optimizer_states"})["steady_steps"] == 2 * (blocks * a_block + 5 * 64 * 4)
+    assert live_peaks(trace, {"optimizer_states"})["steady_steps"] == 2 * (blocks * a_block + 5 * width * 4)
 
 
 def test_what_a_phase_computes_is_counted():

@@ -59,7 +59,7 @@ def test_a_perfect_copy_of_the_teacher_has_only_the_usual_loss_to_learn_from(tmp
     ({"data.tokenizer": "chars"}, "tokenizer.json is another tokenizer than this run's; give the student data.tokenizer="),
     ({"model.vocab_size": 300}, "has model.vocab_size 257, the student 300"),
     ({"train.update": "layerwise"}, "train.distill needs train.update=accumulate and engine.name=local"),
-    ({"train.distill.temperature": 0}, "train.distill.weight is 0.7 and temperature 0"),
+    ({"train.distill.temperature": 0}, "train.distill.temperature is 0.0, must be at least 0.001"),
 ])  # fmt: skip
 def test_mistakes_are_refused_in_one_line(tmp_path, teacher, capsys, overrides, message):
     assert pretrain(tmp_path, "refused", **{**distill(teacher), **overrides}) == 2
