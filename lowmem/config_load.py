@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser
@@ -76,9 +76,9 @@ def _checked(cls: type[T], values: dict, problems: list[str], find_problems: Cal
     if config is None:  # something is wrong: look at every key on its own to report all of it
         found = itertools.chain(
             _unknown_keys(values, cls, known_keys(cls)),
-            (lambda problem=problem: problem for leaf in _leaves(values, cls) for problem in leaf.problems()),
+            (partial(str, problem) for leaf in _leaves(values, cls) for problem in leaf.problems()),
         )
-    listed = [lambda problem=problem: problem for problem in problems]  # type: ignore[misc]
+    listed: list[Callable[[], str]] = [partial(str, problem) for problem in problems]
     listed += list(found)
     if config is None and not listed:
         config = _build(cls, values)
@@ -88,7 +88,7 @@ def _checked(cls: type[T], values: dict, problems: list[str], find_problems: Cal
         contradictions = find_problems(bounded(config, wrong) if wrong else config)
         contradictions = [problem for problem in contradictions if not any(key in problem for key in wrong)]
         everything = [*simple, *itertools.chain(*wrong.values()), *contradictions]
-        listed += [lambda problem=problem: problem for problem in everything]  # type: ignore[misc]
+        listed += [partial(str, problem) for problem in everything]
     if listed or config is None:
         raise ConfigError(where + _listing(listed))
     return config

@@ -105,7 +105,7 @@ def parse_scalar(text: str) -> typing.Any:
 class _Composer:
     """Nodes from events, with limits: PyYAML's own follows every alias and any depth."""
 
-    def __init__(self, events: Iterator[yaml.Event]):
+    def __init__(self, events: Iterator[typing.Any]):  # yaml.Event, whose stubs know neither tags nor anchors
         self._events = events
         self._anchors: dict[str, _Node] = {}
         self._open: set[str] = set()
@@ -115,16 +115,17 @@ class _Composer:
         """The only document, None if there is none."""
         found = None
         for event in self._events:
+            line = event.start_mark.line + 1
             if isinstance(event, yaml.DocumentStartEvent):
                 if found is not None:
-                    raise ValueError(f"line {event.start_mark.line + 1}: a second document begins; a configuration is one")
+                    raise ValueError(f"line {line}: a second document begins; a configuration is one")
                 found = self._node(next(self._events), 1)
         return found
 
-    def _node(self, event: yaml.Event, depth: int) -> _Node:
+    def _node(self, event: typing.Any, depth: int) -> _Node:
         line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent):
-            return self._alias(event.anchor, line)
+            return self._alias(str(event.anchor), line)
         self._add(1, line)
         if depth > MAX_DEPTH:
             raise ValueError(f"line {line}: more than {MAX_DEPTH} levels of lists and maps; a configuration has fewer")
@@ -172,7 +173,8 @@ class _Pairs:
 
 def _pairs(nodes: list[_Node]) -> _Pairs:
     """Keys and values in turn, as a map in which every key stands once."""
-    pairs, seen = _Pairs(), {}
+    pairs = _Pairs()
+    seen: dict[str, int] = {}
     for key, value in zip(nodes[::2], nodes[1::2], strict=True):
         if not isinstance(key.content, str):
             raise ValueError(f"line {key.line}: a list or a map cannot be a key")

@@ -154,7 +154,7 @@ class LocalEngine(Engine):
 
     def memory_components(self) -> dict[str, int]:
         weights = stored_bytes(self.model.parameters())
-        gradients = sum(p.numel() * p.grad_dtype.itemsize for p in self.model.parameters() if p.requires_grad)
+        gradients = sum(p.numel() * (p.grad_dtype or p.dtype).itemsize for p in self.model.parameters() if p.requires_grad)
         states, _ = optimizer_tensors(self.model, self.optimizer)
         taught = {} if self.teacher is None else {"teacher": sum(self.teacher.model.component_bytes().values())}
         return {

@@ -95,7 +95,7 @@ def _check_states(name: str, found: dict[str, Any], expected: dict[str, Any]) ->
             right = isinstance(value, torch.Tensor) and (value.shape, value.dtype) == (wanted.shape, wanted.dtype)
             what = f"{wanted.dtype} {tuple(wanted.shape)}"
         else:
-            right, what = type(value) is type(wanted) and value >= 0, "a count"
+            right, what = value is not None and type(value) is type(wanted) and value >= 0, "a count"
         if not right:
             shown = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:40]
             raise CheckpointError(

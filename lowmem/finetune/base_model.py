@@ -275,10 +275,11 @@ def _quantise_on_arrival(layer: Any, name: str, value: Any) -> None:
         import bitsandbytes
 
         old = layer.weight
-        packed: Any = bitsandbytes.nn.Params4bit(
+        plain: Any = bitsandbytes.nn.Params4bit(
             value.detach(), requires_grad=False, quant_type="nf4", compress_statistics=old.compress_statistics, blocksize=NF4_BLOCK,
             module=layer,
-        ).to(compute_device())  # fmt: skip
+        )  # fmt: skip
+        packed = plain.to(compute_device())
         packed._is_hf_initialized = True  # transformers would draw it at random otherwise
         value = packed
     nn.Module.__setattr__(layer, name, value)

@@ -38,7 +38,8 @@ def cgroup_room_bytes(
 
 def _limits(root: str | os.PathLike[str], membership: str | os.PathLike[str]) -> list[tuple[int, str, tuple[str, ...]]]:
     """Limit, folder, and the names in memory.stat of what cannot be reclaimed, for each group with a limit."""
-    found = []
+    found: list[tuple[int, str, tuple[str, ...]]] = []
+    kept: tuple[str, ...]
     for number, controllers, path in _groups(membership):
         if number == "0":
             folders, name, kept = _upwards(os.fspath(root), path), "memory.max", ("anon", "shmem", "slab_unreclaimable")

@@ -80,7 +80,7 @@ def check_beforehand(config: RunConfig, *, fresh: bool) -> None:
 
 def _check_packages(config: RunConfig) -> None:
     """Every package that a setting asks for is installed."""
-    wanted = [("loggers", name, name, name) for name in config.loggers]
+    wanted: list[tuple[str, str, str, str]] = [("loggers", name, name, name) for name in config.loggers]
     wanted += [("engine.name", "deepspeed", "deepspeed", "deepspeed")] if config.engine.name == "deepspeed" else []
     wanted += [("optim.backend", "bitsandbytes", "bitsandbytes", "bnb")] if config.optim.backend == "bitsandbytes" else []
     for key, value, package, extra in wanted:
