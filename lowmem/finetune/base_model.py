@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -176,7 +177,8 @@ def reported_as_damage(directory: Path) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise CheckpointError(f"{directory} is no model that transformers can read ({' '.join(str(error).split())[:200]})") from error
+        said = re.sub(r"\b[A-Za-z]+Error: |<class '([A-Za-z]+)'>", r"\1", " ".join(str(error).split()))
+        raise CheckpointError(f"{directory} is no model that transformers can read ({said[:200]})") from error
 
 
 @contextmanager
