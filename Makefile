@@ -25,7 +25,8 @@ demo: $(VENV)/.core
 test: $(VENV)/.test $(VENV)/.browser deepspeed-ops
 	ruff check .
 	OMP_NUM_THREADS=1 python -m pytest -q -n 2 -m "not slow and not memory"
-	python -m pytest -q -m "slow or memory"
+	OMP_NUM_THREADS=1 python -m pytest -q -n 2 -m "slow and not memory"
+	python -m pytest -q -m memory
 
 deepspeed-ops: $(VENV)/.test
 	python -m lowmem.engine.deepspeed_build
