@@ -25,7 +25,7 @@ demo: $(VENV)/.core
 test: $(VENV)/.test $(VENV)/.browser deepspeed-ops
 	ruff check .
 	OMP_NUM_THREADS=1 python -m pytest -q -n 2 -m "not slow and not memory"
-	OMP_NUM_THREADS=1 python -m pytest -q -n 2 -m "slow and not memory"
+	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile -m "slow and not memory"
 	python -m pytest -q -m memory
 
 deepspeed-ops: $(VENV)/.test
