@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import psutil
@@ -16,6 +16,7 @@ from lowmem.devices import cpu_model, usable_cores
 from lowmem.optim.adamw import AdamW
 
 _TOKENS, _WIDTH, _HIDDEN = 1024, 1024, 2688
+_SLOW_S = 0.05  # of one call; a product takes some milliseconds where the processor has it
 _ROUNDS = 15
 _WIDTHS = {"32", "8", "4", "bitsandbytes"}
 _LOOK_S, _BUSY_PERCENT = 0.2, 25.0
@@ -117,8 +118,15 @@ def measure_rates() -> Rates:
 
 
 def _matmul_rate(dtype: torch.dtype) -> float:
-    a, b = torch.zeros(_TOKENS, _WIDTH, dtype=dtype), torch.zeros(_WIDTH, _HIDDEN, dtype=dtype)
-    return 2 * _TOKENS * _WIDTH * _HIDDEN / _seconds(lambda: a @ b)
+    """Of a product of `_TOKENS` rows; of few rows where those tell already that the processor does not multiply this dtype itself."""
+    b, rate = torch.zeros(_WIDTH, _HIDDEN, dtype=dtype), 0.0
+    for tokens in (_TOKENS // 32, _TOKENS):
+        a = torch.zeros(tokens, _WIDTH, dtype=dtype)
+        seconds = _seconds(partial(torch.matmul, a, b))
+        rate = 2 * tokens * _WIDTH * _HIDDEN / seconds
+        if seconds > _SLOW_S:
+            break
+    return rate
 
 
 def _update_rate(bits: int) -> float:
@@ -130,7 +138,11 @@ def _update_rate(bits: int) -> float:
 
 def _seconds(work: Callable[[], object], repeats: int = 3) -> float:
     """The quickest round's seconds a call, after a call that does not count: others are slowed by what else the machine does."""
+    began = time.perf_counter()
     work()
+    first = time.perf_counter() - began
+    if first > 10 * _SLOW_S:
+        return first
     times = []
     for _ in range(_ROUNDS):
         began = time.perf_counter()
