@@ -119,7 +119,7 @@ def test_configurations_are_measured_a_failing_one_is_told_and_the_others_go_on(
     result = run(tmp_path / "not.yaml", tmp_path / "fits.yaml", "--steps", 4, "--out", out, "--train.seed=5", "--json")
     assert result.returncode == 1, result.stderr
     failed, fits = json.loads(result.stdout)["configs"]
-    assert (failed["exit_code"], failed["measured"]) == (2, None)
+    assert (failed["exit_code"], failed["measured"]) == (3, None)
     assert "its limit is 20 MiB" in failed["message"]
     assert (fits["exit_code"], fits["steps"], fits["overrides"]) == (0, 4, ["train.seed=5"])
     assert fits["budget"] == {"ram_bytes": 4 * 1024 * MIB, "vram_bytes": None}

@@ -161,7 +161,7 @@ def weights_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def launch(cases: list[dict[str, Any]], out: Path, ranks: int, timeout_s: float = 120.0) -> list[dict[str, dict[str, Any]]]:
+def launch(cases: list[dict[str, Any]], out: Path, ranks: int, timeout_s: float = 500.0) -> list[dict[str, dict[str, Any]]]:
     """Run cases one after the other in new processes; what each rank found, by case name. One rank runs without a launcher."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "cases.json").write_text(json.dumps(cases))
@@ -182,6 +182,7 @@ def launch(cases: list[dict[str, Any]], out: Path, ranks: int, timeout_s: float 
         output, _ = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
         raise
     assert process.returncode == 0, output[-4000:]
     return [{case["name"]: json.loads((out / f"{case['name']}-rank{rank}.json").read_text()) for case in cases} for rank in range(ranks)]
