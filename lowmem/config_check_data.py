@@ -57,7 +57,7 @@ def phase_problems(config: RunConfig) -> list[str]:
         problems += (_chat_problems if phase.kind == "chat" else _text_problems)(phase, key)
     if any(phase.kind == "chat" for phase in config.phases) and config.train.distill.teacher and config.model.name == "i3":
         problems.append("train.distill with a chat phase needs model.name=decoder; drop one of the two")
-    if config.data.document_mask and config.model.name == "i3":
+    if config.data.document_mask is True and config.model.name == "i3":
         problems.append("data.document_mask needs model.name=decoder: the recurrent state of i3 goes on into the next document")
     return problems
 

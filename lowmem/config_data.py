@@ -60,9 +60,10 @@ class DataConfig:
     """Chunk tokenizer only: lower-case the text first, as published; false makes it lossless."""
     seq_len: int = 256
     """Tokens a training sequence predicts; the longest ones, where `train.seq_len_schedule` begins with shorter ones."""
-    document_mask: bool = False
+    document_mask: bool | Literal["auto"] = "auto"
     """Keep the documents of a window apart: no token sees one of the document before, and positions begin anew; where a document ends is
-    marked by every tokenizer. Costs speed where attention has a fused kernel (GPUs; narrow heads in fp32 on a CPU). Not for i3."""
+    marked by every tokenizer. auto: on for decoders on a CPU; off on GPUs, whose fused attention kernel cannot, and for i3, whose state
+    goes on into the next document."""
     decode_errors: Literal["fail", "replace"] = "fail"
     """Bytes that are not UTF-8: stop naming file and line, or replace them with U+FFFD and count them."""
     val_fraction: float = 0.01

@@ -118,7 +118,7 @@ def _check_settings(config: DataConfig) -> None:
 
 def _document_end(config: DataConfig, tokenizer: Tokenizer) -> int | None:
     """The token at which a window goes over to another document, if they are to be kept apart."""
-    return tokenizer.eos_id if config.document_mask else None
+    return tokenizer.eos_id if config.document_mask is True else None
 
 
 def _own_fraction(config: DataConfig) -> float:

@@ -1,8 +1,11 @@
 """From a resolved configuration to a model and the engine of one process."""
 
+from pathlib import Path
+
 import torch
 
 from lowmem.config import RunConfig, TrainConfig
+from lowmem.config_load import load_run_config
 from lowmem.devices import Precision, resolve_device
 from lowmem.engine.layerwise import LayerwiseEngine
 from lowmem.engine.local import LocalEngine
@@ -27,6 +30,21 @@ def chosen_device(config: RunConfig, *, check: bool = True) -> torch.device:
     if config.device == "cuda" and not check:
         return torch.device("cuda")
     return resolve_device("cpu" if _is_zero(config.budget.vram) and config.device == "auto" else config.device)
+
+
+def keeps_documents_apart(config: RunConfig, device: torch.device) -> bool:
+    """What `data.document_mask` says; where it is auto: whether the model, and its teacher, can do so at no great cost.
+
+    Raises:
+        ConfigError: the teacher's configuration cannot be read.
+    """
+    if config.data.document_mask != "auto":
+        return config.data.document_mask
+    teacher = Path(config.train.distill.teacher) / "config.yaml"
+    names = {config.model.name}
+    if config.train.distill.teacher and teacher.is_file():  # where there is none is told when it is loaded
+        names.add(load_run_config(teacher, check=False).model.name)
+    return names == {"decoder"} and device.type == "cpu"
 
 
 def build_configured_model(config: RunConfig) -> LanguageModel:

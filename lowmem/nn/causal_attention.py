@@ -152,9 +152,10 @@ class _Blocks:
         wanted = -(-self.time // BLOCKS)
         self.size = min(max(-(-wanted // 16) * 16, MIN_BLOCK), MAX_BLOCK)
         room = max(1, MAX_SCORES // (self.size * self.time))
-        # with slopes or segments a group of heads lies within one sequence, so that it finds its own
-        total = heads if slopes or segments is not None else batch * heads
-        self.group = max(size for size in range(1, min(room, total) + 1) if total % size == 0)
+        # with slopes or segments a group is heads of one sequence, or, with segments, whole sequences: so it finds its own
+        total = heads if slopes or (segments is not None and room < 2 * heads) else batch * heads
+        unit = 1 if segments is None or total == heads else heads
+        self.group = max(size for size in range(unit, min(room, total) + 1, unit) if total % size == 0)
         self.heads, self.slopes = heads, slopes
         self.future = like.new_full((self.size, self.size), float("-inf"), dtype=self.wide).triu_(1)
 
@@ -182,10 +183,14 @@ class _Blocks:
             scores = q.new_empty(self.group, stop - start, stop)
             torch.baddbmm(scores, queries, keys, beta=0, alpha=self.scale, out=scores)
         rows = stop - start
-        scores[:, :, start:] += self.future[:rows, :rows]
-        if self.segments is not None:
-            mine = self.segments[group.start // self.heads]
-            scores.masked_fill_(mine[start:stop, None] != mine[None, :stop], float("-inf"))
+        if self.segments is None:
+            scores[:, :, start:] += self.future[:rows, :rows]
+        else:
+            mine = self.segments[group.start // self.heads : -(-group.stop // self.heads)]
+            bias = scores.new_zeros(len(mine), rows, stop)
+            bias.masked_fill_(mine[:, start:stop, None] != mine[:, None, :stop], float("-inf"))
+            bias[:, :, start:] += self.future[:rows, :rows]
+            scores.view(len(mine), -1, rows, stop).add_(bias.unsqueeze(1))
         return torch.softmax(scores, dim=-1)
 
     def _bias(self, group: slice, start: int, stop: int, like: torch.Tensor) -> torch.Tensor:
@@ -216,10 +221,7 @@ class _BlockedAttention(torch.autograd.Function):
         result = q.new_empty(batch * heads, time, width)
         q, k, v = (x.view(-1, time, width) for x in (q, k, v))
         for group in representative(blocks.groups(batch * heads), q):
-            queries, keys, values = (blocks.exact(x[group]) for x in (q, k, v))
-            for start, stop in blocks.queries():
-                weights = blocks.probabilities(queries, keys, group, start, stop).to(values.dtype)
-                result[group, start:stop] = torch.bmm(weights, values[:, :stop])
+            _group_output(blocks, group, [x[group] for x in (q, k, v)], result[group])
         out.copy_(result.view(batch, heads, time, width).transpose(1, 2))
         return out.view(batch, time, heads * width)
 
@@ -235,6 +237,19 @@ class _BlockedAttention(torch.autograd.Function):
         for group in representative(blocks.groups(batch * heads), q):
             _group_gradients(blocks, group, [x[group] for x in (q, k, v, grad)], [x[group] for x in grads])
         return *(x.view(shape) for x in grads), None, None
+
+
+def _group_output(blocks: _Blocks, group: slice, inputs: list[torch.Tensor], result: torch.Tensor) -> None:
+    """Fill the output of one group of heads.
+
+    Args:
+        inputs: q, k and v of the group, (group, T, D).
+    Memory: one block of scores, and 16-bit inputs in fp32.
+    """
+    queries, keys, values = (blocks.exact(x) for x in inputs)
+    for start, stop in blocks.queries():
+        weights = blocks.probabilities(queries, keys, group, start, stop).to(values.dtype)
+        result[:, start:stop] = torch.bmm(weights, values[:, :stop])
 
 
 def _group_gradients(blocks: _Blocks, group: slice, inputs: list[torch.Tensor], grads: list[torch.Tensor]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from lowmem.config import RunConfig
 from lowmem.data.storage import compiled_root
 from lowmem.devices import cuda_problem, resolve_precision
-from lowmem.engine.build import chosen_device
+from lowmem.engine.build import chosen_device, keeps_documents_apart
 from lowmem.engine.deepspeed_config import build_deepspeed_config, zero_stage
 from lowmem.errors import ConfigError
 from lowmem.memory.block_cache import block_cache_library
@@ -134,6 +134,7 @@ def resolve_without_data(config: RunConfig) -> RunConfig:
         known = device.type == "cpu" or not cuda_problem()
         config.train.precision = resolve_precision("auto", device) if known else _cuda_precision(config)
     config.device = device.type  # type: ignore[assignment]
+    config.data.document_mask = keeps_documents_apart(config, device)
     config.model.vocab_size = config.model.vocab_size or _vocab_size(config)
     config.model.max_seq_len = config.max_seq_len()
     return config

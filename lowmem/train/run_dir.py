@@ -29,7 +29,7 @@ FREE_KEYS = {
     "model.lorpt.schedule": _GROWTH, "model.lorpt.grow_to": _GROWTH, "model.lorpt.grow_patience": _GROWTH,
 }  # fmt: skip
 # Keys that setup fills in: compared once both sides are resolved.
-RESOLVED_KEYS = {"model.vocab_size", "model.max_seq_len", "model.hidden_dim", "train.precision"}
+RESOLVED_KEYS = {"data.document_mask", "model.vocab_size", "model.max_seq_len", "model.hidden_dim", "train.precision"}
 
 
 _MAPS = ("ranks", "schedule", "seq_len_schedule")  # values that are maps, no sections
@@ -76,6 +76,8 @@ def check_compatible(path: Path, config: RunConfig, *, resolved: bool) -> None:
         saved_config = load_run_config(saved_path, check=False)
     except ConfigError as error:
         raise CheckpointError(f"the settings of the run are damaged: {error}; restore the file, or start over with --fresh") from error
+    if resolved and saved_config.data.document_mask == "auto":  # the run began before there was such a setting
+        saved_config.data.document_mask = False
     saved, wanted = _flat(asdict(saved_config)), _flat(asdict(config))
     for values in (saved, wanted):  # the run may become longer
         values["phases"] = [*values["phases"][:-1], *({**last, "steps": 0, "tokens": 0} for last in values["phases"][-1:])]

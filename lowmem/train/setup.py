@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -19,7 +20,7 @@ from lowmem.data.tokenizers import Tokenizer, check_vocab, load_tokenizer
 from lowmem.devices import resolve_precision, usable_cores
 from lowmem.engine import distributed
 from lowmem.engine.base import Engine
-from lowmem.engine.build import build_configured_model, build_local_engine, chosen_device
+from lowmem.engine.build import build_configured_model, build_local_engine, chosen_device, keeps_documents_apart
 from lowmem.engine.deepspeed_config import check_deepspeed_file
 from lowmem.engine.layerwise import LayerwiseEngine
 from lowmem.engine.local import LocalEngine
@@ -121,6 +122,7 @@ def _assemble(
     if run_dir is not None:
         _check_run_dir(run_dir, config, fresh, display)
     torch.manual_seed(config.train.seed + distributed.rank())
+    config = replace(config, data=replace(config.data, document_mask=keeps_documents_apart(config, device)))
     phase_data = prepare_phases(config, display)
     data = phase_data[0]
     release_host_memory()  # a tokenizer that was trained here leaves much behind

@@ -91,7 +91,7 @@ def largest_sum(changes: list[int]) -> int:
 NARROW = {
     "bf16": ["train.precision=bf16", "train.weight_dtype=bf16", "optim.state_bits=8"],
     "autocast": ["train.precision=bf16", "optim.state_bits=4"],
-    "masked": ["data.document_mask=true"],
+    "unmasked": ["data.document_mask=false"],
 }
 CASES = [(model, update, mode) for model in MODELS for update in ("accumulate", "layerwise") for mode in ("none", "block", "selective")]
 CASES += [(name, *rest) for name in NARROW for rest in (("accumulate", "selective"), ("layerwise", "block"))]

@@ -10,7 +10,8 @@ from lowmem.train.run_dir import FREE_KEYS, RESOLVED_KEYS, RunDir, _flat
 
 
 def config(**overrides):
-    return load_run_config("", ["train.steps=10", *(f"{k.replace('__', '.')}={v}" for k, v in overrides.items())])
+    settings = {"train.steps": 10, "data.document_mask": True, **{key.replace("__", "."): value for key, value in overrides.items()}}
+    return load_run_config("", [f"{key}={value}" for key, value in settings.items()])
 
 
 def test_only_one_process_may_train_in_it(tmp_path):
@@ -67,6 +68,19 @@ def test_every_key_is_free_or_refused():
     refused = {f"{section}.{name}" for section, names in REFUSED.items() for name in names.split()} | {"phases"}
     assert not refused & set(FREE_KEYS)
     assert refused | set(FREE_KEYS) == set(_flat(asdict(config())))
+
+
+def test_a_run_from_before_documents_were_kept_apart_goes_on_without_the_mask_only(tmp_path):
+    run_dir = RunDir(tmp_path)
+    run_dir.write_config(config())
+    path = tmp_path / "config.yaml"
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if "document_mask" not in line]
+    assert len(kept) == len(lines) - 1
+    path.write_text("".join(kept))
+    run_dir.check_compatible(config(data__document_mask=False), resolved=True)
+    with pytest.raises(ConfigError, match="data.document_mask was false, now true"):
+        run_dir.check_compatible(config(), resolved=True)
 
 
 def other(key, value):

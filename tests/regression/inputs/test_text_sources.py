@@ -31,7 +31,7 @@ from lowmem.data.simple_tokenizers import ByteTokenizer
 from lowmem.data.sources import open_source
 from lowmem.data.storage import cache_root
 from lowmem.data.text_source import ReadCounters
-from lowmem.engine.build import build_configured_model
+from lowmem.engine.build import build_configured_model, keeps_documents_apart
 from lowmem.errors import DataError, StorageError
 
 MIB = 1024**2
@@ -524,6 +524,22 @@ def test_no_token_sees_the_document_before_its_own(tmp_path):
                 hidden = model.block(index, segments)(hidden)
         logits.append(hidden[:, 9:])
     assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize(
+    "model, device, teacher, masked",
+    [("decoder", "cpu", "", True), ("decoder", "cuda", "", False), ("i3", "cpu", "", False), ("decoder", "cpu", "decoder", True),
+     ("decoder", "cpu", "i3", False)],
+)  # fmt: skip
+def test_documents_are_kept_apart_where_model_teacher_and_device_can(tmp_path, model, device, teacher, masked):
+    config = RunConfig(model=ModelConfig(name=model))
+    if teacher:
+        config.train.distill.teacher = str(tmp_path)
+        (tmp_path / "config.yaml").write_text(f"model:\n  name: {teacher}\n")
+    assert keeps_documents_apart(config, torch.device(device)) is masked
+    for wanted in (True, False):
+        config.data.document_mask = wanted
+        assert keeps_documents_apart(config, torch.device(device)) is wanted
 
 
 def test_a_recurrent_model_refuses_the_mask():
