@@ -54,7 +54,7 @@ def trace_run(config: RunConfig, world_size: int = 1) -> tuple[Trace, LanguageMo
         _mark_gradients(trace, model, engine)
         trace.mark(_optimizer_tensors(engine), "optimizer_states")
         kinds = sorted({phase.kind for phase in config.all_phases()}, reverse=True)
-        mask, sequences = config.data.document_mask, config.train.global_batch_size
+        mask, sequences = config.data.document_mask is True, config.train.global_batch_size
         batches = [longest_batch(sequences, config.data.seq_len, packed=mask or kind == "chat") for kind in kinds]
         for phase in ("first_step", "steady_steps"):
             with trace.phase(phase):

@@ -259,7 +259,7 @@ def load_teacher(config: RunConfig, device: torch.device) -> LanguageModel | Non
         return None
     teacher_config(distill, vocab_size=config.model.vocab_size, seq_len=config.data.seq_len)
     model = load_run_model(distill.teacher, device=device).model
-    if config.data.document_mask and not model.keeps_segments_apart:
+    if config.data.document_mask is True and not model.keeps_segments_apart:
         raise ConfigError(
             f"train.distill.teacher is {distill.teacher}, a recurrent model that cannot keep documents apart; set data.document_mask=false"
         )
@@ -273,7 +273,7 @@ def _try_worst_case(run: Run) -> None:
     kinds = {phase.kind for phase in run.config.all_phases()[run.state.phase :]}
     data, sequences = run.config.data, run.config.train.global_batch_size
     for kind in sorted(kinds, reverse=True):
-        run.engine.rehearse(longest_batch(sequences, data.seq_len, packed=data.document_mask or kind == "chat"))
+        run.engine.rehearse(longest_batch(sequences, data.seq_len, packed=data.document_mask is True or kind == "chat"))
 
 
 def _resume(run: Run, skip_damaged: bool) -> None:
