@@ -1,6 +1,7 @@
 """The `lowmem` command: finds the subcommand, and turns every failure a user can cause into one message and an exit code."""
 
 import errno
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -8,6 +9,8 @@ from collections.abc import Callable, Sequence
 from lowmem.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, ConfigError, LowmemError, MemoryBudgetError, StoppedBySignal, StorageError
 from lowmem.process import STOPPED, OutputLost, answered_signals, discard_output, standard_streams
 
+# Libraries that log, on being imported, what they lack or what another library will change; `doctor` says what is missing.
+TALKATIVE = ("torch.utils._pytree", "torchao", "bitsandbytes")
 _IMPOSSIBLE_PATHS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EEXIST)
 
 USAGE = """usage: lowmem COMMAND [options]
@@ -55,6 +58,8 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | N
         last: the process ends with this command, as it does where `argv` is its own.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    for library in TALKATIVE:
+        logging.getLogger(library).setLevel(logging.ERROR)
     with standard_streams(), answered_signals(last=last or argv is None) as asked:
         try:
             code = _exit_code(command, words)

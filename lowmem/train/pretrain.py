@@ -15,6 +15,7 @@ from lowmem.config_load import load_run_config
 from lowmem.config_schema import field_docs
 from lowmem.engine import distributed
 from lowmem.errors import ConfigError, MemoryBudgetError, StoppedBySignal, StorageError
+from lowmem.reporting.run_result import read_memory
 from lowmem.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -160,17 +161,26 @@ def memory_report(run: "Run", peak: "PeakMemory", host_peak_bytes: int, predicte
     from lowmem.memory.measure import combine_peaks
 
     measured: dict[str, Any] = peak.as_dict() | {"host_peak_bytes": host_peak_bytes}
-    path = Path(run.config.run_dir) / "memory.json"
     earlier: dict[str, dict[str, int]] = {}
-    if path.exists() and run.resumed:
-        legs = json.loads(path.read_text())["measured"]
-        before, earlier = {name: value for name, value in legs.items() if isinstance(value, int)}, legs.get("phases", {})
+    if run.resumed:
+        before, earlier = _earlier_peaks(Path(run.config.run_dir))
         measured = combine_peaks(measured, before)
     measured["components"] = run.engine.memory_components()
     measured["phases"] = phases = run.phases.as_dict()
     for name, peaks in earlier.items():
         phases[name] = combine_peaks(phases.get(name, {}), peaks)
     return {"budget": asdict(run.config.budget), "predicted": predicted, "measured": measured}
+
+
+def _earlier_peaks(run_dir: Path) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
+    """Peaks of the legs before, in all and by phase; what of memory.json is damaged is left out."""
+
+    def counts(values: Any) -> dict[str, int]:
+        return {name: value for name, value in values.items() if isinstance(value, int)} if isinstance(values, dict) else {}
+
+    measured = read_memory(run_dir).get("measured") or {}
+    phases = measured.get("phases")
+    return counts(measured), {name: counts(peaks) for name, peaks in phases.items()} if isinstance(phases, dict) else {}
 
 
 def _dry_run(config: RunConfig, *, as_json: bool) -> int:

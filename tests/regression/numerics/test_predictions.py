@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from lowmem.cli import main
 from lowmem.config_load import load_run_config
 from lowmem.errors import MemoryBudgetError
 from lowmem.planning import base_cost, check, probe
@@ -95,6 +96,24 @@ def test_damaged_rates_are_measured_anew(tmp_path, monkeypatch, damaged):
 def test_a_damaged_record_of_a_run_is_as_good_as_none(tmp_path, damaged):
     (tmp_path / "memory.json").write_text(damaged)
     assert read_memory(tmp_path) == {}
+
+
+def test_a_run_goes_on_where_the_record_of_its_first_leg_is_damaged(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("some words to train on\n" * 400)
+    settings = {
+        "data.sources": f"[{{path: {tmp_path / 'text.txt'}}}]", "data.tokenizer": "bytes", "data.seq_len": 16, "data.cache_dir": tmp_path,
+        "model.dim": 16, "model.num_layers": 1, "model.num_heads": 1, "train.global_batch_size": 2, "run_dir": tmp_path / "run",
+    }  # fmt: skip
+    run = ["pretrain", "--quiet", *(f"--{key}={value}" for key, value in settings.items())]
+    assert main([*run, "--train.steps=2"]) == 0
+    record = tmp_path / "run" / "memory.json"
+    whole = json.loads(record.read_text())
+    for steps, damaged in enumerate(
+        ["{", "[]", '{"predicted": null}', '{"measured": {"host_peak_bytes": "many", "phases": {"load": 3}}}'], 3
+    ):
+        record.write_text(damaged)
+        assert main([*run, f"--train.steps={steps}"]) == 0, capsys.readouterr().err
+        assert set(json.loads(record.read_text())["measured"]) == set(whole["measured"])
 
 
 def test_a_cache_that_cannot_be_written_ends_nothing(tmp_path, monkeypatch, capsys):
