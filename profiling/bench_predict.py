@@ -264,7 +264,7 @@ def measure_drawn(count: int, seed: int, only: str, again: Path | None, out: Pat
             print(f"{name:8} {json.dumps({k: v for k, v in rows[name].items() if k != 'components'})}", flush=True)
         else:
             rows[name] = earlier
-        result = {"machine": describe_machine(), "seed": seed, "summary": drawn_summary(list(rows.values())), "rows": rows}
+        result = {"machine": describe_machine(), "seed": seed, "summary": error_summary(list(rows.values())), "rows": rows}
         if path:
             path.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result["summary"], indent=1))
@@ -308,17 +308,6 @@ def predict_row(settings: list[str], measured_mb: float) -> dict:
     }
 
 
-def drawn_summary(rows: list[dict]) -> dict:
-    """The claims: median and worst error, and the worst on the low side."""
-    errors = [row["error"] for row in rows]
-    return {
-        "configurations": len(rows),
-        "median_error": round(statistics.median(map(abs, errors)), 4),
-        "worst_error": max(errors, key=abs),
-        "lowest": min(errors),
-    }
-
-
 PREPARE = """
 import sys
 from lowmem.config_load import load_run_config
@@ -343,7 +332,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def summary(rows: list[dict]) -> dict:
+def error_summary(rows: list[dict]) -> dict:
     """The claims: median and worst error, and the worst on the low side."""
     errors = [row["error"] for row in rows]
     return {
@@ -351,6 +340,12 @@ def summary(rows: list[dict]) -> dict:
         "median_error": round(statistics.median(map(abs, errors)), 4),
         "worst_error": max(errors, key=abs),
         "lowest": min(errors),
+    }
+
+
+def summary(rows: list[dict]) -> dict:
+    """`error_summary`, and what a prediction takes."""
+    return error_summary(rows) | {
         "median_prediction_s": statistics.median(row["prediction_s"] for row in rows),
         "predictor_peak_mb": max(row["predictor_mb"] for row in rows),
         "median_speed_ratio": statistics.median(row["speed_ratio"] for row in rows),

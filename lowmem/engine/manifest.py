@@ -1,16 +1,15 @@
 """The manifest of a checkpoint: the size and the SHA-256 of every file, by which damage is found before anything is read."""
 
-import hashlib
 import json
 import stat
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from lowmem.data.storage import file_sha256
 from lowmem.errors import CheckpointError
 
 MANIFEST_NAME = "manifest.json"
-_HASH_BYTES = 1 << 20
 _LARGEST_JSON = 1 << 28  # bytes; far above what any state is, below what would exhaust memory
 _DATA = (".safetensors", ".json")
 
@@ -21,7 +20,7 @@ def file_hashes(directory: Path) -> dict[str, dict[str, Any]]:
     Memory: one block.
     """
     files = sorted(path for path in directory.iterdir() if path.is_file())
-    return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+    return {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files}
 
 
 def damage(path: Path, only: Collection[str] = ()) -> str:
@@ -87,17 +86,9 @@ def _file_damage(path: Path, name: str, expected: Any) -> str:
     size = path.stat().st_size
     if size != expected["bytes"]:
         return f"{name} has {size} bytes, its manifest says {expected['bytes']}"
-    return "" if _sha256(path) == expected["sha256"] else f"{name} does not match its SHA-256"
+    return "" if file_sha256(path) == expected["sha256"] else f"{name} does not match its SHA-256"
 
 
 def _irregular(path: Path) -> str:
     """Devices and pipes are never opened: they may not end."""
     return "" if stat.S_ISREG(path.stat().st_mode) else "is no regular file"
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_HASH_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
