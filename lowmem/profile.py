@@ -23,9 +23,10 @@ from lowmem.process import with_parent
 from lowmem.reporting.environment import describe, without_folders
 from lowmem.reporting.markdown import table
 from lowmem.reporting.rows import peak_rows
-from lowmem.reporting.run_result import MetricsTail, last_words, prediction, read_memory
+from lowmem.reporting.run_result import MetricsTail, last_words, prediction
 from lowmem.reporting.style import require_matplotlib, slug
 from lowmem.reporting.write import command_facts, write_command, write_configs
+from lowmem.train.run_dir import read_memory
 from lowmem.units import parse_bytes
 
 _OVERRIDE = re.compile(r"--(\w+(?:\.\w+)+|run_dir|device)(=.*)?", re.DOTALL)

@@ -69,16 +69,6 @@ class MetricsTail:
         return round(statistics.median(speeds[1:]), 2) if len(speeds) > 1 else None
 
 
-def read_memory(run_dir: Path) -> dict[str, Any]:
-    """memory.json; {} if the run did not get as far, or the file is damaged."""
-    try:
-        value = json.loads((run_dir / "memory.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    parts = [value.get(name) for name in ("budget", "predicted", "measured")] if isinstance(value, dict) else [value]
-    return value if all(part is None or isinstance(part, dict) for part in parts) and isinstance(value, dict) else {}
-
-
 def prediction(predicted: dict[str, Any] | None) -> dict[str, Any] | None:
     """A prediction of the peak, or None where only its parts are known."""
     return predicted if predicted and predicted.get("host_peak_bytes") else None

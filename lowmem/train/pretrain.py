@@ -15,7 +15,7 @@ from lowmem.config_load import load_run_config
 from lowmem.config_schema import field_docs
 from lowmem.engine import distributed
 from lowmem.errors import ConfigError, MemoryBudgetError, StoppedBySignal, StorageError
-from lowmem.reporting.run_result import read_memory
+from lowmem.train.run_dir import read_memory
 from lowmem.units import parse_bytes
 
 if TYPE_CHECKING:
