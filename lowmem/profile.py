@@ -17,6 +17,7 @@ from lowmem.arguments import OptionParser
 from lowmem.config import RunConfig
 from lowmem.config_load import load_run_config
 from lowmem.errors import ConfigError, StoppedBySignal, StorageError
+from lowmem.memory.measure import read_memory
 from lowmem.memory.watch import INTERVAL_S
 from lowmem.memory.watched import WatchedRun, run_watched
 from lowmem.process import with_parent
@@ -26,7 +27,6 @@ from lowmem.reporting.rows import peak_rows
 from lowmem.reporting.run_result import MetricsTail, last_words, prediction
 from lowmem.reporting.style import require_matplotlib, slug
 from lowmem.reporting.write import command_facts, write_command, write_configs
-from lowmem.train.run_dir import read_memory
 from lowmem.units import parse_bytes
 
 _OVERRIDE = re.compile(r"--(\w+(?:\.\w+)+|run_dir|device)(=.*)?", re.DOTALL)

@@ -9,11 +9,14 @@ short it was. Child processes, and every process elsewhere, are sampled ten time
 once they have lived for a tenth of a second.
 """
 
+import json
 import os
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from lowmem.memory.cgroup import cgroup_bytes
 from lowmem.memory.host import ChildMemory, HostMeter, HostPeak, own_memory
@@ -199,6 +202,16 @@ def _pinned_peak_bytes() -> int | None:
     if cuda is None or not hasattr(cuda, "host_memory_stats"):
         return None
     return cuda.host_memory_stats().get("allocated_bytes.peak") or None
+
+
+def read_memory(run_dir: Path) -> dict[str, Any]:
+    """memory.json; {} if the run did not get as far, or the file is damaged."""
+    try:
+        value = json.loads((run_dir / "memory.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    parts = [value.get(name) for name in ("budget", "predicted", "measured")] if isinstance(value, dict) else [value]
+    return value if all(part is None or isinstance(part, dict) for part in parts) and isinstance(value, dict) else {}
 
 
 def combine_peaks(now: dict[str, int], before: dict[str, int]) -> dict[str, int]:

@@ -15,7 +15,7 @@ from lowmem.config_load import load_run_config
 from lowmem.config_schema import field_docs
 from lowmem.engine import distributed
 from lowmem.errors import ConfigError, MemoryBudgetError, StoppedBySignal, StorageError
-from lowmem.train.run_dir import read_memory
+from lowmem.memory.measure import combine_peaks, read_memory, shared_bytes
 from lowmem.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -145,8 +145,6 @@ def _host_peak_of_all_ranks(run: "Run", peak: "PeakMemory") -> int:
     """The sum of the peaks of the ranks of a machine, pages that they share counted once; an upper bound, as if all came at once."""
     if run.engine.world_size == 1:
         return peak.host_peak_bytes
-    from lowmem.memory.measure import shared_bytes
-
     everywhere = run.engine.sum_over_ranks(float(peak.host_peak_bytes - shared_bytes()))
     return round(everywhere * distributed.local_world_size() / run.engine.world_size)
 
@@ -158,8 +156,6 @@ def memory_report(run: "Run", peak: "PeakMemory", host_peak_bytes: int, predicte
         host_peak_bytes: of all ranks.
         predicted: None if there is no budget to check it against, or --force was given.
     """
-    from lowmem.memory.measure import combine_peaks
-
     measured: dict[str, Any] = peak.as_dict() | {"host_peak_bytes": host_peak_bytes}
     earlier: dict[str, dict[str, int]] = {}
     if run.resumed:

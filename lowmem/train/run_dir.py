@@ -90,16 +90,6 @@ def check_compatible(path: Path, config: RunConfig, *, resolved: bool) -> None:
         )
 
 
-def read_memory(run_dir: Path) -> dict[str, Any]:
-    """memory.json; {} if the run did not get as far, or the file is damaged."""
-    try:
-        value = json.loads((run_dir / "memory.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    parts = [value.get(name) for name in ("budget", "predicted", "measured")] if isinstance(value, dict) else [value]
-    return value if all(part is None or isinstance(part, dict) for part in parts) and isinstance(value, dict) else {}
-
-
 class RunDir:
     """Files of one run. Only rank 0 opens it.
 

@@ -12,8 +12,8 @@ import pytest
 from lowmem.cli import main
 from lowmem.config_load import load_run_config
 from lowmem.errors import MemoryBudgetError
+from lowmem.memory.measure import read_memory
 from lowmem.planning import base_cost, check, probe
-from lowmem.train.run_dir import read_memory
 
 STEP_WITH_BLOCK_RECOMPUTATION = """
 import sys
