@@ -174,11 +174,13 @@ def test_all_problems_are_reported_at_once(tmp_path):
         ("optim.state_bits=5", "optim.state_bits is 5, expected 32 | 8"),
         ("train.weight_dtype=bf16 train.precision=fp32", "train.weight_dtype=bf16 needs train.precision bf16 or auto"),
         ("optim.betas=[0.9,1.0]", "optim.betas has 1.0, must be in [0, 1)"),
+        ("optim.betas=[.nan,0.9]", "optim.betas has nan, must be in [0, 1)"),
         ("model.dim", "--model.dim has no value"),
         ("budget.vram=0 device=cuda", "budget.vram is 0 (no GPU), but device is cuda; set device=cpu or auto, or raise budget.vram"),
         ("budget.vram=6GiB device=cpu", "budget.vram is 6GiB, but device is cpu, which has none; leave it out, or set device=cuda or auto"),
         ("data.sources=[{path: a, max_bytes: -1}]", "data.sources[0].max_bytes is -1, must be at least 0, at most"),
         ("data.tokenizer_vocab_size=1", "data.tokenizer_vocab_size is 1, must be at least 2, at most 16777216"),
+        ("data.document_mask=true model.name=i3", "data.document_mask needs model.name=decoder"),
         ("run_dir=", "run_dir is empty, must name a folder; such as runs/default"),
     ],
 )
@@ -186,9 +188,15 @@ def test_contradictions_are_named(override, expected):
     assert expected in problems_of("train.steps=10", *_split(override))
 
 
+def test_contradictions_are_found_beside_numbers_that_mean_nothing():
+    message = problems_of("train.steps=3", "optim.lr=.nan", "model.num_heads=3", "data.seq_len=0")
+    assert "3 problems" in message
+    assert "model.dim is 256, not a multiple of model.num_heads (3)" in message
+
+
 def _split(override: str) -> list[str]:
-    """Several overrides in one string are separated by a space before train. or device=."""
-    return re.split(r" (?=train\.|device=)", override)
+    """Several overrides in one string are separated by a space before model., train. or device=."""
+    return re.split(r" (?=model\.|train\.|device=)", override)
 
 
 @pytest.mark.parametrize("device, vram", [("cpu", "0"), ("cpu", ""), ("cuda", ""), ("cuda", "6GiB"), ("auto", "0"), ("auto", "6GiB")])

@@ -279,6 +279,9 @@ def test_what_does_not_fit_is_refused_in_one_line_before_weights_are_read(run, c
 def test_a_folder_without_a_run_is_reported(tmp_path: Path):
     with pytest.raises(CheckpointError, match="is no run directory"):
         command.generate_main(["--run", str(tmp_path), "--prompt", "x"])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="is no run directory"):
+        command.generate_main(["--run", str(tmp_path / "file" / "run"), "--prompt", "x"])
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,7 @@ def test_signals_reach_the_whole_group_once(number, handled, code):
         (["a.yaml", "--steps", "3", "--", "true"], "found a.yaml --steps before --"),
         (["--", "no-such-command-here"], "cannot start 'no-such-command-here': No such file"),
         (["nothing.yaml"], "no such file: nothing.yaml"),
+        (["README.md/x.yaml"], "no such file: README.md/x.yaml"),
         (["configs/cpu/demo.yaml", "--steps", "1"], "--steps is 1; expected at least 2"),
         (["configs/cpu/demo.yaml", "--steps", "two"], "'two' is no whole number"),
         (["configs/cpu/demo.yaml", "--interval", "0"], "--interval is 0.0; expected 0.001 to 60"),

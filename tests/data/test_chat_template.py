@@ -83,6 +83,8 @@ def test_what_ends_a_turn():
         ("{{ raise_exception('roles must alternate') }}", "refuses a conversation .roles must alternate."),
         ("{{ messages.__class__.__mro__ }}", "refuses a conversation"),
         ("{{ messages[0].x.y }}", "refuses a conversation"),
+        ("{% for m in messages %}{{ m.content / 2 }}{% endfor %}", "refuses a conversation .unsupported operand"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "refuses a conversation .Range too big"),
         ("{% for m in messages %}{{ messages | length }}{{ m.content }}{% endfor %}", "cannot be told apart; mark them with"),
     ],
 )

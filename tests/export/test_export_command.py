@@ -67,3 +67,5 @@ def test_a_file_in_the_way_is_no_folder(run_dir, tmp_path, capsys):
     (tmp_path / "out").write_text("mine")
     assert export(run_dir, tmp_path / "out") == 2
     assert "is a file; choose a folder" in capsys.readouterr().err
+    assert export(run_dir, tmp_path / "out" / "below") == 7
+    assert len(capsys.readouterr().err.splitlines()) == 1

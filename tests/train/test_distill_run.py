@@ -68,6 +68,13 @@ def test_mistakes_are_refused_in_one_line(tmp_path, teacher, capsys, overrides, 
     assert "Traceback" not in captured.err
 
 
+def test_a_dry_run_refuses_a_teacher_that_is_not_there(tmp_path, capsys):
+    assert pretrain(tmp_path, "refused", "--dry_run", **{"train.distill.teacher": "nowhere"}) == 2
+    captured = capsys.readouterr()
+    assert "train.distill.teacher is nowhere, which has no config.yaml" in captured.err
+    assert (captured.err.count("\n"), captured.out) == (1, "")
+
+
 def test_another_tokenizer_of_the_same_size_is_refused(tmp_path, capsys):
     assert pretrain(tmp_path, "chars", **{"data.tokenizer": "chars"}) == 0
     (tmp_path / "other.txt").write_text((tmp_path / "text.txt").read_text().replace("d", "D"))

@@ -146,7 +146,6 @@ BOMBS = {
     "{{ '%0999999999d' % messages | length }}": "it needs more memory",
     "{{ [1] * 10 ** 9 }}": "it needs more memory",
     "{% macro f(n) %}{{ f(n - 1) ~ f(n - 1) if n else 'x' }}{% endmacro %}{{ f(60) }}": "it takes more than 0",
-    "{% for i in range(10 ** 9) %}{% endfor %}": "Range too big",
 }
 
 
@@ -159,7 +158,7 @@ def test_a_template_without_end_is_ended(source, monkeypatch):
     assert rendered(CHATML).endswith("日本 is x.<|im_end|>\n")  # the next one is served again
 
 
-@pytest.mark.parametrize("source", ["{{ 1 / 0 }}", "{{ 'a' * 10 ** 9 }}", "{% for m in messages %}{{ m.content / 2 }}{% endfor %}"])
+@pytest.mark.parametrize("source", ["{{ 1 / 0 }}", "{{ 'a' * 10 ** 9 }}"])
 def test_a_conversation_with_a_model_refuses_such_templates(source):
     with pytest.raises(DataError, match="refuses a conversation"):
         Chat(ChatTemplate(source), ByteTokenizer(), 100).prompt("hi")

@@ -9,6 +9,8 @@ from lowmem.cli import main
 from lowmem.config_finetune import FinetuneConfig, finetune_problems
 from lowmem.config_load import load_config, load_run_config
 from lowmem.errors import ConfigError
+from lowmem.export.import_hf import import_directory
+from tests.reference.tiny_families import save_tiny
 
 STEPS = "train.steps=3"
 
@@ -207,12 +209,35 @@ def test_paths_of_300_characters_are_refused(tmp_path, capsys, key):
     assert "longer than a path may be" in error
 
 
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """A run that can be exported, beside the directory it is from."""
+    folder = tmp_path_factory.mktemp("imported")
+    save_tiny(folder / "theirs", "llama")
+    import_directory(folder / "theirs", folder / "run")
+    return folder / "run"
+
+
 @pytest.mark.parametrize(
-    "arguments", [["generate", "--prompt", "a", "--run"], ["export", "--run", "r", "--format", "hf", "--out"], ["profile", "--out=x"]]
+    "command, name",
+    [
+        ("generate", "300 characters"),
+        ("profile", "300 characters"),
+        ("export", "300 characters"),
+        ("export", "NUL"),
+        ("import", "300 characters"),
+        ("import", "NUL"),
+    ],
 )
-@pytest.mark.parametrize("name", ["below a file", "300 characters", "NUL"])
-def test_odd_paths_of_other_commands_get_one_line(tmp_path, capsys, arguments, name):
-    assert main([*arguments, str(odd_paths(tmp_path)[name])]) in (2, 4, 5, 7)
+def test_odd_paths_of_other_commands_get_one_line(tmp_path, capsys, imported, command, name):
+    path = odd_paths(tmp_path)[name]
+    words = {
+        "generate": ["--prompt=a", f"--run={path}"],
+        "profile": ["--out=x", str(path)],
+        "export": [f"--run={imported}", f"--out={path}"],
+        "import": [str(imported.parent / "theirs"), f"--out={path}"],
+    }
+    assert main([command, *words[command]]) in (2, 4, 5, 7)
     error = capsys.readouterr().err
     assert error.startswith("lowmem: error: ")
     assert error.count("\n") == 1
@@ -233,7 +258,6 @@ def dry_run(tmp_path, *settings):
         (["data.sources=[{path: none.txt}]"], 4, "none.txt"),
         (["data.val_source=none.txt"], 4, "none.txt"),
         (["train.init_from=none"], 2, "train.init_from is none, which is no run directory"),
-        (["train.distill.teacher=none"], 2, "train.distill.teacher is none, which has no config.yaml"),
         (["train.steps=0", "phases=[{kind: chat, steps: 1, sources: [{path: none.json}]}]"], 4, "none.json"),
         (["train.steps=0", "phases=[{kind: chat, steps: 1, sources: [{path: text.txt}], template: none.jinja}]"], 4, "none.jinja"),
     ],

@@ -22,7 +22,6 @@ import torch
 import zstandard
 
 from lowmem.config import DataConfig, ModelConfig, RunConfig, SourceConfig
-from lowmem.config_check import config_problems
 from lowmem.data import json_lines, parquet_files
 from lowmem.data.build import build_shards
 from lowmem.data.prepare import prepare_data
@@ -540,9 +539,3 @@ def test_documents_are_kept_apart_where_model_teacher_and_device_can(tmp_path, m
     for wanted in (True, False):
         config.data.document_mask = wanted
         assert keeps_documents_apart(config, torch.device(device)) is wanted
-
-
-def test_a_recurrent_model_refuses_the_mask():
-    config = RunConfig(model=ModelConfig(name="i3"))
-    config.data.document_mask = True
-    assert any("data.document_mask needs model.name=decoder" in problem for problem in config_problems(config))

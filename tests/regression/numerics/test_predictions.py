@@ -138,7 +138,7 @@ code = main(["pretrain", "--quiet", *sys.argv[2:]])
 open(sys.argv[1], "w").write(json.dumps(sorted(sys.modules)))
 sys.exit(code)
 """
-# Each setting that could change what is imported, in several company: a sample of the pairs.
+# Each setting that could change what is imported, in several company: a sample of the pairs. The second and the fourth were right before.
 RUNS = {
     "blocks again, 8 bits": ["optim.state_bits=8", "train.activation_checkpointing=block", "model.positions=learned"],
     "full precision, blocks again": ["train.activation_checkpointing=block", "model.norm=layernorm", "model.tie_embeddings=true"],

@@ -66,7 +66,6 @@ def test_the_command_line_takes_no_nonsense(text):
         ("optim.weight_decay=1e30", "optim.weight_decay is 1e+30, must be at least 0, at most 1000"),
         ("optim.min_lr_ratio=3", "optim.min_lr_ratio is 3.0, must be at least 0, at most 1"),
         ("optim.eps=0", "optim.eps is 0.0, must be at least 1e-30, at most 1"),
-        ("optim.betas=[.nan, 0.9]", "optim.betas has nan, must be in [0, 1)"),
         ("train.z_loss=.nan", "train.z_loss is nan, must be at least 0, at most 1"),
         ("train.threads=1000000000", "train.threads is 1000000000, must be at least 0, at most 1024"),
         ("train.global_batch_size=2147483648", "train.global_batch_size is 2147483648, must be at least 1, at most 1048576"),
@@ -77,7 +76,7 @@ def test_the_command_line_takes_no_nonsense(text):
         ("budget.ram=4", "budget.ram: found 4, which has no unit and would be bytes; write 4GiB, or 4B for bytes"),
         ("budget.ram=0", "budget.ram is 0, but nothing runs in no memory; leave it out for no limit"),
         ("budget.ram=99999999999TiB", "budget.ram: found 99999999999TiB, more than any machine has"),
-        ("train.tokens=1e999", "train.tokens"),
+        ("train.tokens=1e999", "train.tokens is inf, must be at least 0, at most 1000000000000000000"),
     ],
 )
 def test_the_message_has_the_range(override, expected):
@@ -93,14 +92,6 @@ def test_fine_tuning_refuses_by_the_same_table(override):
 def test_no_key_is_a_text_that_no_file_has(text):
     assert "run_dir is " in (message := refusal(f"run_dir={text}"))
     assert len(message) < 250
-
-
-def test_contradictions_are_still_found_beside_nonsense():
-    with pytest.raises(ConfigError) as caught:
-        load_run_config("", ["train.steps=3", "optim.lr=.nan", "model.num_heads=3", "data.seq_len=0"])
-    message = str(caught.value)
-    assert "3 problems" in message
-    assert "model.dim is 256, not a multiple of model.num_heads (3)" in message
 
 
 TINY = (
@@ -171,4 +162,6 @@ def test_nonsense_given_to_other_commands_is_refused_at_once(tmp_path, monkeypat
 @pytest.mark.parametrize("digits", [23, 120, 400, 5000])
 def test_numbers_of_many_digits_are_refused(digits):
     for key in ("train.seed", "train.tokens", *(["optim.lr"] if digits > 30 else [])):
-        assert key in refusal(f"{key}={'9' * digits}")
+        message = refusal(f"{key}={'9' * digits}")
+        assert message.startswith((f"{key} is ", f"{key}: found "))  # and no advice about Python
+        assert len(message) < 250
