@@ -7,50 +7,19 @@ from lowmem.data.chat_template import DEFAULT_TEMPLATE, ChatTemplate
 from lowmem.data.chunk_tokenizer import ChunkTokenizer
 from lowmem.data.simple_tokenizers import ByteTokenizer, CharTokenizer
 from lowmem.generation.chat import Chat
-from tests.reference.tiny_tokenizers import KINDS, TEXTS, library, tokenizer_of
+from tests.reference.conversations import CHATML, MARKED, TALK, VICUNA, check_ids_of_the_whole_conversation
+from tests.reference.tiny_tokenizers import KINDS, TEXTS, tokenizer_of
 
-TALK = [
-    {"role": "user", "content": "hello, héllo 😀 ﬁne?"},
-    {"role": "assistant", "content": "I am fine."},
-    {"role": "user", "content": "The  Fox\n"},
-    {"role": "assistant", "content": "日本 is x."},
-]
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 LLAMA = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'].strip() + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
-VICUNA = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'USER: ' + m['content'] + ' ' }}"
-    "{% else %}{{ 'ASSISTANT: ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
-)
-MARKED = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}A: {% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"
-    "{% else %}U: {{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
 )
 
 
 @pytest.mark.parametrize("source", [CHATML, LLAMA, VICUNA, MARKED])
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_are_those_of_the_whole_conversation(kind, source):
-    """And those that are learned spell the answers, with nothing lost and nothing of the questions."""
-    plain, template = library(kind), ChatTemplate(source, "<s>", "</s>")
-    ids, said = template.encode(tokenizer_of(kind), TALK)
-    text = template.render(TALK)
-    encoding = plain.encode(text, add_special_tokens=False)
-    assert ids.tolist() == encoding.ids
-    for answer in ("I am fine.", "日本 is x."):
-        start = text.index(answer)
-        covering = [bool(s) for s, (a, b) in zip(said, encoding.offsets, strict=True) if a < start + len(answer) and b > start]
-        assert covering
-        assert all(covering)
-    for question in ("hello, héllo 😀 ﬁne?", "The  Fox"):
-        start = text.index(question)
-        assert not any(s for s, (a, b) in zip(said, encoding.offsets, strict=True) if a < start + len(question) and b > start)
+    check_ids_of_the_whole_conversation(kind, source)
 
 
 OWN = {

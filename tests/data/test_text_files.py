@@ -15,6 +15,7 @@ from lowmem.config import SourceConfig
 from lowmem.data.sources import open_source
 from lowmem.data.text_source import ReadCounters
 from lowmem.errors import ConfigError, DataError
+from tests.reference.text import documents
 
 COMPRESS = {
     "": lambda data: data,
@@ -24,18 +25,6 @@ COMPRESS = {
     ".zst": zstandard.ZstdCompressor().compress,
 }
 TEXT = "First line\r\n\n  indented, naïve 日本語 🙂\n\nlast line without end"
-
-
-def documents(path, errors="fail", counters=None, **settings) -> list[str]:
-    source = open_source(SourceConfig(path=str(path), **settings), errors)
-    found, text = [], ""
-    for piece in source.pieces(counters or ReadCounters()):
-        text += piece.text
-        if piece.ends_document:
-            found.append(text)
-            text = ""
-    assert text == ""
-    return found
 
 
 def parquet_bytes(folder, columns) -> bytes:

@@ -32,19 +32,9 @@ from lowmem.data.storage import cache_root
 from lowmem.data.text_source import ReadCounters
 from lowmem.engine.build import build_configured_model, keeps_documents_apart
 from lowmem.errors import DataError, StorageError
+from tests.reference.text import documents
 
 MIB = 1024**2
-
-
-def documents(path, errors="fail", counters=None, **settings) -> list[str]:
-    found, text = [], ""
-    for piece in open_source(SourceConfig(path=str(path), **settings), errors).pieces(counters or ReadCounters()):
-        text += piece.text
-        if piece.ends_document:
-            found.append(text)
-            text = ""
-    assert text == ""
-    return found
 
 
 def parquet(path, table) -> None:
