@@ -1,6 +1,6 @@
 """Predictions of memory: what a step imports, and what they count.
 
-Every test here failed before the fault that it names was mended, the parameters aside that are marked as controls.
+Every test here failed before the fault that it names was mended, parameters aside of which a comment says so.
 """
 
 import json
