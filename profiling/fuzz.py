@@ -24,6 +24,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -40,6 +41,8 @@ sys.path.insert(0, str(ROOT))
 DONE, USAGE, BUDGET, DATA, CHECKPOINT, DIVERGED, STORAGE = 0, 2, 3, 4, 5, 6, 7
 ANY = frozenset({DONE, USAGE, BUDGET, DATA, CHECKPOINT, DIVERGED, STORAGE})
 REFUSED = ANY - {DONE}
+# Held while this process forks and while it makes a trial, imports or prints: a fork would keep the locks of the other thread for ever.
+UNDISTURBED = threading.Lock()
 TIME_LIMIT_S = 60.0  # of one trial: ten times what the slowest takes on two busy cores
 ADDRESS_SPACE = 12 << 30  # bytes that a forked trial may map
 _PYTHON_NAMES = re.compile(
@@ -411,7 +414,8 @@ KINDS: dict[str, tuple[Callable[[random.Random, Fixtures, Path], Trial], int]] =
 def run_forked(command: list[str], at: Path) -> tuple[int, str]:
     """Exit code (negative: signal) and output of `lowmem` in a fork of this process; a hang is ended and is -SIGALRM."""
     output = at / "output"
-    child = os.fork()
+    with UNDISTURBED:
+        child = os.fork()
     if not child:
         code = 1
         try:
@@ -503,7 +507,8 @@ def run_trial(kind: str, number: int, seed: int, fixtures: Fixtures, root: Path,
     at.mkdir()
     started = time.monotonic()
     try:
-        trial = KINDS[kind][0](rng, fixtures, at)
+        with UNDISTURBED:
+            trial = KINDS[kind][0](rng, fixtures, at)
         code, output = run_forked(trial.command, at) if trial.act is None else run_fresh(trial, trial.command, at, rng)
         fault = judge(trial, code, output, at)
         if not fault and trial.then:
@@ -580,7 +585,10 @@ def main() -> int:
             for result in work(one for place, one in enumerate(planned) if place % flags.jobs == index):
                 results.append(result)
                 if "fault" in result:
-                    print(f"{result['kind']} {result['number']}: {result['fault']}\n    lowmem {' '.join(result['command'])}", flush=True)
+                    with UNDISTURBED:
+                        print(
+                            f"{result['kind']} {result['number']}: {result['fault']}\n    lowmem {' '.join(result['command'])}", flush=True
+                        )
 
         with ThreadPoolExecutor(flags.jobs) as pool:
             list(pool.map(worker, range(flags.jobs)))
