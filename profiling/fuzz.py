@@ -123,14 +123,14 @@ ODD_VALUES = [*NOT_NUMBERS, "0", "-1", "-0.0", str(2**31), str(2**63), "1.5", "t
               "💥", "a" * 300, "\\x00", "1e-320", "{a: 1}", "../..", "/dev/null", "~", "4", "4XiB", "-3GiB"]  # fmt: skip
 
 
-def numeric_keys(config: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted names of the fields that hold a number by default."""
+def numeric_keys(config: Any, prefix: str = "") -> Iterator[tuple[str, frozenset[int]]]:
+    """Dotted names of the fields that hold a number by default, and the exit codes of one with too many digits for an integer."""
     for field in fields(config):
         value = getattr(config, field.name)
         if is_dataclass(value):
             yield from numeric_keys(value, f"{prefix}{field.name}.")
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield prefix + field.name
+            yield prefix + field.name, frozenset({USAGE}) if isinstance(value, int) else ANY
 
 
 def try_configuration(rng: random.Random, fixtures: Fixtures, at: Path) -> Trial:
@@ -142,11 +142,14 @@ def try_configuration(rng: random.Random, fixtures: Fixtures, at: Path) -> Trial
 
     kind = rng.choice(["number", "number", "value", "value", "yaml", "duplicate", "unknown", "finetune"])
     if kind == "number":
-        key, value = rng.choice(sorted(numeric_keys(RunConfig()))), rng.choice(NOT_NUMBERS)
-        return Trial(f"{key}={value}", fixtures.pretrain(at / "run", f"--{key}={value}"), frozenset({USAGE}))
+        (key, digits), value = rng.choice(sorted(numeric_keys(RunConfig()), key=str)), rng.choice(NOT_NUMBERS)
+        return Trial(
+            f"{key}={value}", fixtures.pretrain(at / "run", f"--{key}={value}"), digits if value == str(10**23) else frozenset({USAGE})
+        )
     if kind == "finetune":
-        key, value = rng.choice(sorted(numeric_keys(FinetuneConfig()))), rng.choice(NOT_NUMBERS)
-        return Trial(f"finetune {key}={value}", fixtures.finetune(at / "out", f"--{key}={value}"), frozenset({USAGE}))
+        (key, digits), value = rng.choice(sorted(numeric_keys(FinetuneConfig()), key=str)), rng.choice(NOT_NUMBERS)
+        allowed = digits if value == str(10**23) else frozenset({USAGE})
+        return Trial(f"finetune {key}={value}", fixtures.finetune(at / "out", f"--{key}={value}"), allowed)
     if kind == "value":
         keys = [key for key in field_docs(RunConfig) if not key.startswith(("logging", "train.steps"))]
         chosen = [f"--{rng.choice(keys)}={rng.choice(ODD_VALUES)}" for _ in range(rng.randint(1, 2))]

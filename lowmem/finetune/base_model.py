@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,13 +103,16 @@ def empty_model(directory: Path, dtype: torch.dtype) -> Any:
 
     Raises:
         ConfigError: transformers is missing.
-        CheckpointError: see `base_config`.
+        CheckpointError: see `base_config`; or the model that is described has tensors without elements.
     """
     config = base_config(directory)
     from transformers import AutoModelForCausalLM
 
-    with _quiet_transformers(), reported_as_damage(directory), torch.device("meta"):
+    with _quiet_transformers(), reported_as_damage(directory), torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # refused below
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    if empty := [f"{name} {tuple(tensor.shape)}" for name, tensor in model.named_parameters() if not tensor.numel()]:
+        raise CheckpointError(f"{directory / 'config.json'} describes tensors without elements: {empty[0]}; restore the file")
     model.config.name_or_path = model.name_or_path = str(directory)
     use_exact_gradients(model)
     return model.to(dtype)

@@ -62,6 +62,22 @@ def test_buffers_of_every_family_are_as_transformers_makes_them(family, tmp_path
     assert torch.equal(logits(load_base(tmp_path, nf4=False)), logits(theirs(tmp_path)))
 
 
+@pytest.mark.parametrize(
+    "key, reason",
+    [
+        ("hidden_size", "describes tensors without elements"), ("intermediate_size", "describes tensors without elements"),
+        ("vocab_size", "is no model that transformers can read"),
+    ],
+)  # fmt: skip
+def test_tensors_without_elements_are_refused(llama, chat, tmp_path, capsys, key, reason):
+    shutil.copytree(llama, tmp_path / "base")
+    change_config(tmp_path / "base", **{key: 0})
+    assert finetune(tmp_path / "base", chat, tmp_path / "out") == 5
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("lowmem: error: ")
+    assert reason in error
+
+
 def test_other_safetensors_beside_the_models_are_left_alone(llama, tmp_path):
     folder = tmp_path / "base"
     shutil.copytree(llama, folder)
