@@ -24,7 +24,8 @@ class OptionParser(argparse.ArgumentParser):
 
 
 def plain_words(message: str) -> str:
-    """What argparse says of an option, without the names of Python's types."""
+    """What argparse says of an option, without the names of Python's types, and with the beginning of long values only."""
+    message = re.sub(r"'(.{40})[^']{40,}'", r"'\1...'", message)
     message = re.sub(r"invalid int value: (.*)", r"\1 is no whole number", message)
     return re.sub(r"invalid float value: (.*)", r"\1 is no number", message)
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from lowmem.data.chat_template import ChatTemplate, load_chat_template
-from lowmem.errors import EXIT_INTERRUPTED, StoppedBySignal
+from lowmem.errors import EXIT_INTERRUPTED, DataError, StoppedBySignal
 from lowmem.generation import GenerationResult, generate, generate_batch
 from lowmem.generation.batch import BATCH_SIZE
 from lowmem.generation.chat import Chat, ChatWriter, prompt_room
@@ -221,5 +221,12 @@ def _speed(result: GenerationResult) -> float:
 
 
 def _read_stdin() -> str:
-    """The whole of stdin as a prompt, less one final newline, as a shell's $(...) does it."""
-    return sys.stdin.read().removesuffix("\n")
+    """The whole of stdin as a prompt, less one final newline, as a shell's $(...) does it.
+
+    Raises:
+        DataError: it is not UTF-8.
+    """
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input is not UTF-8 ({error.reason} at byte {error.start}); convert it") from error

@@ -127,7 +127,7 @@ def token_probabilities(logits_V: torch.Tensor, options: SamplingOptions) -> tor
     if options.temperature == 0:
         return torch.zeros_like(logits_V).index_fill_(0, logits_V.argmax(), 1.0)
     # The maximum is subtracted before dividing: a tiny temperature would otherwise overflow to inf - inf.
-    scaled_V = (logits_V - logits_V.max()) / options.temperature
+    scaled_V = (logits_V - logits_V.max()) / max(options.temperature, torch.finfo(torch.float32).tiny)
     sorted_V, order_V = torch.sort(scaled_V, descending=True, stable=True)
     if options.top_k:
         sorted_V[options.top_k :] = -math.inf

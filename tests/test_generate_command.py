@@ -133,7 +133,7 @@ def test_ctrl_c_ends_one_text_in_a_conversation_and_the_command_otherwise(run, c
         (["--run", "r"], "--prompt is missing; give --prompt TEXT"),
         (["--run", "r", "--prompt", "x", "--top_k", "1.5"], "argument --top_k: '1.5' is no whole number"),
         (["--run", "r", "--prompt", "x", "--top_p", "0"], "top_p is 0.0; allowed"),
-        (["--run", "r", "--prompt", "x", "--max_new_tokens", "0"], "max_new_tokens is 0; allowed: 1 or more"),
+        (["--run", "r", "--prompt", "x", "--max_new_tokens", "0"], "max_new_tokens is 0; allowed: 1 to 2147483647"),
         (["--run", "r", "--prompt", "x", "--checkpoint", "first"], "found 'first'; allowed: latest, best, or a step"),
         (["--run", "r", "--prompt", "x", "--temp", "1"], "unrecognized arguments: --temp 1"),
         (["--run", "r", "--interactive", "--json"], "--interactive and --json exclude each other"),
@@ -297,3 +297,42 @@ def test_only_rotary_positions_past_their_training_are_warned_of(run, monkeypatc
     )
     assert command.generate_main(["--run", "r", "--prompt", "abcdefghijkl", "--max_new_tokens", "5", "--device", "cpu"]) == 0
     assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, code, message",
+    [
+        (["--max_new_tokens", "9" * 21], 2, "allowed: 1 to 2147483647"),
+        (["--seed", "9" * 5000], 2, "'9999999999"),
+        (["--checkpoint", "9" * 5000], 2, "allowed: latest, best, or a step"),
+        (["--temperature", "1e-320"], 0, ""),
+    ],
+    ids=["tokens", "seed", "checkpoint", "temperature"],
+)
+def test_numbers_beyond_reason_get_one_short_line_or_work(run, capsys, options, code, message):
+    words = ["--run", "r", "--prompt", "ab", *options, *([] if "--max_new_tokens" in options else ["--max_new_tokens", "2"])]
+    assert run_command(command.generate_main, words) == code
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    if code:
+        assert error.count("\n") == 1
+        assert len(error) < 300
+        assert message in error
+
+
+def test_a_text_as_long_as_can_be_asked_for_is_refused_by_its_memory(run, capsys):
+    assert run_command(command.generate_main, ["--run", "r", "--prompt", "ab", "--max_new_tokens", str(2**31 - 1)]) == 3
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_standard_input_that_is_no_text_is_told(run, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8"))
+    assert run_command(command.generate_main, ["--run", "r", "--prompt", "-"]) == 4
+    assert "standard input is not UTF-8 (invalid start byte at byte 0)" in capsys.readouterr().err
+
+
+def test_a_file_of_prompts_that_would_fill_the_memory_is_refused(run, capsys, tmp_path):
+    with open(tmp_path / "prompts.txt", "wb") as file:
+        file.truncate(1 << 40)
+    assert run_command(command.generate_main, ["--run", "r", "--prompts_file", str(tmp_path / "prompts.txt")]) == 4
+    assert "has 1024.00 GiB, allowed: 256 MiB" in capsys.readouterr().err

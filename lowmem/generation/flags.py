@@ -4,10 +4,13 @@ import argparse
 from collections.abc import Sequence
 
 from lowmem.arguments import OptionParser
+from lowmem.config_values import shown
 from lowmem.errors import ConfigError
 from lowmem.generation.batch import BATCH_SIZE
 from lowmem.generation.settings import DEFAULTS, HELP, SETTINGS
 from lowmem.sampling import PRESETS
+
+MOST_DIGITS = 18  # of a step: below 64 bits
 
 
 def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
@@ -77,6 +80,6 @@ def _presets() -> str:
 def _checkpoint(text: str) -> int | str:
     if text in ("latest", "best"):
         return text
-    if text.isdecimal():
+    if text.isdecimal() and len(text) <= MOST_DIGITS:
         return int(text)
-    raise argparse.ArgumentTypeError(f"found {text!r}; allowed: latest, best, or a step")
+    raise argparse.ArgumentTypeError(f"found {shown(text)}; allowed: latest, best, or a step")

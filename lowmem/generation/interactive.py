@@ -33,6 +33,9 @@ def converse(
             except EOFError:
                 sys.stderr.write("\n")
                 return
+            except UnicodeDecodeError as error:
+                print(f"that is not UTF-8 ({error.reason})", file=sys.stderr)
+                continue
             except KeyboardInterrupt:  # at the prompt it only clears the line
                 sys.stderr.write("\n")
                 continue

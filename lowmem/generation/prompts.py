@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 
 from lowmem.errors import DataError
+from lowmem.units import format_bytes
+
+LARGEST_FILE = 1 << 28  # bytes; it is read whole
 
 
 def read_prompts(path: str) -> list[str]:
@@ -13,6 +16,8 @@ def read_prompts(path: str) -> list[str]:
         DataError: the file cannot be read, holds no prompt, or a line is no such object.
     """
     try:
+        if (size := Path(path).stat().st_size) > LARGEST_FILE:
+            raise DataError(f"--prompts_file={path} has {format_bytes(size)}, allowed: {format_bytes(LARGEST_FILE)}; divide it")
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # \u2028 and the like end no line
     except OSError as error:
         raise DataError(f"--prompts_file={path} cannot be read ({error.strerror}); check the path") from error

@@ -23,6 +23,7 @@ HELP = {
     "seed": "of the random draws; default: a fresh one, which is reported",
     "max_new_tokens": "most tokens to write",
 }
+MOST_NEW_TOKENS = 2**31 - 1  # far beyond what fits anywhere, so that its memory can still be computed and refused
 DEFAULTS: dict[str, Any] = {**asdict(SamplingOptions()), "max_new_tokens": 200}
 
 
@@ -70,7 +71,7 @@ class Settings:
 
 
 def _checked(values: dict[str, Any]) -> dict[str, Any]:
-    if values["max_new_tokens"] < 1:
-        raise ConfigError(f"max_new_tokens is {values['max_new_tokens']}; allowed: 1 or more")
+    if not 1 <= values["max_new_tokens"] <= MOST_NEW_TOKENS:
+        raise ConfigError(f"max_new_tokens is {values['max_new_tokens']}; allowed: 1 to {MOST_NEW_TOKENS}")
     SamplingOptions(**{item.name: values[item.name] for item in fields(SamplingOptions)})
     return values

@@ -105,6 +105,10 @@ class RunDir:
         self.path = path
         check_place(path, option)
         self._lock = self._acquire()
+        for entry in sorted(path.iterdir()):
+            if entry.exists() and not (entry.is_file() or entry.is_dir()):  # opening a pipe or a device may never end
+                self.close()
+                raise CheckpointError(f"{entry} is a pipe or a device, where a run has a file; remove it")
 
     def start_over(self) -> Path | None:
         """Move what is there to PATH.old-N and begin an empty directory; the new name, None if there was nothing."""

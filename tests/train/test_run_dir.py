@@ -1,11 +1,12 @@
 """The run directory: one writer, comparable settings, metrics that end where the checkpoint is."""
 
 import json
+import os
 
 import pytest
 
 from lowmem.config_load import load_run_config
-from lowmem.errors import ConfigError, StorageError
+from lowmem.errors import CheckpointError, ConfigError, StorageError
 from lowmem.train.run_dir import FREE_KEYS, RESOLVED_KEYS, RunDir, _flat
 
 
@@ -155,3 +156,12 @@ def test_checkpoints_without_their_configuration_are_neither_resumed_nor_lost(tm
         run_dir.check_compatible(config(), resolved=True)
     assert run_dir.start_over() == tmp_path / "run.old-1"
     assert (tmp_path / "run.old-1" / "checkpoints" / "step-00000001").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "memory.json", "tokenizer.json"])
+def test_a_pipe_among_the_files_of_a_run_is_refused_instead_of_waited_for(tmp_path, name):
+    RunDir(tmp_path).close()
+    os.mkfifo(tmp_path / name)
+    for _ in range(2):  # and leaves no lock behind
+        with pytest.raises(CheckpointError, match=f"{name} is a pipe or a device"):
+            RunDir(tmp_path)
