@@ -23,6 +23,7 @@ _OUTPUT_BYTES = 256 * 1024
 # 128 blocks of 4 bytes, each of which can stand for 128 KiB: what one portion makes stays below 17 MiB
 _ZSTD_PORTION_BYTES = 512
 _ZSTD_HEADER_BYTES = 18
+_NOTHING = "it holds nothing, not even a compressed frame"
 _KINDS = (
     (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
     (stat.S_ISDIR, "a folder"),
@@ -89,6 +90,8 @@ def open_regular(path: Path) -> BinaryIO:
 def _decompressed(path: Path, raw: BinaryIO) -> IO[bytes]:
     suffix = strip_compression(path)[1]
     if suffix == ".gz":
+        if not os.fstat(raw.fileno()).st_size:
+            raise EOFError(_NOTHING)  # the library takes it for text of no length
         return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
     makers: dict[str, Callable[[], _Frame]] = {
         ".bz2": bz2.BZ2Decompressor,
@@ -126,6 +129,7 @@ class _FrameReader(io.RawIOBase):
     def __init__(self, raw: BinaryIO, new_frame: Callable[[], _Frame]):
         self._raw, self._new_frame = raw, new_frame
         self._frame: _Frame | None = None
+        self._begun = False
         self._input = b""
         self._output = memoryview(b"")
 
@@ -146,13 +150,15 @@ class _FrameReader(io.RawIOBase):
             self._input = self._raw.read(_INPUT_BYTES)
             if not self._input and self._frame is not None:
                 raise EOFError("the file ends inside a compressed frame")
+            if not self._input and not self._begun:
+                raise EOFError(_NOTHING)
             if not self._input:
                 return False
         if self._frame is None:
             self._input = self._input.lstrip(b"\0")  # tapes and xz pad with zeros
             if not self._input:
                 return True
-            self._frame = self._new_frame()
+            self._frame, self._begun = self._new_frame(), True
         self._output = memoryview(self._frame.decompress(self._input, _OUTPUT_BYTES))
         self._input = b""
         if self._frame.eof:
