@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from lowmem.data.json_lines import distinct_keys
 from lowmem.errors import DataError
 from lowmem.units import format_bytes
 
@@ -32,7 +33,7 @@ def read_prompts(path: str) -> list[str]:
 
 def _from_json(line: str, place: str) -> str:
     try:
-        value = json.loads(line)
+        value = json.loads(line, object_pairs_hook=distinct_keys)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: no JSON ({error}); a .jsonl file has one object a line") from error
     prompt = value.get("prompt") if isinstance(value, dict) else None

@@ -32,6 +32,7 @@ from lowmem.data.storage import cache_root
 from lowmem.data.text_source import ReadCounters
 from lowmem.engine.build import build_configured_model, keeps_documents_apart
 from lowmem.errors import DataError, StorageError
+from lowmem.generation.prompts import read_prompts
 from tests.reference.text import documents
 
 MIB = 1024**2
@@ -529,3 +530,31 @@ def test_documents_are_kept_apart_where_model_teacher_and_device_can(tmp_path, m
     for wanted in (True, False):
         config.data.document_mask = wanted
         assert keeps_documents_apart(config, torch.device(device)) is wanted
+
+
+@pytest.mark.parametrize(
+    "line", ['{"text": "aaaa", "text": "zzzz"}', '{"text": "a", "meta": {"id": 1, "id": 2}}', '{"t\\u0065xt": "a", "text": "b"}']
+)
+def test_a_key_that_occurs_twice_is_refused(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n\n' + line)
+    with pytest.raises(DataError, match=r"a.jsonl:3: .*'(text|id)' occurs twice in one object"):
+        documents(tmp_path / "a.jsonl")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "prompt": "b"}')
+    with pytest.raises(DataError, match=r"p.jsonl:1: no JSON \('prompt' occurs twice in one object\)"):
+        read_prompts(str(tmp_path / "p.jsonl"))
+
+
+@pytest.mark.parametrize("end", ["gz", "xz", "bz2", "zst"])
+def test_an_empty_download_of_a_compressed_file_is_damaged(tmp_path, end):
+    (tmp_path / "a.txt").write_text("good")
+    (tmp_path / "empty.txt").write_text("")
+    assert "".join(documents(tmp_path)) == "good"
+    for name in ("b.txt", "b.jsonl"):
+        for content in (b"", bytes(4096)):  # the second of a program that makes room first
+            (tmp_path / f"{name}.{end}").write_bytes(content)
+            with pytest.raises(DataError, match=f"{name}.{end} is damaged or cut short"):
+                documents(tmp_path)
+        (tmp_path / f"{name}.{end}").unlink()
+    nothing = {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress, "zst": zstandard.ZstdCompressor().compress}[end](b"")
+    (tmp_path / f"c.txt.{end}").write_bytes(nothing)
+    assert "".join(documents(tmp_path)) == "good"
