@@ -1,18 +1,19 @@
 """Conversations from chat records in the usual shapes.
 
     {"messages": [{"role": "user", "content": "..."}, ...]}         also under "conversations", also with "from" and "value"
-    {"prompt": "...", "response": "..."}                            or "completion"
+    {"prompt": "...", "response": "..."}                            or "completion"; each a text or, as in TRL, a list of messages
     {"instruction": "...", "input": "...", "output": "..."}         "input" (or "context") may be empty or missing
     {"text": "[INST] question [/INST] answer [INST] ..."}           or such text as it is, one conversation a line
 
-Beside them may stand "system" (a text may have it within <<SYS>> and <</SYS>> of the first [INST]), "history" (pairs of earlier questions
-and answers, beside a question and an answer), "tools" and "documents" (given to the template), and "weight" or "train". A message may have
-the last two, "reasoning_content" (or "reasoning", "thinking"), "tool_calls", and whatever else its template writes. A weight is 1 or 0,
-"train" true or false: an answer with 0 is read and not learned. Nulls are as missing. What may be content and is not used is refused.
+Beside them may stand "system" (a text may have it within <<SYS>> and <</SYS>> of the first [INST]), "history" (messages, or pairs of
+earlier questions and answers, beside a question and an answer), "tools" and "documents" (given to the template), and "weight" or
+"train". A message may have the last two, "reasoning_content" (or "reasoning", "thinking"), "tool_calls", and whatever else its template
+writes. A weight is 1 or 0, "train" true or false: an answer with 0 is read and not learned, and so is one in a prompt of messages unless
+it has 1. Nulls are as missing. What may be content, and is neither used nor said by what is used, is refused; so are preferences, which
+are not learned.
 """
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,13 +21,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lowmem.data.compression import COMPRESSIONS, open_compressed, strip_compression
-from lowmem.data.json_lines import MAX_LINE_BYTES
+from lowmem.data.json_lines import MAX_LINE_BYTES, distinct_keys, value_kind
 from lowmem.data.text_files import file_format
 from lowmem.data.utf8 import DecodeErrors, Utf8Reader, check_encoding, without_marks
 from lowmem.errors import DataError
 from lowmem.units import format_bytes
 
 Message = dict[str, Any]
+_Turns = tuple[list[Message], list[float | None], list[str]]  # messages, their weights, and what the template has to write
 ROLES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant", "tool": "tool",
 }  # fmt: skip
@@ -37,10 +39,23 @@ _LISTS = ("messages", "conversations", "conversation")
 _ANSWERS = ("response", "completion", "output", "answer")
 _QUESTIONS = ("prompt", "instruction", "question")
 _INPUTS = ("input", "context")
-_SYSTEMS = ("system", "system_prompt")
+_SYSTEMS = ("system", "system_prompt", "system_message", "system_instruction", "system_instructions", "instruction_system")
+_HISTORIES = (
+    "history", "chat_history", "conversation_history", "dialog_history", "dialogue_history", "message_history", "past", "past_messages",
+    "previous_messages",
+)  # fmt: skip
 _FOR_TEMPLATE = ("tools", "documents")
 _WEIGHTS = ("weight", "train")
 _OTHER_WEIGHTS = ("loss", "loss_mask", "loss_scale", "loss_weight", "mask", "masked", "trainable", "training")
+_THOUGHTS = ("chain_of_thought", "cot", "rationale", "reasoning_trace", "thought", "thoughts")
+# fields that are content where they hold more than a number, and for which there is no use here
+_OTHER_CONTENT = (
+    "background", "chat", "contexts", "dialog", "dialogs", "dialogue", "dialogues", "knowledge", "passage", "passages", "turns",
+    "utterances", *_THOUGHTS,
+)  # fmt: skip
+_ASIDES = (*_LISTS, *_QUESTIONS, *_ANSWERS, *_INPUTS, *_HISTORIES, *REASONING, "text", *_OTHER_CONTENT)
+_LABEL = "label"  # true or false: whether an answer is wanted; a number is a class
+_PREFERENCES = ("rejected", "chosen", "rejected_response", "chosen_response")
 # fields of a record that are content, and for which there is no use here
 _UNSUPPORTED = ("functions", "images", "image", "videos", "video", "audio", "audios")
 # fields of a message that name it, not what is said; a template may write them
@@ -51,7 +66,12 @@ _LABELS = frozenset({
     "uuid",
 })  # fmt: skip
 _SYSTEM = re.compile(r"^\s*<<SYS>>(.*?)<</SYS>>\s*", re.DOTALL)
+_PART = '{"type": "text", "text": "..."}'
 _END = re.compile(r"</?s>")
+# whatever is looked at in a record; a table may have other columns, which need not be read
+FIELDS = frozenset({
+    *_ASIDES, *_SYSTEMS, *_FOR_TEMPLATE, *_WEIGHTS, *_OTHER_WEIGHTS, *_UNSUPPORTED, *_PREFERENCES, _LABEL,
+})  # fmt: skip
 CHAT_FORMATS = f".json .jsonl .txt .parquet, also with {' '.join(COMPRESSIONS)}"
 # lone surrogates, and the noncharacters that mark places in a rendered conversation
 _NO_TEXT = re.compile("[\ud800-\udfff\ufdd0-\ufdef]")
@@ -121,7 +141,7 @@ def parse_record(record: Any, place: str, decode_errors: DecodeErrors = "fail", 
         elif isinstance(record, dict):
             conversation = _object_conversation({key: value for key, value in record.items() if value is not None}, place)
         else:
-            raise DataError(f"{place}: found {_kind(record)}, expected an object with {SHAPES}")
+            raise DataError(f"{place}: found {value_kind(record)}, expected an object with {SHAPES}")
     except RecursionError as error:
         raise DataError(f"{place}: the record is nested too deeply; remove what is no conversation") from error
     if not any(message["role"] == "assistant" for message in conversation.messages):
@@ -137,24 +157,25 @@ def without_nulls(value: Any) -> Any:
 
 
 def _object_conversation(record: dict[str, Any], place: str) -> Conversation:
-    found = [name for name in _UNSUPPORTED if _holds(record, name)]
-    if found := [*found, *(name for name in _OTHER_WEIGHTS if isinstance(record.get(name), bool))]:
-        raise DataError(f"{place}: the record has {found[0]!r}, which cannot be used; {_remedy(found[0])}")
+    _refuse_unusable(record, place)
     weights: list[float | None] = []
     needed: list[str] = []
     if listed := next((name for name in _LISTS if record.get(name)), None):
-        _check_unused(record, listed, place)
+        if others := [name for name in _LISTS if _holds(record, name) and record[name] != record[listed]]:
+            raise DataError(f"{place}: the record has both {listed!r} and {others[0]!r}; keep one of them")
+        used = [listed]
         messages, weights, needed = _listed_messages(record[listed], place)
     elif (question := _only(record, _QUESTIONS, place, empty=True)) and (answer := _only(record, _ANSWERS, place, empty=True)):
-        messages, needed = _question_and_answer(record, question, answer, place)
+        (messages, weights, needed), used = _question_and_answer(record, question, answer, place)
     elif "text" in record:
-        _refuse_beside(record, "text", ("history", *_INPUTS, *REASONING), place)
+        used = ["text"]
         messages = _inst_messages(_text(record["text"], "'text'", place), place)
     else:
         raise _no_shape(record, place)
+    _refuse_lost(record, used, messages, place)
     if system := _only(record, _SYSTEMS, place):
-        messages, weights = _with_system(messages, weights, _text(record[system], repr(system), place), place)
-    extras = {name: _for_template(record[name], name, place) for name in _FOR_TEMPLATE if _holds(record, name)}
+        messages, weights = _with_system(messages, weights, _text(record[system], repr(system), place), system, place)
+    extras = {name: items for name in _FOR_TEMPLATE if _holds(record, name) and (items := _for_template(record[name], name, place))}
     whole = _weight(record, place, None)
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     untrained = answers if whole == 0 else [index for index in answers if weights and weights[index] == 0]
@@ -168,65 +189,119 @@ def _no_shape(record: dict[str, Any], place: str) -> DataError:
     return DataError(f"{place}: found the fields {', '.join(map(repr, record)) or 'none'}, expected {SHAPES}")
 
 
-def _check_unused(record: dict[str, Any], listed: str, place: str) -> None:
-    """Refuse fields beside a list of messages that say what no message says."""
-    if others := [name for name in _LISTS if _holds(record, name) and record[name] != record[listed]]:
-        raise DataError(f"{place}: the record has both {listed!r} and {others[0]!r}; keep one of them")
-    turns = [turn for turn in record[listed] if isinstance(turn, dict)] if isinstance(record[listed], list) else []
-    said = {_joined(turn.get(key)) for turn in turns for key in ("content", "value")}
-    asides = (*_QUESTIONS, *_ANSWERS, *_INPUTS)
-    unsaid = [name for name in asides if _holds(record, name) and _joined(record[name]) not in said]
-    _refuse_beside(record, listed, (*unsaid, "history", *REASONING), place)
+def _refuse_unusable(record: dict[str, Any], place: str) -> None:
+    """Refuse fields that are of no use here whatever stands beside them."""
+    if found := next((name for name in _PREFERENCES if _holds(record, name)), None):
+        raise DataError(
+            f"{place}: the record has {found!r}, and preferences are not learned; give the chosen conversation as messages, and remove "
+            "'chosen' and 'rejected'"
+        )
+    unusable = [name for name in _UNSUPPORTED if _holds(record, name)]
+    if unusable := [*unusable, *(name for name in (*_OTHER_WEIGHTS, _LABEL) if isinstance(record.get(name), bool))]:
+        raise DataError(f"{place}: the record has {unusable[0]!r}, which cannot be used; {_remedy(unusable[0])}")
 
 
-def _refuse_beside(record: dict[str, Any], used: str, names: Sequence[str], place: str) -> None:
-    if lost := [name for name in names if _holds(record, name)]:
-        raise DataError(f"{place}: the record has {lost[0]!r} beside {used!r}, which would be lost; make it a message, or remove it")
+def _refuse_lost(record: dict[str, Any], used: Sequence[str], messages: Sequence[Message], place: str) -> None:
+    """Refuse fields that say what no message says: many data sets have the same conversation in several shapes.
+
+    Args:
+        used: fields that the messages were made of.
+    """
+    given = [text for name in used for text in _leaves(record[name]) if text is not None]
+    said = {*given, *(message["content"].strip() for message in messages)}
+    for name in _ASIDES:
+        value = record.get(name)
+        if name in used or not _holds(record, name) or (name in _OTHER_CONTENT and isinstance(value, int | float)):
+            continue
+        # a text may be the whole conversation as a template wrote it
+        if said.issuperset(_leaves(value)) or (name == "text" and isinstance(value, str) and all(text in value for text in given)):
+            continue
+        remedy = "name it 'reasoning_content', or remove it" if name in _THOUGHTS else "make it a message, or remove it"
+        raise DataError(f"{place}: the record has {name!r} beside {used[0]!r}, which would be lost; {remedy}")
 
 
-def _question_and_answer(record: dict[str, Any], question: str, answer: str, place: str) -> tuple[list[Message], list[str]]:
-    asked = _text(record[question], repr(question), place)
-    if given := _only(record, _INPUTS, place):
-        asked += "\n\n" + _text(record[given], repr(given), place)
-    answered: Message = {"role": "assistant", "content": _text(record[answer], repr(answer), place)}
-    reasoning = _only(record, REASONING, place)
-    if reasoning:
-        answered["reasoning_content"] = _text(record[reasoning], repr(reasoning), place)
-    messages = [*_history(record.get("history"), place), {"role": "user", "content": asked}, answered]
-    return messages, ["reasoning_content"] if reasoning else []
+def _leaves(value: Any) -> Iterator[str | None]:
+    """The texts of a field, of its messages and of its lists; None for anything else."""
+    if (text := _joined(value)) is not None:
+        yield text.strip()
+    elif isinstance(value, list):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, dict) and (held := [value[name] for name in ("content", "value", *REASONING) if _holds(value, name)]):
+        yield from _leaves(held)
+    else:
+        yield None
 
 
-def _history(turns: Any, place: str) -> list[Message]:
-    if turns in (None, "", []):
-        return []
+def _question_and_answer(record: dict[str, Any], question: str, answer: str, place: str) -> tuple[_Turns, list[str]]:
+    """What is said, and the fields that it was made of."""
+    used = [question, answer]
+    asked, asked_weights, needed = _side(record, question, "user", place)
+    # as in TRL: of a prompt nothing is learned unless it says so
+    asked_weights = [0.0 if weight is None else weight for weight in asked_weights]
+    if (given := _only(record, _INPUTS, place)) and not _is_turns(record[question]):
+        asked[0]["content"] += "\n\n" + _text(record[given], repr(given), place)
+        used.append(given)
+    answered, answered_weights, more = _side(record, answer, "assistant", place)
+    if not any(message["role"] == "assistant" for message in answered):
+        raise DataError(f"{place}: {answer!r} has no message of the assistant's; remove the record, or add its answer")
+    if (reasoning := _only(record, REASONING, place)) and not _is_turns(record[answer]):
+        answered[0]["reasoning_content"] = _text(record[reasoning], repr(reasoning), place)
+        more = ["reasoning_content"]
+        used.append(reasoning)
+    before: _Turns = ([], [], [])
+    if history := _only(record, _HISTORIES, place):
+        before = _history(record[history], history, place)
+        used.append(history)
+    messages = [*before[0], *asked, *answered]
+    return (messages, [*before[1], *asked_weights, *answered_weights], list(dict.fromkeys([*before[2], *needed, *more]))), used
+
+
+def _is_turns(value: Any) -> bool:
+    """Whether a field is a list of messages, not a text or its parts."""
+    return isinstance(value, list) and any(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value)
+
+
+def _side(record: dict[str, Any], name: str, role: str, place: str) -> _Turns:
+    """What a field says: a text of `role`'s, or messages."""
+    if _is_turns(record[name]):
+        return _listed_messages(record[name], f"{place}: {name!r}")
+    return [{"role": role, "content": _text(record[name], repr(name), place)}], [None], []
+
+
+def _history(turns: Any, name: str, place: str) -> _Turns:
+    if _is_turns(turns):
+        return _listed_messages(turns, f"{place}: {name!r}")
     if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
-        raise DataError(f"{place}: 'history' is no list of pairs [question, answer]; write it so, or use messages")
-    return [
-        {"role": role, "content": _text(text, f"'history' {number}", place)}
+        raise DataError(f"{place}: {name!r} is no list of pairs [question, answer] or of messages; write it so, or use messages")
+    messages = [
+        {"role": role, "content": _text(text, f"{name!r} {number}", place)}
         for number, turn in enumerate(turns)
         for role, text in zip(("user", "assistant"), turn, strict=True)
     ]
+    return messages, [None] * len(messages), []
 
 
-def _with_system(messages: list[Message], weights: list[float | None], system: str, place: str) -> tuple[list[Message], list[float | None]]:
+def _with_system(
+    messages: list[Message], weights: list[float | None], system: str, name: str, place: str
+) -> tuple[list[Message], list[float | None]]:
     if messages and messages[0]["role"] == "system":
         if messages[0]["content"].strip() != system.strip():
-            raise DataError(f"{place}: the record's 'system' is not that of its first message; keep one of them")
+            raise DataError(f"{place}: the record's {name!r} is not that of its first message; keep one of them")
         return messages, weights
     return [{"role": "system", "content": system}, *messages], [None, *weights] if weights else weights
 
 
-def _listed_messages(turns: Any, place: str) -> tuple[list[Message], list[float | None], list[str]]:
-    """Messages, their weights, and the fields that the template has to write."""
+def _listed_messages(turns: Any, place: str) -> _Turns:
     if not isinstance(turns, list):
-        raise DataError(f"{place}: messages is {_kind(turns)}, expected a list of objects with role and content")
+        raise DataError(f"{place}: messages is {value_kind(turns)}, expected a list of objects with role and content")
     messages: list[Message] = []
     weights: list[float | None] = []
     needed: dict[str, None] = {}
     for number, given in enumerate(turns):
         where = f"{place}: message {number}"
         if not isinstance(given, dict):
-            raise DataError(f"{where} is {_kind(given)}, expected an object with role and content")
+            raise DataError(f"{where} is {value_kind(given)}, expected an object with role and content")
         turn = {key: value for key, value in given.items() if value is not None}
         messages.append(_message(turn, where))
         weights.append(_weight(turn, where, messages[-1]["role"]))
@@ -236,6 +311,8 @@ def _listed_messages(turns: Any, place: str) -> tuple[list[Message], list[float 
 
 def _message(turn: dict[str, Any], where: str) -> Message:
     role = turn.get("role", turn.get("from"))
+    if role is None:
+        raise DataError(f"{where} has no role, allowed: {', '.join(ROLES)}")
     if not isinstance(role, str) or role not in ROLES:
         raise DataError(f"{where} has the role {_shown(role)}, allowed: {', '.join(ROLES)}")
     if "content" in turn and "value" in turn and _joined(turn["content"]) != _joined(turn["value"]):
@@ -257,7 +334,7 @@ def _needed(message: Message, where: str) -> Iterator[str]:
             raise DataError(f"{where} has {name!r}, which cannot be used; {_remedy(name)}")
         if name in REASONING:
             if value != "" and not isinstance(value, str):
-                raise DataError(f"{where}: {name!r} is {_kind(value)}, expected text")
+                raise DataError(f"{where}: {name!r} is {value_kind(value)}, expected text")
             if value != "":
                 yield "reasoning_content"
         elif name not in ("role", "content") and name not in _LABELS and isinstance(value, str | list | dict) and value:
@@ -284,7 +361,10 @@ def _weight(record: dict[str, Any], place: str, role: str | None) -> float | Non
 def _for_template(value: Any, name: str, place: str) -> list[Any]:
     """tools and documents: a list of objects, also written as JSON."""
     if isinstance(value, str):
-        value, _ = _decoded(value.strip(), 0, f"{place}: {name!r}", "a list of objects")
+        text = value.strip()
+        value, end = _decoded(text, 0, f"{place}: {name!r}", "a list of objects")
+        if end < len(text):
+            raise DataError(f"{place}: {name!r} goes on after its list with {_shown(text[end:].strip())}; write one list of objects")
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise DataError(f"{place}: {name!r} is no list of objects, as the template takes it; write it so, or remove it")
     return value
@@ -331,10 +411,23 @@ def _text(value: Any, name: str, place: str) -> str:
     text = _joined(value)
     if text is None:
         if isinstance(value, list) and (other := next((part for part in value if _joined([part]) is None), None)) is not None:
-            kind = other.get("type") if isinstance(other, dict) else _kind(other)
-            raise DataError(f"{place}: {name} has a part of type {_shown(kind)}; only text can be learned, remove it")
-        raise DataError(f"{place}: {name} is {'missing or null' if value is None else _kind(value)}, expected text")
+            raise DataError(f"{place}: {name} has {_part(other)}")
+        raise DataError(f"{place}: {name} is {'missing or null' if value is None else value_kind(value)}, expected text")
     return text
+
+
+def _part(part: Any) -> str:
+    """What a part of a content is that is no text, and what to do about it."""
+    if isinstance(part, str):
+        return f"a part that is text by itself; write {_PART}, or join the parts"
+    if not isinstance(part, dict):
+        return f"a part that is {value_kind(part)}; only text can be learned, remove it"
+    kind = "text" if part.get("type") is None else part["type"]
+    if kind != "text":
+        return f"a part of type {_shown(kind)}; only text can be learned, remove it"
+    if part.get("text") is None:
+        return f"a part without 'text'; write {_PART}, or remove it"
+    return f"a part whose 'text' is {value_kind(part['text'])}, expected text; mend or remove it"
 
 
 def _joined(value: Any) -> str | None:
@@ -345,7 +438,7 @@ def _joined(value: Any) -> str | None:
         return None
     texts: list[str] = []
     for part in value:
-        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
+        text = part.get("text") if isinstance(part, dict) and part.get("type") in (None, "text") else None
         if not isinstance(text, str):
             return None
         texts.append(text)
@@ -476,7 +569,6 @@ class _JsonList:
 
 def _parquet_rows(path: Path, remedy: str) -> Iterator[Any]:
     try:
-        from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise DataError(f"{path} needs pyarrow; pip install 'lowmem[hub]'") from error
@@ -486,14 +578,21 @@ def _parquet_rows(path: Path, remedy: str) -> Iterator[Any]:
             names = file.schema_arrow.names
             if doubled := next((name for name in names if names.count(name) > 1), None):
                 raise DataError(f"{path} has two columns {doubled!r}; rename or remove one")
-            for rows in file.iter_batches(batch_size=_BATCH_ROWS):
+            if not FIELDS.intersection(names):
+                raise _no_shape(dict.fromkeys(names, ""), str(path))
+            # of the others the names are enough: messages tell what was found
+            unread = dict.fromkeys((name for name in names if name not in FIELDS), "")
+            for rows in file.iter_batches(batch_size=_BATCH_ROWS, columns=[name for name in names if name in FIELDS]):
                 for number in range(rows.num_rows):
-                    yield without_nulls(rows.slice(number, 1).to_pylist()[0])
+                    yield unread | without_nulls(rows.slice(number, 1).to_pylist()[0])
                     done += 1
+    except (DataError, MemoryError):
+        raise
     except UnicodeDecodeError as error:
         raise DataError(f"{path}:{done + 1}: a text is not UTF-8 ({error.reason}); {remedy}") from error
-    except (OSError, ValueError, ArrowException) as error:
-        raise DataError(f"{path}:{done + 1}: cannot be read ({' '.join(str(error).split())}); restore the file") from error
+    except Exception as error:  # for dates beyond those of Python, time zones that it lacks and the like pyarrow passes on what it is told
+        reason = " ".join(str(error).split()) or "for no reason that pyarrow gives"
+        raise DataError(f"{path}:{done + 1}: cannot be read ({reason}); restore the file, or convert its columns") from error
 
 
 class _UnfinishedError(DataError):
@@ -512,39 +611,21 @@ def _decoded(text: str, position: int, place: str, expected: str) -> tuple[Any, 
         raise DataError(f"{place}: malformed JSON ({error}); expected {expected}") from error
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} occurs twice in one object")
-    return value
-
-
 def _integer(digits: str) -> int:
     if len(digits) > _MAX_DIGITS:
         raise ValueError(f"an integer of {len(digits)} digits, allowed: {_MAX_DIGITS}")
     return int(digits)
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_distinct, parse_int=_integer)
+_DECODER = json.JSONDecoder(object_pairs_hook=distinct_keys, parse_int=_integer)
 
 
 def _remedy(name: str) -> str:
-    if name in _OTHER_WEIGHTS:
+    if name in (*_OTHER_WEIGHTS, _LABEL):
         return "write 'weight': 0 or 'train': false for what is not to be learned"
     return "write 'tools'" if name == "functions" else "only text can be learned, remove it"
 
 
-def _kind(value: Any) -> str:
-    """What a value is called in JSON."""
-    if isinstance(value, bool):
-        return "a boolean"
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"{value}"
-    kinds = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", type(None): "null"}
-    return kinds.get(type(value), "no JSON")
-
-
 def _shown(value: Any) -> str:
-    text = repr(value) if not isinstance(value, bool) else str(value).lower()
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 
 from lowmem.config import SourceConfig
-from lowmem.data.chat_records import CHAT_FORMATS, CONVERT, Conversation, chat_format, parse_record, read_conversations, without_nulls
+from lowmem.data.chat_records import (
+    CHAT_FORMATS,
+    CONVERT,
+    FIELDS,
+    Conversation,
+    chat_format,
+    parse_record,
+    read_conversations,
+    without_nulls,
+)
 from lowmem.data.chat_template import ChatTemplate
 from lowmem.data.pieces import Piece, document_pieces, utf8_size
 from lowmem.data.progress import DataProgress, ProgressCallback
@@ -71,7 +80,7 @@ class ChatSource(TextSource):
         if self._config.hub:
             from lowmem.data.hub import load_hub_rows
 
-            for number, row in enumerate(load_hub_rows(self._config), start=1):
+            for number, row in enumerate(load_hub_rows(self._config, FIELDS), start=1):
                 yield parse_record(without_nulls(dict(row)), f"{self.label}: row {number}", self._decode_errors, self._remedy)
 
 

@@ -1,6 +1,6 @@
 """Hugging Face datasets as text."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +39,28 @@ def load_hub_dataset(config: SourceConfig) -> Any:
     return dataset.select_columns([config.text_field])
 
 
-def load_hub_rows(config: SourceConfig) -> Iterable[dict[str, Any]]:
-    """The rows of a hub dataset with all columns, for records that are more than a text.
+def load_hub_rows(config: SourceConfig, fields: Container[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a hub dataset, for records that are more than a text.
 
+    Args:
+        fields: columns to read; of the others a row has the names, with "".
     Raises:
-        DataError: see `load_hub_dataset`.
+        DataError: see `load_hub_dataset`; or a row has what Python cannot hold.
     """
     try:
         import datasets
     except ImportError as error:
         raise DataError("hub datasets need the datasets package: pip install 'lowmem[hub]'") from error
     what = f"cannot load the dataset {config.hub!r}, split {config.split!r}"
-    return call_hub(what, datasets.load_dataset, config.hub, config.subset or None, split=config.split)
+    dataset = call_hub(what, datasets.load_dataset, config.hub, config.subset or None, split=config.split)
+    columns = dataset.column_names
+    if not any(name in fields for name in columns):
+        raise DataError(f"the dataset {config.hub!r} has the columns {', '.join(map(repr, columns))}, none of which a conversation has")
+    unread = dict.fromkeys((name for name in columns if name not in fields), "")
+    rows, number = iter(dataset.select_columns([name for name in columns if name in fields])), 0
+    while (row := call_hub(f"reading the dataset {config.hub!r} after row {number}", next, rows, None)) is not None:
+        number += 1
+        yield unread | row
 
 
 def call_hub(what: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -38,6 +38,10 @@ def said(template: str, record) -> str:
         {"system_prompt": "S", "messages": [USER, ASSISTANT]},
         {"system": "S", "text": "[INST] a [/INST] b"},
         {"system": "S", "messages": [{"role": "system", "content": "S"}, USER, ASSISTANT]},
+        {"system_message": "S", "messages": [USER, ASSISTANT]},
+        {"instruction_system": "S", "prompt": "a", "response": "b"},
+        {"prompt": [{"role": "system", "content": "S"}, USER], "completion": [ASSISTANT]},
+        {"system": "S", "prompt": [USER], "completion": "b"},
     ],
 )
 def test_a_system_text_beside_the_messages_is_their_first(record):
@@ -49,6 +53,38 @@ def test_history_comes_before_the_question():
     earlier = [{"role": role, "content": text} for role, text in (("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2"))]
     assert parsed(record).messages == [*earlier, USER, ASSISTANT]
     assert parsed({"instruction": "a", "context": "c", "response": "b"}).messages[0]["content"] == "a\n\nc"
+    pairs = {"prompt": "a", "response": "b", "chat_history": [["q1", "a1"], ["q2", "a2"]]}
+    assert parsed(pairs).messages == parsed(pairs | {"chat_history": earlier}).messages == [*earlier, USER, ASSISTANT]
+
+
+def test_what_other_fields_repeat_is_not_lost():
+    """As in Alpaca, UltraChat and others, which give the same in several shapes."""
+    alpaca = {
+        "instruction": "a",
+        "input": "c",
+        "output": "b",
+        "text": "Below is a task.\n### Instruction:\na\n\n### Input:\nc\n### Response:\nb",
+    }
+    assert parsed(alpaca).messages == [USER | {"content": "a\n\nc"}, ASSISTANT]
+    for beside in (
+        {"prompt": "a"},
+        {"text": "USER: a ASSISTANT: b</s>"},
+        {"dialogue": [USER, ASSISTANT]},
+        {"past": [["a", "b"]]},
+        {"turns": 1},
+    ):
+        assert parsed({"messages": [USER, ASSISTANT], **beside}).messages == [USER, ASSISTANT]
+    assert parsed({"text": "[INST] a [/INST] b", "prompt": "a", "answer": "b"}).messages == [USER, ASSISTANT]
+    assert parsed({"prompt": "a", "response": "b", "tools": "[]"}).needed == ()
+
+
+def test_a_prompt_and_a_completion_of_messages_are_a_conversation_of_which_the_completion_is_learned():
+    again = {"role": "assistant", "content": "c"}
+    record = {"prompt": [USER, ASSISTANT, USER], "completion": [again]}
+    assert parsed(record).messages == [USER, ASSISTANT, USER, again]
+    assert said(DEFAULT_TEMPLATE, record) == " c<|endoftext|>"
+    assert said(DEFAULT_TEMPLATE, record | {"prompt": [USER, ASSISTANT | {"weight": 1}, USER]}) == " b<|endoftext|> c<|endoftext|>"
+    assert said(WRITER, {"prompt": "a", "completion": [ASSISTANT | {"reasoning_content": "c"}]}) == "assistant: cb|"
 
 
 @pytest.mark.parametrize(
@@ -97,6 +133,27 @@ def test_an_answer_of_weight_0_is_read_and_not_learned():
         ({"prompt": "a\ud800", "response": "b"}, r"the lone surrogate U\+D800, which is no character"),
         ({"prompt": "a\ufdd2", "response": "b"}, r"the noncharacter U\+FDD2"),
         ({"prompt": "a", "response": "b", "tools": "[1"}, "'tools': malformed JSON"),
+        ({"prompt": "a", "response": "b", "tools": '[{"a":1}] {"b":2}'}, "'tools' goes on after its list with '{\"b\":2}'"),
+        ({"prompt": "a", "response": "b", "documents": '[{"a":1}]]'}, "'documents' goes on after its list with ']'"),
+        ({"messages": [USER, ASSISTANT], "text": "[INST]other[/INST]more"}, "'text' beside 'messages', which would be lost"),
+        ({"messages": [USER, ASSISTANT], "chat_history": [["q", "a"]]}, "'chat_history' beside 'messages', which would be lost"),
+        ({"messages": [USER, ASSISTANT], "past": [{"role": "user", "content": "q"}]}, "'past' beside 'messages'"),
+        ({"prompt": "a", "response": "b", "dialogue": [USER, {"role": "user", "content": "c"}]}, "'dialogue' beside 'prompt'"),
+        ({"prompt": "a", "response": "b", "text": "c"}, "'text' beside 'prompt'"),
+        ({"prompt": "a", "response": "b", "rationale": "c"}, "'rationale' beside 'prompt', .*; name it 'reasoning_content'"),
+        ({"prompt": "c", "text": "[INST] a [/INST] b"}, "'prompt' beside 'text'"),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": CALLS}], "input": [1]}, "'input' beside 'messages'"),
+        ({"system_message": "S", "messages": [{"role": "system", "content": "T"}, USER, ASSISTANT]}, "'system_message' is not that of"),
+        ({"prompt": "a", "completion": "b", "label": False}, "'label', which cannot be used; write 'weight': 0"),
+        ({"chosen": [USER, ASSISTANT], "rejected": [USER, ASSISTANT]}, "has 'rejected', and preferences are not learned; give the chosen"),
+        ({"messages": [USER, ASSISTANT], "rejected": "c"}, "has 'rejected', and preferences are not learned"),
+        ({"prompt": [USER], "completion": [ASSISTANT], "input": "c"}, "'input' beside 'prompt', which would be lost"),
+        ({"prompt": [USER, ASSISTANT], "completion": [USER]}, "'completion' has no message of the assistant's"),
+        ({"prompt": [USER, {"content": "x"}], "completion": [ASSISTANT]}, "'prompt': message 1 has no role, allowed: system"),
+        ({"messages": [USER | {"role": None}, ASSISTANT]}, "message 0 has no role, allowed: system"),
+        ({"prompt": [{"txet": "a"}], "response": "b"}, "'prompt' has a part without 'text'; write"),
+        ({"prompt": [{"type": "text", "text": ["a"]}], "response": "b"}, "'prompt' has a part whose 'text' is a list, expected text"),
+        ({"prompt": ["a", None], "response": "b"}, "'prompt' has a part that is text by itself; write"),
     ],
 )
 def test_what_would_be_lost_or_misread_is_refused_with_its_place(record, message):
@@ -260,3 +317,28 @@ def test_parquet_that_cannot_be_read_names_the_row(tmp_path):
     pyarrow.parquet.write_table(doubled, tmp_path / "b.parquet")
     with pytest.raises(DataError, match="b.parquet has two columns 'prompt'; rename or remove one"):
         read(tmp_path / "b.parquet")
+
+
+def test_parquet_columns_that_no_record_uses_may_hold_what_python_cannot(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {"prompt": ["a"] * 3, "response": ["b"] * 3}
+    far = [
+        pyarrow.array([10**14] * 3, pyarrow.timestamp("s")), pyarrow.array([2**62] * 3, pyarrow.duration("s")),
+        pyarrow.array([2**31 - 1] * 3, pyarrow.int32()).cast(pyarrow.date32()), pyarrow.array([0] * 3, pyarrow.timestamp("s", "No/Where")),
+    ]  # fmt: skip
+    for number, column in enumerate(far):
+        pyarrow.parquet.write_table(pyarrow.table({"created": column, **columns}), tmp_path / f"{number}.parquet")
+        assert read(tmp_path / f"{number}.parquet") == [[USER, ASSISTANT]] * 3
+    used = pyarrow.StructArray.from_arrays([pyarrow.array(["user"] * 3), pyarrow.array(["a"] * 3), far[0]], ["role", "content", "created"])
+    lists = pyarrow.ListArray.from_arrays([0, 1, 2, 3], used)
+    pyarrow.parquet.write_table(pyarrow.table({"messages": lists}), tmp_path / "used.parquet")
+    with pytest.raises(DataError, match=r"used.parquet:1: cannot be read \(.+\); restore the file, or convert its columns"):
+        read(tmp_path / "used.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"created": far[0], "reply": ["b"] * 3}), tmp_path / "none.parquet")
+    with pytest.raises(DataError, match="none.parquet: found the fields 'created', 'reply', expected messages"):
+        read(tmp_path / "none.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"], "reply": ["b"]}), tmp_path / "half.parquet")
+    with pytest.raises(DataError, match="half.parquet:1: found the fields 'reply', 'prompt', expected messages"):
+        read(tmp_path / "half.parquet")
