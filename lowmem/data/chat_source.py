@@ -30,7 +30,7 @@ from lowmem.data.tokenizers import Tokenizer
 from lowmem.data.utf8 import DecodeErrors
 from lowmem.errors import DataError
 
-_FORMAT = 2
+_FORMAT = 3  # another number where the same records give other tokens, so that those made before are not taken
 _SAID = 1 << 31  # the bit of a token that the assistant says
 _INDEX = "index.json"
 _REPORT_CONVERSATIONS = 256

@@ -9,7 +9,6 @@ one for a space of the template and the word after it. Names of special tokens a
 text where a record does.
 """
 
-import json
 import re
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ import numpy as np
 
 from lowmem.data.chat_records import REASONING, Conversation, Message
 from lowmem.data.compression import open_regular
-from lowmem.data.hf_tokenizer import name_pattern, split_names
+from lowmem.data.hf_tokenizer import name_pattern, read_tokenizer_config, split_names
 from lowmem.data.storage import storage_errors, write_json
 from lowmem.data.template_worker import CLOSE, OPEN, WORKER, TemplateFailure
 from lowmem.data.tokenizers import END_OF_TEXT, Tokenizer
@@ -67,7 +66,6 @@ class ChatTemplate:
     ):
         self.source, self.bos_token, self.eos_token, self.place = source, bos_token, eos_token, place
         self.names = {**(names or {}), "bos_token": bos_token, "eos_token": eos_token}
-        self._used: set[str] = set()
         self._ask({})
 
     def render(self, conversation: Conversation | Sequence[Message], add_generation_prompt: bool = False) -> str:
@@ -96,10 +94,11 @@ class ChatTemplate:
                 of the assistant's changes with it.
         """
         conversation = _conversation(conversation)
-        self._check_used(conversation)
         special = {**tokenizer.special_tokens(), **({self.eos_token: tokenizer.eos_id} if self.eos_token else {})}
         guarded = _guarded(conversation, special)
         marked, answers, end = self._prompt(guarded) if add_generation_prompt else self._answers(guarded)
+        if guarded.needed:
+            self._check_used(guarded, self._rendered(guarded, False)[0] if add_generation_prompt else marked)
         marked = marked.replace(_ESCAPED, _BREAK * len(_ESCAPED))
         parts = [(_MARKS.sub("", part), token) for part, token in split_names(marked, special)]
         ids, covered = tokenizer.encode_parts([part for part in parts if part[0]])
@@ -190,21 +189,43 @@ class ChatTemplate:
             return text, [span for span in answers if span[1] <= len(prompt)], len(prompt)
         return prompt + _PROBE, [], len(prompt)
 
-    def _check_used(self, conversation: Conversation) -> None:
-        """Refuse what a record has and the template does not write."""
+    def _check_used(self, conversation: Conversation, written: str) -> None:
+        """Refuse what a record has and the template does not write.
+
+        That it names a field says little: it may do so in a comment, or where a condition never holds.
+
+        Args:
+            written: the conversation as the template writes it.
+        """
+        messages = conversation.messages
         for name in conversation.needed:
-            names = REASONING if name in REASONING else (name,)
-            if name in self._used or re.search(rf"\\b({'|'.join(map(re.escape, names))})\\b", self.source):
-                self._used.add(name)
+            if self._writes(conversation, name, written):
                 continue
-            messages = [{key: value for key, value in message.items() if key not in names} for message in conversation.messages]
-            extras = {key: value for key, value in conversation.extras.items() if key != name}
-            without = Conversation(messages, conversation.place, extras=extras)
-            if self._rendered(conversation, False)[0] == self._rendered(without, False)[0]:
+            # many templates write the reasoning of the last answer alone
+            ends = [number for number, message in enumerate(messages, 1) if name in REASONING and message.get(name)]
+            if not any(self._writes(replace(conversation, messages=messages[:end]), name) for end in ends):
                 raise DataError(
                     f"{_where(conversation)}{self.place} does not write {name!r}, which the record has; take a template that does, or "
                     "remove it from the records"
                 )
+
+    def _writes(self, conversation: Conversation, name: str, written: str | None = None) -> bool:
+        """Whether a conversation is written otherwise without a field.
+
+        Args:
+            written: the conversation as the template writes it, where that is known.
+        """
+        names = REASONING if name in REASONING else (name,)
+        messages = [{key: value for key, value in message.items() if key not in names} for message in conversation.messages]
+        extras = {key: value for key, value in conversation.extras.items() if key != name}
+        try:
+            written = self._rendered(conversation, False)[0] if written is None else written
+        except DataError:  # it takes no such part of a conversation
+            return False
+        try:
+            return written != self._rendered(replace(conversation, messages=messages, extras=extras), False)[0]
+        except DataError:  # it asks for the field
+            return True
 
     def _rendered(
         self, conversation: Conversation, add_generation_prompt: bool, prefixes: Sequence[tuple[int, bool]] = ()
@@ -234,7 +255,7 @@ def load_chat_template(directory: str | Path, tokenizer: Tokenizer | None = None
         DataError: there is none, or it is damaged.
     """
     folder = Path(directory)
-    path, config = folder / TEMPLATE_FILE, _tokenizer_config(folder / "tokenizer_config.json")
+    path, config = folder / TEMPLATE_FILE, read_tokenizer_config(folder / "tokenizer_config.json")
     source: Any = config.get("chat_template")
     place = str(folder / "tokenizer_config.json")
     if path.is_file():
@@ -257,10 +278,10 @@ def choose_chat_template(file: str, folder: Path | None, tokenizer: Tokenizer | 
     """
     eos = END_OF_TEXT if tokenizer is None else tokenizer.decode([tokenizer.eos_id])
     if file:
-        config = {} if folder is None else _tokenizer_config(folder / "tokenizer_config.json")
+        config = {} if folder is None else read_tokenizer_config(folder / "tokenizer_config.json")
         return _named(_read_template(Path(file).expanduser(), file), {**config, "eos_token": eos}, eos, file)
     if folder is not None and (
-        (folder / TEMPLATE_FILE).exists() or _tokenizer_config(folder / "tokenizer_config.json").get("chat_template")
+        (folder / TEMPLATE_FILE).exists() or read_tokenizer_config(folder / "tokenizer_config.json").get("chat_template")
     ):
         return load_chat_template(folder, tokenizer)
     return ChatTemplate(DEFAULT_TEMPLATE, eos_token=eos, place="lowmem's template")
@@ -277,17 +298,7 @@ def save_chat_template(template: ChatTemplate, directory: Path) -> None:
     path = directory / "tokenizer_config.json"
     missing = {name: token for name, token in template.names.items() if token and name != "eos_token"}
     if missing:
-        write_json(path, {**_tokenizer_config(path), **missing, "eos_token": template.eos_token})
-
-
-def _tokenizer_config(path: Path) -> dict:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read ({error}); mend or remove it") from error
-    return values if isinstance(values, dict) else {}
+        write_json(path, {**read_tokenizer_config(path), **missing, "eos_token": template.eos_token})
 
 
 def _read_template(path: Path, place: str) -> str:

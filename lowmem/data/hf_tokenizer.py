@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lowmem.data.compression import open_regular
+from lowmem.data.json_lines import value_kind
 from lowmem.data.storage import write_json
 from lowmem.data.tokenizer_probe import check_foreign_tokenizer
 from lowmem.data.tokenizers import END_OF_TEXT, TextPart, Tokenizer, surrogate_error
@@ -288,14 +289,31 @@ def _usual_end(tokenizer: Any) -> str:
     return next((name for name in _END_NAMES if tokenizer.token_to_id(name) is not None), END_OF_TEXT)
 
 
-def _companion_end(path: Path) -> str:
+def read_tokenizer_config(path: Path) -> dict[str, Any]:
+    """What a tokenizer_config.json says; empty where there is none.
+
+    Raises:
+        DataError: it cannot be read, is no JSON object, or has what is no text.
+    """
     try:
         with open_regular(path) as file:
-            named = json.loads(file.read().decode()).get("eos_token") or ""
+            values = json.loads(file.read().decode())
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds {value_kind(values)}, expected an object")
+        # a name with half a character can be neither encoded nor saved
+        json.dumps(values, ensure_ascii=False).encode()
     except FileNotFoundError:
-        return ""
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        return {}
+    except UnicodeEncodeError as error:
+        code = ord(error.object[error.start])
+        raise DataError(f"{path} holds the lone surrogate U+{code:04X}, which is no character; mend or remove it") from error
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error}); mend or remove it") from error
+    return values
+
+
+def _companion_end(path: Path) -> str:
+    named = read_tokenizer_config(path).get("eos_token") or ""
     named = named.get("content", "") if isinstance(named, dict) else named
     if not isinstance(named, str):
         raise DataError(f"{path} cannot be read (eos_token is no text); mend or remove it")

@@ -8,6 +8,7 @@ a child that knows nothing but Jinja. It starts with the first template, renders
 import contextlib
 import json
 import os
+import re
 import resource
 import select
 import signal
@@ -29,6 +30,8 @@ OUTPUT_FACTOR = 16
 _ADDRESS_BYTES = 2**30  # of libraries mapped on top of the data
 _LENGTH = struct.Struct("<Q")
 _MESSAGE_CHARS = 300
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_LOCALS = re.compile(r"\b(\w+\.)+<locals>\.")  # where a function is defined here, which Python writes before its name
 
 
 class TemplateFailure(Exception):
@@ -165,6 +168,9 @@ def _answer(request: dict[str, Any], size: int, compiled: dict[str, Any]) -> dic
         most = OUTPUT_BYTES + OUTPUT_FACTOR * size
         if len(text) > most:
             return {"error": f"it writes {len(text)} characters, allowed: {most} for this conversation"}
+        # before JSON makes a character of two
+        if not text.isascii() and (found := _SURROGATE.search(text)):
+            return {"error": f"it writes the lone surrogate U+{ord(found[0]):04X}, which is no character"}
         return {"text": text, "prefixes": [_prefix(template, variables, text, *prefix) for prefix in request["prefixes"]]}
     except ImportError:
         return {"error": "Jinja is not installed", "missing": True}
@@ -188,6 +194,7 @@ def _prefix(template: Any, variables: dict[str, Any], whole: str, count: int, pr
 
 def _reason(error: Exception) -> str:
     told = error.msg if isinstance(error, SyntaxError) else str(error)  # less the place in the code that Jinja made
+    told = _LOCALS.sub("", told)
     text = " ".join(told.split()) or "it fails without a reason"
     return text if len(text) <= _MESSAGE_CHARS else f"{text[:_MESSAGE_CHARS]}..."
 
@@ -202,10 +209,13 @@ def _functions() -> dict[str, Callable[..., Any]]:
 
     now = datetime.now()
 
-    def raise_exception(message: Any) -> None:
+    def raise_exception(message: Any = "it calls raise_exception without a message") -> None:
         raise ValueError(message)
 
-    return {"raise_exception": raise_exception, "strftime_now": lambda form: now.strftime(form)}
+    def strftime_now(format: str) -> str:
+        return now.strftime(format)
+
+    return {"raise_exception": raise_exception, "strftime_now": strftime_now}
 
 
 def _compile(source: str) -> Any:

@@ -10,6 +10,7 @@ from lowmem.data import template_worker
 from lowmem.data.chat_records import parse_record
 from lowmem.data.chat_template import DEFAULT_TEMPLATE, ChatTemplate, choose_chat_template, load_chat_template
 from lowmem.data.simple_tokenizers import ByteTokenizer
+from lowmem.data.tokenizers import load_tokenizer
 from lowmem.errors import DataError
 from lowmem.generation.chat import Chat
 from tests.reference.conversations import CHATML, MARKED, TALK, VICUNA, check_ids_of_the_whole_conversation
@@ -77,6 +78,11 @@ REASONS = {
     "always the same": "writes nothing of what the assistant says; mend the template",
     "{% generation %}{% generation %}x{% endgeneration %}{% endgeneration %}": "nests {% generation %} blocks",
     "{{ messages[0].content.encode('x') }}": "refuses a conversation",
+    "{{ raise_exception() }}": "refuses a conversation .it calls raise_exception without a message",
+    "{{ raise_exception(1, 2) }}": "refuses a conversation .raise_exception.. takes",
+    "{{ strftime_now() }}": "refuses a conversation .strftime_now.. missing 1",
+    "{{ messages | tojson(a=1) }}": "refuses a conversation .tojson.. got an unexpected",
+    '{{ "\\ud83d" }}{{ "\\ude00" }}': r"refuses a conversation .it writes the lone surrogate U.D83D, which is no character",
     "{{ raise_exception('roles must alternate') }}": "refuses a conversation .roles must alternate",
     "{{ raise_exception('x' * 10000) }}": r"refuses a conversation .x{300}\.\.\..; mend the record",
     "{% include 'x' %}": "refuses a conversation .no loader",
@@ -142,3 +148,75 @@ def test_a_template_that_is_no_file_is_refused(tmp_path):
     (tmp_path / "huge.jinja").write_bytes(b"x" * (2**20 + 1))
     with pytest.raises(DataError, match="is longer than 1 MiB"):
         choose_chat_template(str(tmp_path / "huge.jinja"), None, None)
+
+
+@pytest.mark.parametrize("kind", ["first", "unigram"])
+def test_half_a_character_in_a_template_is_refused_with_record_and_template(kind):
+    template = ChatTemplate('{{ "\\ud800" }}{% for m in messages %}{{ m.content }}|{% endfor %}', place="half.jinja")
+    record = parse_record({"prompt": "a", "response": "b"}, "f:1")
+    for use in (
+        lambda: template.encode(tokenizer_of(kind), record),
+        lambda: template.encode(ByteTokenizer(), record),
+        lambda: template.render(record),
+    ):
+        with pytest.raises(DataError, match=r"^f:1: half.jinja refuses a conversation \(it writes the lone surrogate U\+D800"):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"eos_token": "\\ud800"}', r"holds the lone surrogate U\+D800, which is no character"),
+        ('{"chat_template": "{# \\ud800 #}{{ messages }}"}', r"holds the lone surrogate U\+D800, which is no character"),
+        ("[]", "cannot be read .it holds a list, expected an object"),
+        ('"x"', "cannot be read .it holds text, expected an object"),
+        ("[" * 10**5, "cannot be read"),
+    ],
+)
+def test_a_damaged_tokenizer_config_is_refused_in_one_line(tmp_path, content, reason):
+    library("first").save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    for use in (load_chat_template, load_tokenizer, lambda folder: choose_chat_template("", folder, None)):
+        with pytest.raises(DataError, match=f"tokenizer_config.json {reason}.*; mend or remove it$"):
+            use(tmp_path)
+
+
+USER, THOUGHT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "hm"}
+PLAIN = {"role": "assistant", "content": "c"}
+WRITES = "{% for m in messages %}[IFS]{{ m.content }}|{% endfor %}"
+
+
+def encoded(source: str, record: dict) -> str:
+    return ByteTokenizer().decode(ChatTemplate(source).encode(ByteTokenizer(), parse_record(record, "f:1"))[0].tolist())
+
+
+def test_reasoning_that_is_written_for_the_last_answer_alone_may_stand_at_others():
+    """As in Qwen3's template."""
+    thinks = "{% if loop.last and m.reasoning_content %}{{ m.reasoning_content }}{% endif %}"
+    last = WRITES.replace("[IFS]", "{% generation %}" + thinks).replace("|", "{% endgeneration %}|")
+    assert encoded(last, {"messages": [USER, THOUGHT, USER, PLAIN]}) == "a|b|a|c|"
+    assert encoded(last, {"messages": [USER, PLAIN, USER, THOUGHT]}) == "a|c|a|hmb|"
+    # a field that is no reasoning must be there, and so must what is named and never written
+    calls = {**THOUGHT, "reasoning_content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    never = [
+        (last.replace("reasoning_content", "tool_calls"), [USER, calls, USER, PLAIN], "tool_calls"),
+        (WRITES.replace("[IFS]", "{# reasoning_content #}"), [USER, THOUGHT], "reasoning_content"),
+        (
+            WRITES.replace("[IFS]", "{% if think and m.reasoning_content %}{{ m.reasoning_content }}{% endif %}"),
+            [USER, THOUGHT],
+            "reasoning_content",
+        ),
+    ]
+    for source, messages, field in never:
+        with pytest.raises(DataError, match=f"^f:1: .*does not write '{field}', which the record has"):
+            encoded(source, {"messages": messages})
+
+
+def test_tools_must_be_written_for_the_record_that_has_them():
+    tools = {"messages": [USER, PLAIN], "tools": [{"name": "f"}]}
+    for source in (WRITES.replace("[IFS]", "{# tools #}"), WRITES.replace("[IFS]", "{% if m.content == 'x' %}{{ tools }}{% endif %}")):
+        with pytest.raises(DataError, match="^f:1: .*does not write 'tools'"):
+            encoded(source, tools)
+    demanding = WRITES.replace("[IFS]", "{% if not tools %}{{ raise_exception('no tools') }}{% endif %}")
+    assert encoded(demanding, tools) == "a|c|"
+    assert encoded("{{ tools[0].name }}" + WRITES.replace("[IFS]", ""), tools) == "fa|c|"
