@@ -342,3 +342,16 @@ def test_parquet_columns_that_no_record_uses_may_hold_what_python_cannot(tmp_pat
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"], "reply": ["b"]}), tmp_path / "half.parquet")
     with pytest.raises(DataError, match="half.parquet:1: found the fields 'reply', 'prompt', expected messages"):
         read(tmp_path / "half.parquet")
+
+
+def test_hub_columns_that_no_record_uses_are_not_read(tmp_path, monkeypatch):
+    import pyarrow
+    import pyarrow.parquet
+
+    pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    far = pyarrow.array([10**14], pyarrow.timestamp("s"))
+    pyarrow.parquet.write_table(pyarrow.table({"created": far, "prompt": ["a"], "response": ["b"]}), tmp_path / "data/train.parquet")
+    source = ChatSource(SourceConfig(hub=str(tmp_path / "data")), ChatTemplate(DEFAULT_TEMPLATE))
+    assert [conversation.messages for conversation in source.conversations()] == [[USER, ASSISTANT]]
