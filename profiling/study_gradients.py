@@ -46,7 +46,7 @@ def run(shape: str, name: str) -> dict[str, Any]:
     config, *settings = SHAPES[shape]
     steps, dtype, sums = RUNS[name]
     with tempfile.TemporaryDirectory() as folder:
-        fixed = [f"run_dir={folder}/run", f"train.steps={steps}", "train.tokens=", f"train.weight_dtype={dtype}", "train.precision=bf16"]
+        fixed = [f"run_dir={folder}/run", f"train.steps={steps}", "train.tokens=0", f"train.weight_dtype={dtype}", "train.precision=bf16"]
         options = [f"--{setting}" for setting in [*LAYERWISE, *settings, *fixed]]
         command = [sys.executable, __file__, "--one", sums, "--config", str(ROOT / config), *options]
         subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
