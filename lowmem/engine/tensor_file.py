@@ -6,8 +6,9 @@ Source: https://github.com/huggingface/safetensors, section Format.
 """
 
 import json
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,11 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor | LazyTensor], 
         os.fsync(file.fileno())
 
 
-def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def read_tensors(path: Path, only: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
     """Each tensor of a safetensors file in turn, on the host.
 
+    Args:
+        only: names of those that are read, where they are there; none is all of them.
     Raises:
         CheckpointError: the file is missing or damaged.
     Memory: one tensor.
@@ -85,9 +88,20 @@ def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                yield name, file.get_tensor(name)
+                if not only or name in only:
+                    yield name, file.get_tensor(name)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged or missing ({error}); restore the file, or use another checkpoint") from error
+
+
+def all_finite(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether no number of a tensor is NaN or infinite; with `dtype`, none once it is converted to that. Codes always are.
+
+    Memory: two numbers.
+    """
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(math.isfinite(bound.to(dtype or bound.dtype).item()) for bound in torch.aminmax(tensor.detach()))
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:

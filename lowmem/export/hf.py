@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from lowmem.data.storage import UNFINISHED, write_json, written_whole
-from lowmem.engine.tensor_file import meta_tensors, write_tensors
+from lowmem.engine.tensor_file import all_finite, meta_tensors, write_tensors
 from lowmem.errors import CheckpointError, ConfigError
 from lowmem.export.carried import carried_config, carried_weights
 from lowmem.export.plain import gpt2_config, gpt2_weights, llama_config, llama_weights, plain_family
@@ -99,7 +99,7 @@ def export_run_model(
     stored = DTYPES[dtype] if dtype else _stored_dtype(run)
     weights = {name: tensor.to(stored) for name, tensor in weights.items()}
     for name, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise CheckpointError(
                 f"{run.path} holds weights that are not finite in {stored} ({name}); choose another --checkpoint, or --dtype=fp32"
             )

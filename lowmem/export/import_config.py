@@ -55,13 +55,13 @@ def read_model_config(source: Path) -> TheirModel:
     return model
 
 
-# what may stand under a key, and whether null may: it is then as if the key were not there
+# what may stand under a key, and whether null may: it is then as if the key were not there; under all other keys transformers refuses it
 _COUNTS = {
     "hidden_size": False, "intermediate_size": False, "num_hidden_layers": False, "num_attention_heads": False, "vocab_size": False,
     "max_position_embeddings": False, "num_key_value_heads": True, "head_dim": True,
     "n_embd": False, "n_layer": False, "n_head": False, "n_positions": False, "n_inner": True,
 }  # fmt: skip
-_NUMBERS = ("rope_theta", "rms_norm_eps", "layer_norm_epsilon")
+_NUMBERS = {"rope_theta": True, "partial_rotary_factor": True, "rope rope_theta": False, "rms_norm_eps": False, "layer_norm_epsilon": False}
 _SWITCHES = (
     "attention_bias", "mlp_bias", "tie_word_embeddings", "scale_attn_by_inverse_layer_idx", "scale_attn_weights", "add_cross_attention",
 )  # fmt: skip
@@ -84,23 +84,24 @@ def _check_types(values: dict[str, Any], path: Path) -> None:
         if name in _COUNTS:
             most = _LARGEST.get(name, _LARGEST_COUNT)
             right, wanted = (type(value) is int and 1 <= value <= most) or (value is None and _COUNTS[name]), f"1 to {most}"
-        elif name in (*_NUMBERS, "partial_rotary_factor"):
-            right = value is None or (type(value) in (int, float) and 0 < value < math.inf)
+        elif name in _NUMBERS:
+            right = (type(value) in (int, float) and 0 < value < math.inf) or (value is None and _NUMBERS.get(key, _NUMBERS[name]))
             wanted = "a number above 0"
         elif name in _SWITCHES:
-            right, wanted = isinstance(value, (bool, type(None))), "true or false"
+            right, wanted = isinstance(value, bool), "true or false"
         elif name in _NAMES or key in ("rope rope_type", "rope type"):
-            right, wanted = isinstance(value, (str, type(None))), "a name"
+            right, wanted = isinstance(value, str), "a name"
         else:
             continue
-        problems += [] if right else [f"{name} {value!r:.60}, expected {wanted}"]
+        found = "null" if value is None else f"{value!r:.60}"
+        problems += [] if right else [f"{name} {found}, expected {wanted}"]
     if problems:
         raise CheckpointError(f"{path} has {problems[0]}; restore it")
 
 
 def _llama(values: Mapping[str, Any], path: Path) -> TheirModel:
     dim, heads = values["hidden_size"], values["num_attention_heads"]
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}  # of both, transformers takes the older name
     kind = rope.get("rope_type", rope.get("type", "default"))
     width = values.get("head_dim") or dim // heads
     biases = {"self_attn": bool(values.get("attention_bias")), "mlp": bool(values.get("mlp_bias"))}

@@ -13,7 +13,7 @@ from lowmem.data.chat_template import save_chat_template
 from lowmem.data.storage import UNFINISHED, make_directory, storage_errors, write_json, written_whole
 from lowmem.data.tokenizers import Tokenizer, load_tokenizer
 from lowmem.engine.manifest import MANIFEST_NAME, file_hashes
-from lowmem.engine.tensor_file import meta_tensors, read_tensors, weight_files, write_tensors
+from lowmem.engine.tensor_file import all_finite, meta_tensors, read_tensors, tensor_shapes, weight_files, write_tensors
 from lowmem.errors import CheckpointError, ConfigError
 from lowmem.export.import_config import TheirModel, read_model_config
 from lowmem.export.plain import gpt2_weights, llama_weights
@@ -26,6 +26,8 @@ from lowmem.nn.lorpt import LoRPtLinear
 from lowmem.nn.lorptize import Converted, lorptize
 
 SEQ_LEN = 1024  # of the configuration that is written; shorter where the model takes less
+_HEAD, _EMBEDDINGS = "lm_head.weight", ("embed_tokens.weight", "wte.weight")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BUFFERS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # what older files hold beside weights
 
 
@@ -55,7 +57,7 @@ def import_directory(source: Path | str, out: Path | str, lorpt: LorptConfig | N
         lorpt: layers that become their best low-rank approximation, with a linear bottleneck; None leaves all of them.
     Raises:
         ConfigError: another family, something that lowmem's decoder does not have, a rank that saves nothing, or `out` is not empty.
-        CheckpointError: weights are missing, damaged, of other shapes, or no safetensors.
+        CheckpointError: weights are missing, damaged, of other shapes, quantised, not finite, or no safetensors.
         DataError: the tokenizer is missing or malformed.
         StorageError: `out` cannot be written.
     Memory: the model and one tensor; with `lorpt` also the singular vectors of a layer.
@@ -63,7 +65,7 @@ def import_directory(source: Path | str, out: Path | str, lorpt: LorptConfig | N
     source, out = Path(source), Path(out)
     if out.exists() and (not out.is_dir() or any(not path.name.startswith(UNFINISHED) for path in out.iterdir())):
         raise ConfigError(f"--out is {out}, which is not empty; choose another folder")
-    theirs = read_model_config(source)
+    theirs = _with_own_head(source, read_model_config(source))
     shape = theirs.shape
     tokenizer = load_tokenizer(source / OWN_TOKENIZER if (source / OWN_TOKENIZER).is_file() else source)
     if tokenizer.vocab_size > shape.vocab_size:
@@ -103,27 +105,51 @@ def _write_run(out: Path, config: RunConfig, model: LanguageModel, tokenizer: To
     tokenizer.save(out / "tokenizer.json")
 
 
+def _with_own_head(source: Path, theirs: TheirModel) -> TheirModel:
+    """The model untied if its files hold a head that differs from its embedding, whatever its config.json says: as transformers reads it.
+
+    Memory: embedding and head.
+    """
+    if not theirs.shape.tie_embeddings:
+        return theirs
+    files = [(file, list(tensor_shapes(file))) for file in weight_files(source)]
+    if not any(_HEAD in names for _, names in files):
+        return theirs
+    both: dict[str, torch.Tensor] = {}
+    for file, names in files:
+        wanted = [name for name in names if name == _HEAD or name.endswith(_EMBEDDINGS)]
+        both |= dict(read_tensors(file, wanted)) if wanted else {}
+    head = both.pop(_HEAD)
+    same = any(head.shape == other.shape and torch.equal(head.float(), other.float()) for other in both.values())
+    return theirs if same else replace(theirs, shape=replace(theirs.shape, tie_embeddings=False))
+
+
 @torch.no_grad()
 def _dense_model(source: Path, theirs: TheirModel) -> LanguageModel:
     """The model with its weights, each copied to its place as it is read.
 
     Raises:
-        CheckpointError: names or shapes are not those of the configuration.
+        CheckpointError: names, shapes or dtypes are not those of the configuration, or numbers are not finite.
     """
     files, shape = weight_files(source), theirs.shape
-    dtypes = {tensor.dtype for file in files for name, tensor in meta_tensors(file) if not name.endswith(_BUFFERS)}
-    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise CheckpointError(f"{source} has weights of {dtype}, allowed: float32, bfloat16, float16; save it again in one of them")
+    dtypes = {name: tensor.dtype for file in files for name, tensor in meta_tensors(file) if not name.endswith(_BUFFERS)}
+    for name, found in dtypes.items():
+        if found not in _DTYPES:
+            raise CheckpointError(
+                f"{source} has weights of {found} ({name}), allowed: float32, bfloat16, float16; save it again in one of them"
+            )
+    dtype = dtypes.popitem()[1] if len({*dtypes.values()}) == 1 else torch.float32
     model = build_model(shape, vocab_size=shape.vocab_size, max_seq_len=shape.max_seq_len, seed=0, dtype=dtype)
     places = dict(llama_weights(model) if theirs.family == "llama" else gpt2_weights(model))
     problems, missing = [], {name for name in places if not name.endswith(theirs.missing_biases or (" ",))}
     for name, tensor in _tensors(files, places):
         place = places.get(name)
         if place is None:
-            problems += [] if name == "lm_head.weight" and shape.tie_embeddings else [f"{name} is unknown"]
+            problems += [] if name == _HEAD and shape.tie_embeddings else [f"{name} is unknown"]
         elif place.shape != tensor.shape:
             problems.append(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(place.shape)}")
+        elif not all_finite(tensor):
+            raise CheckpointError(f"{source} holds weights that are not finite ({name}); restore its files")
         else:
             place.copy_(tensor)
         missing.discard(name)

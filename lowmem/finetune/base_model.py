@@ -246,7 +246,7 @@ def _check_loaded(directory: Path, told: dict[str, Any], stored: dict[str, Store
     """What transformers only warns of.
 
     Raises:
-        CheckpointError: weights are missing, of another shape, or of a dtype that stands for quantised ones.
+        CheckpointError: weights are missing, of another shape, not finite, or of a dtype that stands for quantised ones.
     """
     if coded := [f"{name} is {tensor.dtype}" for name, tensor in stored.items() if tensor.coded_and_read]:
         raise CheckpointError(f"{directory} holds quantised weights ({_some(coded)}); give the base in fp32, bf16 or fp16")
@@ -255,6 +255,8 @@ def _check_loaded(directory: Path, told: dict[str, Any], stored: dict[str, Store
         problems.append(f"{name} has shape {tuple(found)}, expected {tuple(wanted)}")
     if problems:
         raise CheckpointError(f"{directory} does not hold the model that its config.json describes: {_some(problems)}; restore its files")
+    if infinite := [name for name, tensor in stored.items() if not tensor.finite]:
+        raise CheckpointError(f"{directory} holds weights that are not finite ({_some(infinite)}); restore its files")
     if unknown := sorted(told["unexpected_keys"]):
         print(f"lowmem: in the files of {directory} and not in the model, left out: {_some(unknown)}", file=sys.stderr)
 

@@ -42,8 +42,11 @@ def check_loss(model: Any, device: torch.device, *, packed: bool) -> None:
     seen = [_row_loss(model, [before, second], device, only=2) for before in (first, other)] if packed else [0.0, 0.0]
     dtype = model.get_input_embeddings().weight.dtype
     allowed = _TOLERANCES[dtype] if not getattr(model, "is_loaded_in_4bit", False) else max(_TOLERANCES[dtype], _TOLERANCE_NF4)
-    if not np.isfinite(expected):
-        raise CheckpointError(f"{model.name_or_path} computes a loss of {expected}: its weights are not finite; restore its files")
+    for loss in (expected, found, *seen):  # the tokens that are not to be seen stand in the last ones alone
+        if not np.isfinite(loss):
+            raise CheckpointError(
+                f"{model.name_or_path} computes a loss of {loss}: its weights are not finite, or too large; restore its files"
+            )
     if not abs(found - expected) <= allowed * abs(expected) or not abs(seen[0] - seen[1]) <= _TOLERANCE_UNSEEN * abs(expected):
         raise CheckpointError(
             f"{model.name_or_path}: the loss of packed conversations ({found:.6g}) is not that of the model's own logits ({expected:.6g}); "

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from lowmem.engine.tensor_file import all_finite
 from lowmem.errors import CheckpointError
 
 _NUMBERS = {"F64", "F32", "F16", "BF16"}
@@ -23,12 +24,13 @@ class StoredTensor:
     Attributes:
         dtype: as the file names it.
         coded_and_read: it was asked for, and its numbers are no weights but codes of them.
+        finite: what was asked for has neither NaN nor infinity in the dtype that is computed in.
     Memory: one tensor.
     """
 
     def __init__(self, path: Path, name: str, shape: tuple[int, ...], dtype: str, wanted: torch.dtype):
         self.path, self.name, self.dtype = path, name, dtype
-        self.coded_and_read = False
+        self.coded_and_read, self.finite = False, True
         self._shape, self._wanted = shape, wanted
 
     def get_shape(self) -> list[int]:
@@ -43,6 +45,8 @@ class StoredTensor:
         self.coded_and_read = self.dtype not in _NUMBERS and not self.name.endswith(_MASKS)
         with _reading(self.path), safe_open(self.path, framework="pt", device="cpu") as file:
             tensor: torch.Tensor = file.get_tensor(self.name)[index]
+        if self.dtype in _NUMBERS and not self.name.endswith("mask"):
+            self.finite = self.finite and all_finite(tensor, self._wanted)
         # a copy: the file may be rewritten while the model is in use
         return tensor.clone() if tensor.dtype == self._wanted else tensor
 

@@ -1,6 +1,5 @@
 """A run: its parts, and where it is."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -9,6 +8,7 @@ import torch
 from lowmem.config import PhaseConfig, RunConfig
 from lowmem.data.prepare import PreparedData
 from lowmem.engine.base import Engine
+from lowmem.engine.tensor_file import all_finite
 from lowmem.memory.phases import PhasePeaks
 from lowmem.nn.quantized import stored_tensors
 from lowmem.train.checkpoint import CheckpointStore
@@ -72,5 +72,4 @@ def are_finite(weights: Mapping[str, torch.Tensor]) -> bool:
 
     Memory: two numbers at a time.
     """
-    tensors = (tensor.detach() for tensor in stored_tensors(weights).values() if tensor.is_floating_point() and tensor.numel())
-    return all(math.isfinite(bound.item()) for tensor in tensors for bound in torch.aminmax(tensor))
+    return all(all_finite(tensor) for tensor in stored_tensors(weights).values())

@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 from lowmem.cli import main
 from lowmem.engine.tensor_file import meta_tensors, weight_files
 from lowmem.errors import CheckpointError
+from lowmem.export.import_hf import import_directory
 from lowmem.finetune.base_model import load_base
+from lowmem.run_model import load_run_model
 from tests.reference.tiny_families import save_tiny
 
 TOKENS = torch.arange(20)[None] * 7 % 300
@@ -128,7 +130,8 @@ def test_families_that_are_not_trained_are_named(family, chat, tmp_path, capsys)
             lambda w: {k: v[:300] if "embed" in k else v for k, v in w.items()},
             r"embed_tokens.weight has shape \(300, 32\), expected \(320,",
         ),
-        (lambda w: w | {"model.norm.weight": torch.full((32,), torch.nan)}, "computes a loss of nan: its weights are not finite"),
+        (lambda w: w | {"model.norm.weight": torch.full((32,), torch.nan)}, r"weights that are not finite \(model.norm"),
+        (lambda w: w | {"model.norm.weight": torch.full((32,), 3e38)}, "computes a loss of nan: its weights are not finite, or too large"),
     ],
 )
 def test_weights_of_other_shapes_are_refused_before_training(change, wanted, llama, tmp_path):
@@ -139,6 +142,17 @@ def test_weights_of_other_shapes_are_refused_before_training(change, wanted, lla
     change_weights(folder, change)
     with pytest.raises(CheckpointError, match=wanted):
         check_loss(load_base(folder, nf4=False), torch.device("cpu"), packed=True)
+
+
+@pytest.mark.parametrize("token", [3, 41, 90])
+def test_the_check_of_the_loss_tells_nan_from_a_family_that_is_not_trained(token, llama):
+    """Wherever the NaN is: in the first conversation of a row, in the second, or in one that no token may see."""
+    from lowmem.finetune.probe import check_loss
+
+    model = load_base(llama, nf4=False)
+    model.get_input_embeddings().weight.data[token] = torch.nan
+    with pytest.raises(CheckpointError, match="computes a loss of nan: its weights are not finite"):
+        check_loss(model, torch.device("cpu"), packed=True)
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(llama, chat, tmp_path, capsys):
@@ -248,6 +262,8 @@ def test_a_finetuning_goes_on_only_with_what_it_was_trained_on(llama, tmp_path, 
         ("num_key_value_heads", 2.0), ("intermediate_size", None), ("vocab_size", True), ("rms_norm_eps", "small"), ("rms_norm_eps", -1.0),
         ("rope_parameters", "default"), ("rope_parameters", {"rope_type": 3}), ("rope_parameters", {"rope_theta": "x"}),
         ("tie_word_embeddings", "no"), ("hidden_act", ["silu"]), ("max_position_embeddings", {}), ("attention_bias", 2),
+        ("rms_norm_eps", None), ("tie_word_embeddings", None), ("mlp_bias", None), ("hidden_act", None),
+        ("rope_parameters", {"rope_type": None}), ("rope_parameters", {"rope_theta": None}),
     ],
 )  # fmt: skip
 def test_import_refuses_other_types_in_config_json(key, value, llama, tmp_path, capsys):
@@ -260,6 +276,75 @@ def test_import_refuses_other_types_in_config_json(key, value, llama, tmp_path, 
     assert len(error.strip().splitlines()) == 1
     assert "config.json has " in error
     assert "expected " in error
+
+
+@pytest.mark.parametrize("key", ["layer_norm_epsilon", "activation_function", "scale_attn_weights", "tie_word_embeddings", "n_positions"])
+def test_import_refuses_null_where_transformers_does(key, tmp_path, capsys):
+    save_tiny(tmp_path / "base", "gpt2")
+    change_config(tmp_path / "base", **{key: None})
+    assert main(["import", str(tmp_path / "base"), f"--out={tmp_path / 'run'}"]) == 5
+    assert f"config.json has {key} null, expected " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("values", [{"num_key_value_heads": None, "head_dim": None, "rope_theta": None}, {"partial_rotary_factor": None}])
+def test_null_is_a_missing_key_where_transformers_takes_it_so(values, tmp_path):
+    from lowmem.export.import_config import read_model_config
+
+    save_tiny(tmp_path / "base", "llama", num_key_value_heads=4)
+    expected = read_model_config(tmp_path / "base")
+    change_config(tmp_path / "base", **values)
+    assert read_model_config(tmp_path / "base") == expected
+
+
+@pytest.mark.parametrize("family, prefix", [("llama", "model."), ("llama", ""), ("gpt2", "transformer."), ("gpt2", "")])
+def test_a_head_of_its_own_is_imported_whatever_config_json_says(family, prefix, tmp_path):
+    """Files with a head that differs from the embedding hold an untied model; with an equal one it is tied."""
+    folder = tmp_path / "base"
+    save_tiny(folder, family, tie_word_embeddings=False)
+    change_weights(folder, lambda w: {name if name == "lm_head.weight" else prefix + name.partition(".")[2]: w[name] for name in w})
+    expected = logits(theirs(folder))
+    change_config(folder, tie_word_embeddings=True)
+    assert torch.equal(logits(theirs(folder)), expected)
+    imported = import_directory(folder, tmp_path / "run")
+    assert imported.config.model.tie_embeddings is False
+    assert torch.allclose(load_run_model(tmp_path / "run").model(TOKENS), expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
+    embedding = next(name for name in load_file(folder / "model.safetensors") if name.endswith(("embed_tokens.weight", "wte.weight")))
+    change_weights(folder, lambda w: w | {"lm_head.weight": w[embedding].clone()})
+    assert import_directory(folder, tmp_path / "tied").config.model.tie_embeddings is True
+    change_weights(folder, lambda w: w | {"lm_head.weight": w[embedding][:200].clone()})
+    with pytest.raises(CheckpointError, match=r"lm_head.weight has shape \(200, 32\), expected \(320, 32\)"):
+        import_directory(folder, tmp_path / "short")
+
+
+@pytest.mark.parametrize("older", [{"rope_type": "linear", "factor": 4.0}, {"type": "dynamic", "factor": 2.0}])
+def test_import_reads_of_two_rope_settings_that_of_transformers(older, llama, tmp_path, capsys):
+    shutil.copytree(llama, tmp_path / "base")
+    change_config(tmp_path / "base", rope_parameters={"rope_type": "default", "rope_theta": 1e4}, rope_scaling=older)
+    assert main(["import", str(tmp_path / "base"), f"--out={tmp_path / 'run'}"]) == 2
+    assert f"has rope_type {older.get('rope_type', older.get('type'))}, which lowmem's decoder does not have" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.int64, torch.float64, torch.uint8])
+def test_import_refuses_codes_beside_weights(dtype, llama, tmp_path, capsys):
+    shutil.copytree(llama, tmp_path / "base")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    change_weights(tmp_path / "base", lambda w: w | {name: w[name].to(dtype)})
+    assert main(["import", str(tmp_path / "base"), f"--out={tmp_path / 'run'}"]) == 5
+    assert f"has weights of {dtype} ({name}), allowed: float32, bfloat16, float16" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight"])
+def test_a_number_that_is_not_finite_is_refused_by_import_and_finetune(name, number, llama, chat, tmp_path, capsys):
+    """Also in a row that the check of the loss does not look up."""
+    shutil.copytree(llama, tmp_path / "base")
+    change_weights(tmp_path / "base", lambda w: w | {name: w[name].index_put((torch.tensor(7), torch.tensor(5)), torch.tensor(number))})
+    assert main(["import", str(tmp_path / "base"), f"--out={tmp_path / 'run'}"]) == 5
+    assert f"holds weights that are not finite ({name}); restore its files" in capsys.readouterr().err
+    for more in ((), ("--method=qlora",)):
+        assert finetune(tmp_path / "base", chat, tmp_path / "out", *more) == 5
+        assert f"holds weights that are not finite ({name}); restore its files" in capsys.readouterr().err
 
 
 def test_generate_says_what_a_folder_is_instead_of_a_run(llama, tmp_path, capsys):
