@@ -1,5 +1,6 @@
 """The model and the tokenizer of a finished or running run, read back from its run directory."""
 
+import json
 import re
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -11,14 +12,16 @@ import torch
 
 from lowmem.config import RunConfig
 from lowmem.config_load import load_run_config
+from lowmem.data.compression import irregular_kind
+from lowmem.data.storage import json_sha256
 from lowmem.data.tokenizers import Tokenizer, load_tokenizer
 from lowmem.devices import device_has_native_bf16
-from lowmem.engine.manifest import verify_weights
-from lowmem.engine.tensor_file import meta_tensors, read_tensors, tensor_shapes
+from lowmem.engine.manifest import recorded_tokenizer, verify_weights
+from lowmem.engine.tensor_file import WEIGHT_DTYPES, meta_tensors, read_tensors
 from lowmem.errors import CheckpointError
 from lowmem.models.base import LanguageModel
 from lowmem.models.registry import build_model
-from lowmem.nn.quantized import CODES, dequantized
+from lowmem.nn.quantized import dequantized
 from lowmem.nn.rank_change import adopt_ranks
 
 _STEP_NAME = re.compile(r"step-(\d{8,})")
@@ -56,7 +59,8 @@ def load_run_model(
         device: where the model goes; the CPU if None.
         outline: leave the model on the meta device: shapes and dtypes as they would be there, and no numbers.
     Raises:
-        CheckpointError: something is missing or damaged, or weights do not fit the run's configuration; the message names it.
+        CheckpointError: something is missing or damaged, or weights do not fit the run's configuration or its tokenizer; the message
+            names it.
         ConfigError: the run's config.yaml cannot be read.
         DataError: the run's tokenizer.json is malformed.
     Memory: the weights, and one tensor more while they are read; of an outline nothing.
@@ -68,7 +72,7 @@ def load_run_model(
             raise CheckpointError(f"{run_dir} is no run directory: {name} is missing (found: {found}); {_remedy(run_dir)}")
     path = checkpoint_path(run_dir, checkpoint)
     config = load_run_config(run_dir / "config.yaml", check=False)
-    tokenizer = load_tokenizer(run_dir / "tokenizer.json")
+    tokenizer = load_run_tokenizer(run_dir, path)
     shape = config.model
     if not 0 < tokenizer.vocab_size <= shape.vocab_size or shape.max_seq_len < 1:
         raise CheckpointError(
@@ -82,6 +86,26 @@ def load_run_model(
     read = meta_tensors if outline else read_tensors
     load_weights(path / "model.safetensors", model, keep_bf16=device_has_native_bf16(device), read=read)
     return RunModel((model if outline else model.to(device)).eval(), tokenizer, config, int(path.name.removeprefix("step-")), path)
+
+
+def load_run_tokenizer(run_dir: Path, checkpoint: Path) -> Tokenizer:
+    """The tokenizer of a run, which is the one that a checkpoint's weights were trained with, as far as that has recorded it.
+
+    Raises:
+        CheckpointError: it is another one, or the checkpoint is damaged.
+        DataError: tokenizer.json is missing or malformed.
+    """
+    path = run_dir / "tokenizer.json"
+    tokenizer, recorded = load_tokenizer(path), recorded_tokenizer(checkpoint)
+    if not recorded or recorded == (found := tokenizer.sha256()):
+        return tokenizer
+    # another version of the tokenizers library may write what it has read otherwise; the file is as it was written
+    if recorded != json_sha256([json.loads(path.read_text(encoding="utf-8")), tokenizer.eos_id]):
+        raise CheckpointError(
+            f"{path} is not the tokenizer that {checkpoint} was trained with (SHA-256 {found[:12]}, expected {recorded[:12]}); "
+            "restore the run's own"
+        )
+    return tokenizer
 
 
 def _remedy(folder: Path) -> str:
@@ -108,13 +132,14 @@ def checkpoint_path(run_dir: Path, checkpoint: int | Literal["latest", "best"]) 
         return root / f"step-{checkpoint:08d}"
     pointer = root / checkpoint
     try:
-        if pointer.exists() and not pointer.is_file():
-            raise OSError("it is no regular file")
-        name = pointer.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"{pointer} is missing or unreadable ({type(error).__name__}); steps with a checkpoint: {available}"
-        ) from error
+        kind = irregular_kind(pointer.stat().st_mode)
+        name = "" if kind else pointer.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{pointer} holds no text, expected a folder's name; steps with a checkpoint: {available}") from error
+    except OSError as error:
+        raise CheckpointError(f"{pointer} is missing or unreadable ({error.strerror}); steps with a checkpoint: {available}") from error
+    if kind:
+        raise CheckpointError(f"{pointer} is {kind}, expected a file with a folder's name; steps with a checkpoint: {available}")
     if not _STEP_NAME.fullmatch(name) or not (root / name).is_dir():
         raise CheckpointError(f"{pointer} names {name[:80]!r}, which is no checkpoint; steps with one: {available}")
     return root / name
@@ -123,21 +148,21 @@ def checkpoint_path(run_dir: Path, checkpoint: int | Literal["latest", "best"]) 
 def load_weights(
     path: Path, model: LanguageModel, *, keep_bf16: bool, read: Callable[[Path], Iterable[tuple[str, torch.Tensor]]] = read_tensors
 ) -> None:
-    """Read a model.safetensors into `model`, which takes on the dtypes of the file, or fp32 where the file has quantised weights.
+    """Read a model.safetensors into `model`, which takes on the dtype of the file, or fp32 where the file has quantised weights or several.
 
     Args:
         keep_bf16: leave bf16 weights as they are; false widens them to fp32, which loses nothing and is faster without bf16 hardware.
         read: gives the tensors of a file, on the device of `model`.
     Raises:
-        CheckpointError: the file is missing or damaged, or lacks tensors, or has others, or other shapes; the message names them.
+        CheckpointError: the file is missing or damaged, or lacks tensors, or has others, or other shapes or dtypes; the message names them.
     Memory: the file's tensors take the place of the model's one by one.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; choose another checkpoint with --checkpoint=STEP")
-    shapes = tensor_shapes(path)
-    adopt_ranks(model, shapes)
+    stored = dict(meta_tensors(path))
+    adopt_ranks(model, {name: tuple(tensor.shape) for name, tensor in stored.items()})
     targets = model.state_dict(keep_vars=True)
-    quantized = any(name.endswith(CODES) for name in shapes)
+    several = len({tensor.dtype for tensor in stored.values()}) > 1  # one of these are the codes of quantised weights
     problems, missing = [], set(targets)
     for name, tensor in dequantized(read(path), {name: target.shape for name, target in targets.items()}):
         target = targets.get(name)
@@ -147,8 +172,10 @@ def load_weights(
         missing -= {other for other in missing if targets[other] is target}  # tied weights have two names and one entry
         if target.shape != tensor.shape:
             problems.append(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(target.shape)}")
+        elif tensor.dtype not in WEIGHT_DTYPES:
+            problems.append(f"{name} is {tensor.dtype}, expected one of {', '.join(map(str, WEIGHT_DTYPES))}")
         else:
-            widen = quantized or (tensor.dtype == torch.bfloat16 and not keep_bf16)
+            widen = several or (tensor.dtype == torch.bfloat16 and not keep_bf16)
             target.data = tensor.float() if widen else tensor
     problems += [f"{name} is missing" for name in sorted(missing)]
     if problems:

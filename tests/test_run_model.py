@@ -109,7 +109,7 @@ def remove(run_dir, name):
     [
         ("config.yaml", "is no run directory: config.yaml is missing .found: checkpoints, tokenizer.json"),
         ("tokenizer.json", "tokenizer.json is missing"),
-        ("checkpoints", r"latest is missing or unreadable \(FileNotFoundError\); steps with a checkpoint: none"),
+        ("checkpoints", r"latest is missing or unreadable \(No such file or directory\); steps with a checkpoint: none"),
         ("checkpoints/latest", "latest is missing or unreadable .*steps with a checkpoint: 5, 10"),
         ("checkpoints/step-00000010", "latest names 'step-00000010', which is no checkpoint; steps with one: 5"),
         ("checkpoints/step-00000010/model.safetensors", r"model.safetensors is missing; choose another checkpoint with --checkpoint=STEP"),

@@ -10,6 +10,7 @@ from lowmem.data.storage import file_sha256
 from lowmem.errors import CheckpointError
 
 MANIFEST_NAME = "manifest.json"
+TOKENIZER_KEY = "tokenizer_sha256"  # of state.json; of the manifest where there is no state
 _LARGEST_JSON = 1 << 28  # bytes; far above what any state is, below what would exhaust memory
 _DATA = (".safetensors", ".json")
 
@@ -39,13 +40,33 @@ def damage(path: Path, only: Collection[str] = ()) -> str:
         for name, expected in files.items():
             if problem := _file_damage(path / name, name, expected):
                 return problem
-        if not only and not isinstance(_read_json(path / "state.json"), dict):
-            return "state.json holds no object"
+        if not only:
+            return _state_damage(path)
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"manifest or state cannot be read ({' '.join(str(error).split())[:200]})"
     return ""
+
+
+def recorded_tokenizer(path: Path) -> str:
+    """The hash of the tokenizer that a checkpoint's weights were trained with; "" if none was recorded, as in earlier versions.
+
+    Raises:
+        CheckpointError: what it is recorded in is damaged.
+    """
+    name = "state.json" if (path / "state.json").exists() else MANIFEST_NAME
+    if not (path / name).exists():
+        return ""
+    if problem := damage(path, only=(name,)) if name == "state.json" and (path / MANIFEST_NAME).exists() else "":
+        raise CheckpointError(f"{path} is damaged: {problem}; restore it, or give another checkpoint or run")
+    try:
+        recorded = _read_json(path / name).get(TOKENIZER_KEY, "")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path / name} cannot be read ({' '.join(str(error).split())[:200]}); restore it") from error
+    if not isinstance(recorded, str):
+        raise CheckpointError(f"{path / name} has {TOKENIZER_KEY} {recorded!r:.60}, expected a hash; restore it")
+    return recorded
 
 
 def verify_weights(path: Path) -> None:
@@ -61,6 +82,17 @@ def verify_weights(path: Path) -> None:
         return
     if problem := damage(path, only=("model.safetensors",)):
         raise CheckpointError(f"{path} is damaged: {problem}; restore it, or give another checkpoint or run")
+
+
+def _state_damage(path: Path) -> str:
+    """What is wrong with the state of a checkpoint: it is of the step that manifest and folder are named by."""
+    state = _read_json(path / "state.json")
+    if not isinstance(state, dict):
+        return "state.json holds no object"
+    step, wanted = state.get("step"), _read_json(path / MANIFEST_NAME)["step"]
+    if type(step) is not int or step != wanted or path.name != f"step-{step:08d}":
+        return f"state.json has step {step!r:.60}, its manifest {wanted!r:.60}, and its folder is {path.name}"
+    return ""
 
 
 def _manifest_files(path: Path) -> dict[str, Any]:

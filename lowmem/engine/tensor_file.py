@@ -22,6 +22,7 @@ _DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights that are no codes
 _WRITE_BYTES = 16 * 1024 * 1024
 INDEX_NAME = "model.safetensors.index.json"
 

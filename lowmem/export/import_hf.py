@@ -12,8 +12,8 @@ from lowmem.config_dump import dump_config
 from lowmem.data.chat_template import save_chat_template
 from lowmem.data.storage import UNFINISHED, make_directory, storage_errors, write_json, written_whole
 from lowmem.data.tokenizers import Tokenizer, load_tokenizer
-from lowmem.engine.manifest import MANIFEST_NAME, file_hashes
-from lowmem.engine.tensor_file import all_finite, meta_tensors, read_tensors, tensor_shapes, weight_files, write_tensors
+from lowmem.engine.manifest import MANIFEST_NAME, TOKENIZER_KEY, file_hashes
+from lowmem.engine.tensor_file import WEIGHT_DTYPES, all_finite, meta_tensors, read_tensors, tensor_shapes, weight_files, write_tensors
 from lowmem.errors import CheckpointError, ConfigError
 from lowmem.export.import_config import TheirModel, read_model_config
 from lowmem.export.plain import gpt2_weights, llama_weights
@@ -27,7 +27,6 @@ from lowmem.nn.lorptize import Converted, lorptize
 
 SEQ_LEN = 1024  # of the configuration that is written; shorter where the model takes less
 _HEAD, _EMBEDDINGS = "lm_head.weight", ("embed_tokens.weight", "wte.weight")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BUFFERS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # what older files hold beside weights
 
 
@@ -99,7 +98,8 @@ def _write_run(out: Path, config: RunConfig, model: LanguageModel, tokenizer: To
     with storage_errors(out):
         (out / "config.yaml").write_text(dump_config(config, comments=True), encoding="utf-8")
         write_tensors(folder / "model.safetensors", model.state_dict())
-        write_json(folder / MANIFEST_NAME, {"step": 0, "files": file_hashes(folder)})
+        # in the manifest, for there is no state of a training
+        write_json(folder / MANIFEST_NAME, {"step": 0, TOKENIZER_KEY: tokenizer.sha256(), "files": file_hashes(folder)})
         for pointer in ("latest", "best"):
             (checkpoints / pointer).write_text("step-00000000\n", encoding="utf-8")
     tokenizer.save(out / "tokenizer.json")
@@ -134,7 +134,7 @@ def _dense_model(source: Path, theirs: TheirModel) -> LanguageModel:
     files, shape = weight_files(source), theirs.shape
     dtypes = {name: tensor.dtype for file in files for name, tensor in meta_tensors(file) if not name.endswith(_BUFFERS)}
     for name, found in dtypes.items():
-        if found not in _DTYPES:
+        if found not in WEIGHT_DTYPES:
             raise CheckpointError(
                 f"{source} has weights of {found} ({name}), allowed: float32, bfloat16, float16; save it again in one of them"
             )

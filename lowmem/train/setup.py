@@ -16,7 +16,7 @@ from lowmem.data.phases import check_sources, prepare_phases
 from lowmem.data.prepare import PreparedData
 from lowmem.data.storage import compiled_root, json_sha256
 from lowmem.data.tokenizer_build import known_tokenizer
-from lowmem.data.tokenizers import Tokenizer, check_vocab, load_tokenizer
+from lowmem.data.tokenizers import Tokenizer, check_vocab
 from lowmem.devices import resolve_precision, usable_cores
 from lowmem.engine import distributed
 from lowmem.engine.base import Engine
@@ -27,8 +27,8 @@ from lowmem.engine.local import LocalEngine
 from lowmem.engine.manifest import verify_weights
 from lowmem.engine.recovery import release_memory
 from lowmem.engine.teacher import teacher_config
-from lowmem.engine.tensor_file import meta_tensors, read_tensors
-from lowmem.errors import ConfigError, DataError
+from lowmem.engine.tensor_file import WEIGHT_DTYPES, meta_tensors, read_tensors
+from lowmem.errors import CheckpointError, ConfigError, DataError
 from lowmem.memory.block_cache import release_host_memory, set_up_host_memory
 from lowmem.memory.budget import check_host_limit, limit_cuda_memory, limit_host_memory
 from lowmem.memory.host import granted_memory
@@ -37,7 +37,7 @@ from lowmem.models.base import LanguageModel
 from lowmem.nn.quantized import assign, dequantized
 from lowmem.nn.rank_change import check_rank, following_layers
 from lowmem.optim.low_bit import LowBitOptimizer
-from lowmem.run_model import checkpoint_path, load_run_model
+from lowmem.run_model import checkpoint_path, load_run_model, load_run_tokenizer
 from lowmem.train.checkpoint import CheckpointStore, reading_state
 from lowmem.train.loggers import open_loggers
 from lowmem.train.progress import ProgressDisplay
@@ -136,7 +136,7 @@ def _assemble(
     for rank in [*lorpt.schedule.values(), *([lorpt.grow_to] if lorpt.grow_to else [])]:
         check_rank(list(following_layers(model, lorpt.ranks)), rank)
     checkpoints = CheckpointStore(Path(config.run_dir), config.train.keep_last)
-    state = TrainState(data_fingerprint=_fingerprint(phase_data))
+    state = TrainState(data_fingerprint=_fingerprint(phase_data), tokenizer_sha256=data.tokenizer.sha256())
     run = Run(config, engine, phase_data, state, checkpoints, display, run_dir, loggers=[])
     _resume(run, skip_damaged)
     release_memory(device)  # weights are initialised in fp32, whatever they are kept in
@@ -159,16 +159,21 @@ def load_initial_weights(source: str, model: LanguageModel, tokenizer: Tokenizer
 
     Raises:
         ConfigError: another shape or another tokenizer; the message says which tensor differs.
-        CheckpointError: its weights are missing or damaged.
+        CheckpointError: its weights are missing or damaged, or its tokenizer is not theirs.
     Memory: one tensor.
     """
     path, weights = _initial_weights(source)
-    if load_tokenizer(path).sha256() != tokenizer.sha256():
+    if load_run_tokenizer(path.parent, weights.parent).sha256() != tokenizer.sha256():
         raise ConfigError(f"train.init_from is {source}, which has another tokenizer than this run; set data.tokenizer={path}")
     verify_weights(weights.parent)
     targets = model.state_dict()
     wanted = {name: target.shape for name, target in targets.items()}
-    found = {name: tensor.shape for name, tensor in dequantized(meta_tensors(weights), wanted)}
+    stored = dict(dequantized(meta_tensors(weights), wanted))
+    found = {name: tensor.shape for name, tensor in stored.items()}
+    if coded := [f"{name} is {tensor.dtype}" for name, tensor in stored.items() if name in wanted and tensor.dtype not in WEIGHT_DTYPES]:
+        raise CheckpointError(
+            f"{weights} does not hold the weights of a run: {coded[0]}, expected one of {', '.join(map(str, WEIGHT_DTYPES))}"
+        )
     if found != wanted:
         name = next(name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name))
         raise ConfigError(
@@ -205,7 +210,9 @@ def _check_teacher(config: RunConfig, data: PreparedData) -> None:
     """Equal sizes of vocabulary do not make equal tokens."""
     teacher = config.train.distill.teacher
     path = Path(teacher) / "tokenizer.json"
-    if teacher and path.is_file() and load_tokenizer(path).sha256() != data.tokenizer.sha256():
+    if not teacher or not path.is_file():
+        return
+    if load_run_tokenizer(path.parent, checkpoint_path(path.parent, "latest")).sha256() != data.tokenizer.sha256():
         raise ConfigError(f"{path} is another tokenizer than this run's; give the student data.tokenizer={path}")
 
 
@@ -292,6 +299,7 @@ def _resume(run: Run, skip_damaged: bool) -> None:
             )
         with reading_state(path):
             run.engine.load(path, state.engine)
+            state.tokenizer_sha256 = run.state.tokenizer_sha256  # the fingerprint has it in it; earlier versions recorded that alone
             run.state, run.resumed = state, True
             run.data.train.load_state_dict(state.data)
     run.engine.barrier()  # everyone has read before rank 0 tidies up

@@ -6,7 +6,9 @@ from typing import Any
 from lowmem.errors import CheckpointError
 
 FORMAT_VERSION = 1
-_NEWER = {"rank", "flat_evaluations", "phase", "phase_start", "phase_ends", "data_ended"}  # checkpoints from before these existed lack them
+# checkpoints from before these existed lack them
+_NEWER = {"rank", "flat_evaluations", "phase", "phase_start", "phase_ends", "data_ended", "tokenizer_sha256"}
+_PAST = ("bad_steps", "skipped_steps", "best_step", "phase_start")  # counts of steps that were done
 
 
 @dataclass
@@ -26,6 +28,7 @@ class TrainState:
         data_ended: the last phase has no data left.
         data: position of the present phase's stream.
         data_fingerprint: what the token shards were built from.
+        tokenizer_sha256: of the tokenizer that the weights know; "" in checkpoints of earlier versions.
         engine: what `Engine.save` returned.
     """
 
@@ -43,6 +46,7 @@ class TrainState:
     data_ended: bool = False
     data: dict[str, Any] = field(default_factory=dict)
     data_fingerprint: str = ""
+    tokenizer_sha256: str = ""
     engine: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -68,4 +72,8 @@ class TrainState:
             count = isinstance(default, int) and not isinstance(default, bool)
             if default is not None and (type(value) is not type(default) or (count and value < 0)):
                 raise CheckpointError(f"state.json has {name} {value!r:.60}, expected {'a count' if count else type(default).__name__}")
+        past = [(name, values.get(name, 0)) for name in _PAST] + [("phase_ends", end) for end in values.get("phase_ends", [])]
+        for name, value in past:
+            if type(value) is not int or not 0 <= value <= values["step"]:
+                raise CheckpointError(f"state.json has {name} {value!r:.60}, expected 0 to its step {values['step']}")
         return cls(**{name: values[name] for name in names if name in values})

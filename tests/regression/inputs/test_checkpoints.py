@@ -157,11 +157,125 @@ def test_an_import_is_sealed_and_keeps_what_ends_an_answer(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "values", [{"step": "2"}, {"step": -1}, {"engine": {}}, {"engine": 3}, {"data": []}, {"phase_ends": 3}, {"engine": {"random": 3}}]
-)
+    "values",
+    [
+        {"step": "2"}, {"step": -1}, {"engine": {}}, {"engine": 3}, {"data": []}, {"phase_ends": 3}, {"engine": {"random": 3}},
+        {"step": 10**30}, {"step": 3}, {"step": 2.0}, {"best_step": 10**30}, {"phase_start": 3}, {"skipped_steps": 10**9},
+        {"phase": 10**30}, {"phase_ends": ["a"]}, {"phase_ends": [10**30]}, {"tokenizer_sha256": 3},
+    ],
+)  # fmt: skip
 def test_a_state_of_other_types_is_one_line(values, run, place, capsys):
     path = newest(run) / "state.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
     seal(newest(run))
     assert main(["pretrain", "--quiet", *tiny_arguments(run, place / "a.txt", train__steps=3)]) == 5
     assert "state.json " in capsys.readouterr().err
+
+
+def test_a_state_is_of_the_step_of_its_folder(run, place, capsys):
+    """Also where manifest and state agree, and the folder has another name: it would stand for steps that were never done."""
+    newest(run).rename(run / "checkpoints/step-00000009")
+    (run / "checkpoints/latest").write_text("step-00000009")
+    arguments = ["pretrain", "--quiet", *tiny_arguments(run, place / "a.txt", train__steps=9)]
+    assert main(arguments) == 5
+    assert "state.json has step 2, its manifest 2, and its folder is step-00000009" in capsys.readouterr().err
+
+
+def other_alphabet(run) -> None:
+    """A tokenizer of as many tokens, of which one or two are others."""
+    path = run / "tokenizer.json"
+    values = json.loads(path.read_text())
+    if values.get("lowmem_tokenizer") == "chars":
+        values["characters"] = values["characters"].replace("f", "\u0144")
+    else:
+        vocab = values["model"]["vocab"]
+        one, two = [name for name in vocab if vocab[name] < 100][-2:]
+        vocab[one], vocab[two] = vocab[two], vocab[one]
+    path.write_text(json.dumps(values))
+
+
+@pytest.fixture(scope="module")
+def runs(place):
+    """A run for each kind of tokenizer that a file can be swapped of: trained on the text, and imported."""
+    from tests.reference.tiny_families import save_tiny
+
+    text = place / "a.txt"
+    assert main(["pretrain", "--quiet", *tiny_arguments(place / "chars", text, train__steps=1, data__tokenizer="chars")]) == 0
+    more = {"data__tokenizer": "bpe", "data__tokenizer_vocab_size": 300, "train__steps": 1}
+    assert main(["pretrain", "--quiet", *tiny_arguments(place / "bpe", text, **more)]) == 0
+    save_tiny(place / "theirs", "llama")
+    assert main(["import", str(place / "theirs"), f"--out={place / 'imported'}"]) == 0
+    return place
+
+
+@pytest.mark.parametrize(
+    "reader, kind", [(r, k) for r in READERS for k in ("chars", "bpe", "imported") if (r, k) != ("teacher", "imported")]
+)
+def test_the_tokenizer_of_another_run_is_found_by_every_reader(reader, kind, runs, tmp_path, capsys):
+    (runs / "chat.jsonl").write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n")
+    run = tmp_path / "run"
+    shutil.copytree(runs / kind, run)
+    if reader in ("generate", "export"):
+        assert main(READERS[reader](run, runs)) == 0
+        shutil.rmtree(f"{run}-exported", ignore_errors=True)
+    other_alphabet(run)
+    capsys.readouterr()
+    code = main(READERS[reader](run, runs))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert code == 5, error
+    assert f"{run}/tokenizer.json is not the tokenizer that {newest(run)} was trained with (SHA-256 " in error
+    assert error.endswith("restore the run's own")
+
+
+def test_checkpoints_of_earlier_versions_have_no_hash_of_a_tokenizer(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "chars", run)
+    path = newest(run) / "state.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "tokenizer_sha256"}))
+    seal(newest(run))
+    assert main(READERS["generate"](run, runs)) == 0
+    assert main(["pretrain", "--quiet", *tiny_arguments(run, runs / "a.txt", train__steps=2, data__tokenizer="chars")]) == 0
+    assert json.loads((newest(run) / "state.json").read_text())["tokenizer_sha256"]
+
+
+def test_a_tokenizer_that_the_library_would_write_otherwise_is_the_same(runs, tmp_path, monkeypatch):
+    """As another version of the tokenizers library may: what counts is the file, which is as it was written."""
+    from lowmem.data.hf_tokenizer import HuggingFaceTokenizer
+
+    plain = HuggingFaceTokenizer.to_json
+    monkeypatch.setattr(HuggingFaceTokenizer, "to_json", lambda tokenizer: plain(tokenizer) | {"new": None})
+    for kind in ("bpe", "imported"):
+        assert main(READERS["generate"](runs / kind, runs)) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float64, torch.bool])
+@pytest.mark.parametrize("reader", READERS)
+def test_weights_of_another_dtype_are_refused_by_every_reader(reader, dtype, run, place, capsys):
+    (place / "chat.jsonl").write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n")
+    rewrite(run, "model.safetensors", lambda tensors: tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()}))
+    assert main(READERS[reader](run, place)) == 5
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f" is {dtype}, expected one of torch.float32, torch.bfloat16, torch.float16" in error
+
+
+def test_weights_of_several_dtypes_are_widened(run, place):
+    rewrite(run, "model.safetensors", lambda tensors: tensors.update({"norm.weight": tensors["norm.weight"].half()}))
+    assert main(READERS["generate"](run, place)) == 0
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", None, b"a" * 5000, "folder"])
+def test_a_pointer_that_is_no_text_is_told_in_words(content, run, place, capsys):
+    pointer = run / "checkpoints/latest"
+    pointer.unlink()
+    if content is None:
+        os.mkfifo(pointer)
+    elif content == "folder":
+        pointer.mkdir()
+    else:
+        pointer.write_bytes(content)
+    assert main(READERS["generate"](run, place)) == 5
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1
+    assert "Error" not in error
+    assert "checkpoints/latest " in error
+    assert error.endswith(": 2")
