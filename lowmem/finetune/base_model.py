@@ -1,6 +1,7 @@
 """The base of a fine-tuning run as a model of transformers, in full or in 4-bit NF4, read tensor by tensor."""
 
 import json
+import math
 import os
 import re
 import sys
@@ -24,6 +25,15 @@ from lowmem.nn.exact import use_exact_gradients
 from lowmem.run_model import load_run_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# keys of config.json that say nothing of the model: heads of classifiers, how a forward pass answers, what the weights were stored in
+_IGNORED = (
+    "num_labels", "id2label", "label2id", "problem_type", "return_dict", "use_return_dict", "output_attentions", "output_hidden_states",
+    "dtype", "torch_dtype",
+)  # fmt: skip
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "attention_types")
+_SIZES = re.compile("size|layer|head|position|embd|inner|dim|width|group|window")
+_LARGEST_SIZE = 1 << 31
+_LARGEST_BUFFERS = 1 << 30  # numbers that are computed and not read, such as tables of positions
 NF4_BLOCK = 64  # numbers that share a scale
 NF4_SCALE_BLOCK = 256  # scales that share one, with double quantisation
 
@@ -103,7 +113,7 @@ def empty_model(directory: Path, dtype: torch.dtype) -> Any:
 
     Raises:
         ConfigError: transformers is missing.
-        CheckpointError: see `base_config`; or the model that is described has tensors without elements.
+        CheckpointError: see `base_config`; or the model that is described has tensors without elements, or is much larger than its files.
     """
     config = base_config(directory)
     from transformers import AutoModelForCausalLM
@@ -113,6 +123,15 @@ def empty_model(directory: Path, dtype: torch.dtype) -> Any:
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     if empty := [f"{name} {tuple(tensor.shape)}" for name, tensor in model.named_parameters() if not tensor.numel()]:
         raise CheckpointError(f"{directory / 'config.json'} describes tensors without elements: {empty[0]}; restore the file")
+    described, held = (
+        model.num_parameters(),
+        sum(math.prod(shape) for file in weight_files(directory) for shape in tensor_shapes(file).values()),
+    )
+    # a head that the file ties to its embedding counts twice at most
+    if described > 2 * held or sum(buffer.numel() for buffer in model.buffers()) > max(held, _LARGEST_BUFFERS):
+        raise CheckpointError(
+            f"{directory / 'config.json'} describes a model far larger than its files, which hold {held} numbers; restore it"
+        )
     model.config.name_or_path = model.name_or_path = str(directory)
     use_exact_gradients(model)
     return model.to(dtype)
@@ -126,7 +145,7 @@ def base_config(directory: Path) -> Any:
         CheckpointError: config.json is damaged, names another family, needs code of its own, or its weights are quantised.
     """
     try:
-        from transformers import AutoConfig
+        from transformers import CONFIG_MAPPING
     except ImportError as error:
         raise ConfigError("fine-tuning needs transformers and peft; pip install 'lowmem[finetune]'") from error
     values = read_config_json(directory)
@@ -141,14 +160,46 @@ def base_config(directory: Path) -> Any:
                 f"{directory / 'config.json'} has {key} ({str(kind)[:40]}); give the base with plain fp32, bf16 or fp16 weights, "
                 "and method=qlora to keep it in 4 bits"
             )
+    _check_sizes(values, directory)
     _register()
     with _quiet_transformers(), reported_as_damage(directory):
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        config = CONFIG_MAPPING[family].from_dict({key: value for key, value in values.items() if key not in _IGNORED})
         config.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)
-    layers, tensors = getattr(config, "num_hidden_layers", 1), sum(len(tensor_shapes(file)) for file in weight_files(directory))
-    if not isinstance(layers, int) or not 1 <= layers <= tensors:
-        raise CheckpointError(f"{directory / 'config.json'}: num_hidden_layers is {layers}, with {tensors} tensors in its files; mend it")
+    _check_layers(getattr(config, "num_hidden_layers", 1), directory)
     return config
+
+
+def _check_sizes(values: dict[str, Any], directory: Path) -> None:
+    """Refuse what would take transformers hours or all memory before it meets the shapes of the weights, or fail in the first step.
+
+    Raises:
+        CheckpointError: names the first such key.
+    """
+    for key, value in values.items():
+        number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else 0
+        wanted = ""
+        if "drop" in key and not 0 <= number <= 1:
+            wanted = "0 to 1"
+        elif isinstance(value, int) and _SIZES.search(key) and number > _LARGEST_SIZE:
+            wanted = f"at most {_LARGEST_SIZE}"
+        if wanted:
+            raise CheckpointError(f"{directory / 'config.json'} has {key} {value!r:.60}, expected {wanted}; restore it")
+    for key in _LAYERS:
+        for count in _counts(values.get(key)):
+            _check_layers(count, directory, key)
+
+
+def _counts(value: Any) -> list[int]:
+    """The integers in a value of JSON."""
+    if isinstance(value, list):
+        return [count for item in value for count in _counts(item)]
+    return [value] if type(value) is int else []
+
+
+def _check_layers(layers: Any, directory: Path, key: str = "num_hidden_layers") -> None:
+    tensors = sum(len(tensor_shapes(file)) for file in weight_files(directory))
+    if not isinstance(layers, int) or not 1 <= layers <= tensors:
+        raise CheckpointError(f"{directory / 'config.json'}: {key} is {layers!r:.60}, with {tensors} tensors in its files; mend it")
 
 
 def read_config_json(directory: Path) -> dict[str, Any]:

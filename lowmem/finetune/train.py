@@ -13,7 +13,7 @@ from lowmem.engine.random_state import random_state, restore_random_state
 from lowmem.engine.recovery import release_memory
 from lowmem.engine.tensor_file import load_into, read_tensors, write_tensors
 from lowmem.errors import EXIT_INTERRUPTED, DivergedError, StoppedBySignal
-from lowmem.finetune.base_model import DTYPES, base_directory, compute_device, enable_checkpointing, load_base
+from lowmem.finetune.base_model import DTYPES, base_directory, compute_device, enable_checkpointing, load_base, reported_as_damage
 from lowmem.finetune.data import ChatData, chat_data, copy_tokenizer, tokenizer_folder
 from lowmem.finetune.methods import WITHOUT_ADAPTER, apply_method, can_checkpoint, one_per_row, parameter_groups
 from lowmem.finetune.probe import check_loss
@@ -91,7 +91,8 @@ def finetune(
         phases, dtype = PhasePeaks(), DTYPES[config.base_dtype]
         with phases("load"):
             model = load_base(directory, nf4=config.method == "qlora", double_quant=config.adapter.double_quant, dtype=dtype)
-            check_loss(model, compute_device(), packed=not one_per_row(model, config))
+            with reported_as_damage(directory):  # the first forward pass meets what no shape shows
+                check_loss(model, compute_device(), packed=not one_per_row(model, config))
         folder, new_ids = tokenizer_folder(config, directory, model)
         data = chat_data(config, folder, one_per_row=one_per_row(model, config), progress=display)
         if data.notes:

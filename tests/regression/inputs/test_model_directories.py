@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import pytest
 import torch
@@ -180,6 +181,46 @@ def test_nonsense_in_config_json_is_one_line(values, llama, chat, tmp_path, caps
     change_config(folder, **values)
     assert finetune(folder, chat, tmp_path / "out", "--dry_run") == 5
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"num_labels": 10**9}, {"num_labels": -1}, {"id2label": 3}, {"return_dict": False}, {"use_return_dict": False}, {"dtype": 5},
+        {"output_attentions": True}, {"output_hidden_states": True}, {"torch_dtype": "float7"}, {"problem_type": "regression"},
+    ],
+)  # fmt: skip
+def test_what_says_nothing_of_a_language_model_is_ignored(values, llama, chat, tmp_path):
+    shutil.copytree(llama, tmp_path / "base")
+    change_config(tmp_path / "base", **values)
+    assert torch.equal(load_base(tmp_path / "base", nf4=False)(input_ids=TOKENS).logits, logits(theirs(llama)))
+    assert finetune(tmp_path / "base", chat, tmp_path / "out", "--steps=1") == 0
+
+
+@pytest.mark.parametrize(
+    "family, values",
+    [
+        ("llama", {"num_hidden_layers": 10**9}), ("llama", {"vocab_size": 10**12}), ("llama", {"vocab_size": 10**9}),
+        ("llama", {"max_position_embeddings": 10**12}), ("llama", {"intermediate_size": 10**8}), ("llama", {"hidden_size": 10**9}),
+        ("llama", {"num_attention_heads": 10**8}), ("llama", {"head_dim": 10**8}), ("llama", {"num_key_value_heads": 10**9}),
+        ("qwen2", {"num_hidden_layers": 10**9, "layer_types": None}), ("gpt_neo", {"attention_types": [[["global"], 10**9]]}),
+        ("gpt2", {"n_layer": 10**9}), ("gpt2", {"n_positions": 10**9}), ("gptj", {"n_positions": 10**9}), ("gptj", {"n_layer": 10**10}),
+        ("gpt_neo", {"max_position_embeddings": 10**9}), ("xglm", {"max_position_embeddings": 10**9}),
+        ("llama", {"attention_dropout": 5}), ("llama", {"attention_dropout": -0.1}), ("gpt2", {"resid_pdrop": 1.5}),
+    ],
+)  # fmt: skip
+def test_sizes_that_no_file_has_are_refused_at_once(family, values, chat, tmp_path, capsys):
+    """Before anything of that size is made: the limits of this process would end it."""
+    save_tiny(tmp_path / "base", family)
+    change_config(tmp_path / "base", **values)
+    capsys.readouterr()
+    started = time.monotonic()
+    for more in ("--dry_run", "--steps=1"):
+        assert finetune(tmp_path / "base", chat, tmp_path / "out", more) == 5
+        error = capsys.readouterr().err.strip()
+        assert len(error.splitlines()) == 1, error
+        assert "Error" not in error
+    assert time.monotonic() - started < 20
 
 
 def test_the_index_decides_and_names_files_of_its_folder(llama, tmp_path):
