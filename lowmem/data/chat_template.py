@@ -255,17 +255,35 @@ def load_chat_template(directory: str | Path, tokenizer: Tokenizer | None = None
         DataError: there is none, or it is damaged.
     """
     folder = Path(directory)
-    path, config = folder / TEMPLATE_FILE, read_tokenizer_config(folder / "tokenizer_config.json")
-    source: Any = config.get("chat_template")
-    place = str(folder / "tokenizer_config.json")
+    path, config_path = folder / TEMPLATE_FILE, folder / "tokenizer_config.json"
+    config = read_tokenizer_config(config_path)
     if path.is_file():
         source, place = _read_template(path, str(path)), str(path)
-    if isinstance(source, list):  # several by name
-        source = next((item.get("template") for item in source if isinstance(item, dict) and item.get("name") == "default"), None)
-    if not isinstance(source, str):
+    else:
+        source, place = _configured_template(config, config_path), str(config_path)
+    if not source:
         raise DataError(f"{folder} has no chat template; put one into {TEMPLATE_FILE}, or train a phase with kind: chat")
     name = "" if tokenizer is None else tokenizer.decode([tokenizer.eos_id])
     return _named(source, config, name or END_OF_TEXT, place)
+
+
+def _configured_template(config: Mapping[str, Any], path: Path) -> str:
+    """The template in a tokenizer_config.json, of several the one named default; "" if there is none.
+
+    Raises:
+        DataError: what is there is no template.
+    """
+    found = config.get("chat_template")
+    if found is None:
+        return ""
+    several = found if isinstance(found, list) and all(isinstance(item, dict) for item in found) else []
+    source = next((item.get("template") for item in several if item.get("name") == "default"), None) if several else found
+    if not isinstance(source, str):
+        raise DataError(
+            f"{path} has chat_template {found!r:.60}, expected text, or a list with one whose name is default; mend it, or put a template "
+            f"into {TEMPLATE_FILE}"
+        )
+    return source
 
 
 def choose_chat_template(file: str, folder: Path | None, tokenizer: Tokenizer | None) -> ChatTemplate:
@@ -280,10 +298,10 @@ def choose_chat_template(file: str, folder: Path | None, tokenizer: Tokenizer | 
     if file:
         config = {} if folder is None else read_tokenizer_config(folder / "tokenizer_config.json")
         return _named(_read_template(Path(file).expanduser(), file), {**config, "eos_token": eos}, eos, file)
-    if folder is not None and (
-        (folder / TEMPLATE_FILE).exists() or read_tokenizer_config(folder / "tokenizer_config.json").get("chat_template")
-    ):
-        return load_chat_template(folder, tokenizer)
+    if folder is not None:
+        path = folder / "tokenizer_config.json"
+        if (folder / TEMPLATE_FILE).exists() or _configured_template(read_tokenizer_config(path), path):
+            return load_chat_template(folder, tokenizer)
     return ChatTemplate(DEFAULT_TEMPLATE, eos_token=eos, place="lowmem's template")
 
 

@@ -220,3 +220,27 @@ def test_tools_must_be_written_for_the_record_that_has_them():
     demanding = WRITES.replace("[IFS]", "{% if not tools %}{{ raise_exception('no tools') }}{% endif %}")
     assert encoded(demanding, tools) == "a|c|"
     assert encoded("{{ tools[0].name }}" + WRITES.replace("[IFS]", ""), tools) == "fa|c|"
+
+
+@pytest.mark.parametrize(
+    "value", [5, 0, False, {}, {"default": CHATML}, [], [CHATML], [{"name": "rag", "template": CHATML}], [{"name": "default"}]]
+)
+def test_a_damaged_field_is_named_and_not_taken_for_none(value, tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
+    for read in (lambda: choose_chat_template("", tmp_path, None), lambda: load_chat_template(tmp_path)):
+        with pytest.raises(DataError, match=r"tokenizer_config.json has chat_template .*, expected text, or a list with one whose name is"):
+            read()
+    (tmp_path / "chat_template.jinja").write_text(CHATML)  # comes first
+    assert load_chat_template(tmp_path).source == CHATML
+
+
+@pytest.mark.parametrize("value", [None, "", CHATML, [{"name": "rag", "template": "x"}, {"name": "default", "template": CHATML}]])
+def test_a_field_that_is_empty_is_no_template(value, tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
+    assert choose_chat_template("", tmp_path, None).source == (CHATML if value else DEFAULT_TEMPLATE)
+
+
+def test_a_tokenizer_config_that_is_no_object_is_named(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(DataError, match=r"tokenizer_config.json holds \[\], expected an object"):
+        choose_chat_template("", tmp_path, None)
