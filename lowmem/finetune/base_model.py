@@ -232,7 +232,7 @@ def reported_as_damage(directory: Path) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        said = re.sub(r"\b[A-Za-z]+Error: |<class '([A-Za-z]+)'>", r"\1", " ".join(str(error).split()))
+        said = re.sub(r"\b[A-Za-z]+Error: |<class '([A-Za-z]+)'>", r"\1", " ".join(str(error).split())).replace("NoneType", "null")
         raise CheckpointError(f"{directory} is no model that transformers can read ({said[:200]})") from error
 
 

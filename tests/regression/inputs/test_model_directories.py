@@ -173,14 +173,23 @@ def test_rows_longer_than_the_positions_of_the_base_are_refused(family, chat, tm
 
 @pytest.mark.parametrize(
     "values",
-    [{"hidden_size": "32"}, {"num_hidden_layers": 10**9}, {"num_attention_heads": 0}, {"vocab_size": -3}, {"sliding_window": ["a"]}],
+    [
+        {"hidden_size": "32"},
+        {"num_hidden_layers": 10**9},
+        {"num_attention_heads": 0},
+        {"vocab_size": -3},
+        {"sliding_window": ["a"]},
+        {"hidden_act": None},
+    ],
 )
 def test_nonsense_in_config_json_is_one_line(values, llama, chat, tmp_path, capsys):
     folder = tmp_path / "base"
     shutil.copytree(llama, folder)
     change_config(folder, **values)
     assert finetune(folder, chat, tmp_path / "out", "--dry_run") == 5
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert len((error := capsys.readouterr().err.strip()).splitlines()) == 1
+    assert "Error" not in error
+    assert "NoneType" not in error
 
 
 @pytest.mark.parametrize(
