@@ -9,11 +9,13 @@ from lowmem.engine.manifest import damage, file_hashes
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "state.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
-    (tmp_path / "manifest.json").write_text(json.dumps({"step": 1, "files": file_hashes(tmp_path)}))
-    assert damage(tmp_path) == ""
-    return tmp_path
+    path = tmp_path / "step-00000001"
+    path.mkdir()
+    (path / "state.json").write_text('{"step": 1}')
+    (path / "model.safetensors").write_bytes(b"weights")
+    (path / "manifest.json").write_text(json.dumps({"step": 1, "files": file_hashes(path)}))
+    assert damage(path) == ""
+    return path
 
 
 @pytest.mark.parametrize("content", ["[]", "3", "null", "{}", '{"files": {"a": 3}}', "{"])
