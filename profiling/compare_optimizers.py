@@ -62,6 +62,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     flags = parser.parse_args()
     other = flags.other.resolve()
+    if not (other / "lowmem" / "optim").is_dir():
+        parser.error(f"--other is {flags.other}, which is no checkout of lowmem")
     revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=other, capture_output=True, text=True, check=True)
     rounds = []
     for number in range(flags.rounds):

@@ -44,6 +44,35 @@ def test_groups_of_heads_find_their_slopes(monkeypatch):
     test_equals_the_definition(blocked_attention, True, 33)
 
 
+@pytest.mark.parametrize("alibi", [False, True])
+@pytest.mark.parametrize("sequences, heads_at_once", [(6, 2), (6, 4), (6, 12), (6, 24), (5, 11)])
+def test_every_sequence_of_a_group_finds_its_own_segments(monkeypatch, sequences, heads_at_once, alibi):
+    """Groups of half a sequence, of one, of three and of all, and one whose room no number of sequences fills.
+
+    One key is a hundred times the others, with either sign.
+    """
+    monkeypatch.setattr(module, "MAX_SCORES", heads_at_once * module.MIN_BLOCK * 33)
+    torch.manual_seed(1)
+    tensors = [torch.randn(sequences, 4, 33, 8, dtype=torch.float64) for _ in range(3)]
+    tensors[1][::2, :, 5] *= 100
+    tensors[1][1::2, :, 5] *= -100
+    segments = torch.rand(sequences, 33).gt(0.8).cumsum(1)
+    assert len(segments.unique(dim=0)) == sequences
+    tensors = [x.requires_grad_() for x in tensors]
+    bias = torch.zeros(sequences, 1, 33, 33, dtype=torch.float64).masked_fill(
+        segments[:, None, :, None] != segments[:, None, None, :], -torch.inf
+    )
+    if alibi:
+        bias = bias + oracles.alibi_bias(4, 33)
+    out = blocked_attention(*tensors, alibi_slopes(4) if alibi else (), segments)
+    grad = torch.randn_like(out)
+    expected, expected_grads = oracle_gradients(tensors, bias, grad)
+    # 33 terms of 10; the products with the large key are of 1,000: 33 * 1000 * 2^-53 = 4e-12
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-11)
+    for found, exact in zip(torch.autograd.grad(out, tensors, grad), expected_grads, strict=True):
+        torch.testing.assert_close(found, exact, rtol=0, atol=1e-11)
+
+
 @pytest.mark.parametrize("native", [False, True])
 def test_many_blocks_sum_their_gradients_in_fp32(monkeypatch, native):
     monkeypatch.setattr(module, "MAX_BLOCK", 32)
