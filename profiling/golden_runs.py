@@ -39,7 +39,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "zero 2, two ranks": {"engine.name": "deepspeed", "engine.zero_stage": 2},
 }
 FINETUNE = {
-    "steps": STEPS, "batch_size": 8, "micro_batch_size": 4, "seq_len": 64, "eval_every": 10, "save_every": 10, "merge": "true", "seed": 1
+    "steps": STEPS, "batch_size": 8, "micro_batch_size": 4, "seq_len": 64, "eval_every": 10, "save_every": 10, "seed": 1
 }  # fmt: skip
 FINETUNED: dict[str, dict[str, Any]] = {
     "finetune lora": {"method": "lora"},
