@@ -14,7 +14,7 @@ from lowmem import profile
 from lowmem.errors import ConfigError, StoppedBySignal
 from lowmem.memory.watched import WatchedRun
 from lowmem.reporting.run_result import MetricsTail, last_words, prediction
-from tests.memory.test_measure import linux_only
+from tests.memory.fresh_process import linux_only
 from tests.train.tiny_run import ROOT, write_text
 
 MIB = 2**20

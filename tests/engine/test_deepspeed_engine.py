@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from lowmem.engine.local import LocalEngine
+from tests.engine.deepspeed_cases import CONFIGS, case, compare_checkpoints
 from tests.engine.deepspeed_worker import GLOBAL_BATCH, launch, make_batch, make_model, run_config
 
 pytestmark = [
@@ -18,7 +19,6 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
 ]
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
 FILES = ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
 FLAT_FILES = ["zero1", "zero2_offload", "zero3", "zero3_offload"]
 STEPS = list(range(20))
@@ -34,10 +34,6 @@ LOW_BIT_DIM = 130
 # 20 * 2 * 3e-6 * 1e-2 = 1.2e-6; in random directions that changes the loss by |gradient| * 1.2e-6 = 1.5e-6 of 4.4. DeepSpeed's
 # clipping adds 1e-6 to the norm it divides by. Together below 1e-5; a wrong weight of one micro-batch shows as 1e-2.
 TOLERANCE = 1e-5
-
-
-def case(file: str, name: str, **more: Any) -> dict[str, Any]:
-    return {"name": f"{file}-{name}", "engine": {"config": str(CONFIGS / f"{file}.json")}, **more}
 
 
 def local_steps(of: dict[str, Any]) -> tuple[list[tuple[float, float]], float]:
@@ -187,18 +183,6 @@ def test_resumed_run_is_bit_identical(tmp_path: Path, ranks: int) -> None:
             assert one["weights_sha256"] == first[0][before["name"]]["weights_sha256"], before["name"]
     for index in range(len(chosen)):
         compare_checkpoints(tmp_path / f"{index}-straight", tmp_path / f"{index}-resumed")
-
-
-def compare_checkpoints(one: Path, other: Path) -> None:
-    names = sorted(path.name for path in one.iterdir())
-    assert names == sorted(path.name for path in other.iterdir())
-    assert {Path(name).suffix for name in names} == {".json", ".safetensors"}  # no pickle, no script
-    for name in (name for name in names if name.endswith(".safetensors")):
-        left, right = load_file(one / name), load_file(other / name)
-        assert left.keys() == right.keys()
-        for key in left:
-            assert left[key].dtype == right[key].dtype
-            assert torch.equal(left[key], right[key]), f"{one / name}: {key}"
 
 
 def test_saved_weights_are_whole_fp32_and_named_as_in_the_module(tmp_path: Path) -> None:

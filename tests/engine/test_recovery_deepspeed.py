@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.engine.deepspeed_cases import case, compare_checkpoints
 from tests.engine.deepspeed_worker import launch
-from tests.engine.test_deepspeed_engine import case, compare_checkpoints
 
 pytestmark = [
     pytest.mark.slow,

@@ -13,7 +13,7 @@ from lowmem.engine.recovery import smaller_micro_batch
 from lowmem.errors import MemoryBudgetError
 from lowmem.nn import loss_by_rows
 from tests.engine.out_of_memory import MESSAGE, MemoryRunsOut, NothingLargerThan, bits
-from tests.engine.test_recovery import CASES, GLOBAL_BATCH, LR, MICRO, make_batch, make_engine
+from tests.engine.recovery_cases import CASES, GLOBAL_BATCH, LR, MICRO, make_batch, make_engine
 
 
 def test_smaller_micro_batches_divide_what_the_larger_ones_divide():

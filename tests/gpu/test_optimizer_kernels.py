@@ -15,16 +15,8 @@ from lowmem.optim.kernels import reference
 from lowmem.optim.kernels import triton as kernels
 from lowmem.optim.kernels.formats import BLOCK
 from lowmem.optim.kernels.scalars import StepScalars
-from tests.optim.kernels.test_cpu import EVERY_FORM, gradient, new_states, random_weights
-from tests.optim.kernels.test_triton import (
-    DTYPES,
-    any_codes,
-    decaying_case,
-    huge_case,
-    make_scalars,
-    subnormal_case,
-    weights_at_the_edges,
-)
+from tests.optim.kernels.cases import EVERY_FORM, gradient, new_states, random_weights
+from tests.optim.kernels.triton_cases import DTYPES, any_codes, decaying_case, huge_case, make_scalars, subnormal_case, weights_at_the_edges
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(cuda_problem()), reason=f"no CUDA device to use: {cuda_problem()}")]
 

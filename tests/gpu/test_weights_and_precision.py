@@ -9,7 +9,7 @@ import torch
 
 from lowmem.cli import main
 from lowmem.devices import cuda_has_native_bf16, cuda_has_native_fp8, cuda_problem
-from tests.nn.test_quantized import gradients, numbers
+from tests.nn.tensors import gradients, numbers
 from tests.train.tiny_run import metrics, tiny_arguments, write_text
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(cuda_problem()), reason=f"no CUDA device to use: {cuda_problem()}")]

@@ -13,7 +13,7 @@ from lowmem.memory.phases import PHASES, PhasePeaks
 from lowmem.train.loop import train
 from lowmem.train.progress import make_display
 from lowmem.train.setup import set_up
-from tests.memory.test_measure import TOLERANCE_MIB, linux_only, run_and_read_mib
+from tests.memory.fresh_process import TOLERANCE_MIB, linux_only, run_and_read_mib
 from tests.train.tiny_run import tiny_arguments, write_text
 
 

@@ -14,7 +14,7 @@ from lowmem.memory import watch
 from lowmem.memory.procfs import start_time, status_bytes
 from lowmem.memory.watch import TreeMemory
 from lowmem.memory.watcher import Watcher
-from tests.memory.test_measure import TOLERANCE_MIB, linux_only
+from tests.memory.fresh_process import TOLERANCE_MIB, linux_only
 
 pytestmark = linux_only
 MIB = 1 << 20

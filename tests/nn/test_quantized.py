@@ -14,12 +14,9 @@ from lowmem.nn.weight_codes import BLOCK, LARGEST_CODE, decode, encode
 from lowmem.optim import AdamW, Lion
 from lowmem.optim.kernels.formats import BLOCK as STATE_BLOCK
 from lowmem.optim.kernels.reference import random_bits
+from tests.nn.tensors import gradients, numbers
 
 BITS = pytest.mark.parametrize("bits", [8, 4])
-
-
-def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @BITS
@@ -70,11 +67,6 @@ def test_a_quantised_weight_is_a_parameter_of_its_shape(bits, dtype):
     assert torch.equal(F.embedding(torch.tensor([4, 1, 4]), wide), wide.dense(dtype)[[4, 1, 4]])
     with pytest.raises(TypeError, match="write into a quantised weight"):
         weight.detach().mul_(2)
-
-
-def gradients(function, x: torch.Tensor, *weights: torch.Tensor) -> list[torch.Tensor]:
-    outputs = function(x, *weights)
-    return [*outputs, *torch.autograd.grad(sum(output.square().sum() for output in outputs), [x, *weights])]
 
 
 @BITS

@@ -4,7 +4,6 @@ Triton reads TRITON_INTERPRET when it is imported. So the tests marked `interpre
 """
 
 import importlib.util
-import math
 import os
 import re
 import subprocess
@@ -18,14 +17,13 @@ from lowmem.nn.quantized import quantize
 from lowmem.optim.kernels import reference
 from lowmem.optim.kernels import triton as kernels
 from lowmem.optim.kernels.formats import BLOCK, FORMATS
-from lowmem.optim.kernels.scalars import StepScalars, adamw_scalars, lion_scalars
-from tests.optim.kernels.test_cpu import EVERY_FORM, gradient, new_states, random_weights, scalars_of
+from tests.optim.kernels.cases import EVERY_FORM, gradient, new_states, random_weights, scalars_of
+from tests.optim.kernels.triton_cases import DTYPES, any_codes, decaying_case, huge_case, make_scalars, subnormal_case, weights_at_the_edges
 
 IS_INTERPRETED, IS_INSTALLED = os.environ.get("TRITON_INTERPRET") == "1", importlib.util.find_spec("triton") is not None
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in :RuntimeWarning")  # numpy's, in the interpreter
 compiles = pytest.mark.skipif(IS_INTERPRETED or not IS_INSTALLED, reason="Triton is not installed, or interprets")
 interpreted = pytest.mark.skipif(not IS_INTERPRETED, reason="runs in a process with TRITON_INTERPRET=1")
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @compiles
@@ -35,11 +33,6 @@ def test_the_kernel_equals_the_definition_in_the_interpreter():
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
     assert int(re.findall(r"(\d+) passed", result.stdout)[0]) >= 100, result.stdout
-
-
-def make_scalars(name: str, step: int, lr=0.02, betas=(0.9, 0.99), eps=1e-8) -> StepScalars:
-    every = {"lr": lr, "betas": betas, "weight_decay": 0.1, "key": 0xFFFFFFFF - step}
-    return lion_scalars(**every) if name == "lion" else adamw_scalars(**every, eps=eps, step=step)
 
 
 def assert_equal_steps(name: str, bits: int, param: torch.Tensor, grads, scalars=None, states=None) -> list[torch.Tensor | None]:
@@ -75,36 +68,16 @@ def test_every_length(name, bits, numel):
     assert_equal_steps(name, bits, random_weights(numel, seed=2).to(dtype), [gradient(numel, step, dtype) for step in (1, 2, 3)])
 
 
-def decaying_case(name: str) -> tuple[torch.Tensor, list[torch.Tensor], list[StepScalars]]:
-    """exp_avg and exp_avg_sq fall 5600-fold: through 2^-126, 49 * 2^-126 and 127^2 * 2^-126, where scales become zero."""
-    first = torch.tensor([1e-31, 3e-34, 5e-36, 2e-18]).repeat_interleave(BLOCK)
-    grads = [first, *[torch.zeros_like(first)] * 29]
-    return random_weights(len(first), seed=3), grads, [make_scalars(name, step, betas=(0.75, 0.75)) for step in range(1, 31)]
-
-
 @interpreted
 @EVERY_FORM
 def test_states_that_decay_to_nothing(name, bits):
     assert_equal_steps(name, bits, *decaying_case(name))
 
 
-def huge_case(name: str) -> tuple[torch.Tensor, list[torch.Tensor], list[StepScalars]]:
-    """exp_avg_sq beyond 2^126, whose inverse is subnormal, and squares just below and above what fp32 has."""
-    grads = [torch.linspace(1.0, 1.85, 2 * BLOCK) * 1e19, torch.linspace(1.84, 1.85, 2 * BLOCK) * 1e19]
-    return random_weights(2 * BLOCK, seed=4), grads, [make_scalars(name, step, betas=(0.9, 0.5)) for step in (1, 2)]
-
-
 @interpreted
 @EVERY_FORM
 def test_huge_gradients(name, bits):
     assert_equal_steps(name, bits, *huge_case(name))
-
-
-def subnormal_case(name: str) -> tuple[torch.Tensor, list[torch.Tensor], list[StepScalars]]:
-    """Weights, gradients, roots, quotients and steps below 2^-126."""
-    exponents = torch.linspace(-44, -17, 2 * BLOCK)
-    grad = 10.0**exponents * (1 - 2 * (torch.arange(2 * BLOCK) % 2))
-    return 10.0 ** exponents.flip(0), [grad, grad], [make_scalars(name, step, lr=1e-38, eps=1e-20) for step in (1, 2)]
 
 
 @interpreted
@@ -118,16 +91,6 @@ def test_subnormal_numbers(name, bits):
 def test_no_learning_rate_and_a_million_steps(name, bits):
     scalars = [make_scalars(name, 1, lr=0.0), make_scalars(name, 1_000_000)]
     assert_equal_steps(name, bits, random_weights(300, seed=5).bfloat16(), [gradient(300, step, torch.float32) for step in (1, 2)], scalars)
-
-
-def any_codes(name: str, bits: int, numel: int) -> list[torch.Tensor | None]:
-    """States of random bytes, those behind the last number too."""
-    random = torch.Generator().manual_seed(6)
-    states = new_states(name, bits, numel)
-    for state in states:
-        if state is not None:
-            state.copy_(torch.rand(state.shape, generator=random) if state.is_floating_point() else state.random_(generator=random))
-    return states
 
 
 @interpreted
@@ -153,12 +116,6 @@ def test_quantised_weights(name, bits, weight_bits):
     for one, other in zip([*pairs[0], *states[0]], [*pairs[1], *states[1]], strict=True):
         assert one is other is None or torch.equal(one.view(torch.uint8), other.view(torch.uint8))
     assert not torch.equal(pairs[0][0], weight.codes)
-
-
-def weights_at_the_edges() -> torch.Tensor:
-    """Subnormal, largest and infinite numbers of fp16 and bf16, and zeros of both signs."""
-    edges = [0.0, -0.0, 6e-8, -6e-8, 5e-7, 6.1e-5, -6.1e-5, 65504.0, -65504.0, 3.38e38, -3.38e38, math.inf, -math.inf, 1e-40, 1e-30, 1.0]
-    return torch.tensor(edges).repeat(20)
 
 
 @interpreted
