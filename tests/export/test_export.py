@@ -3,58 +3,19 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from lowmem.config import LorptConfig, ModelConfig, RunConfig
 from lowmem.data.chunk_tokenizer import ChunkTokenizer
 from lowmem.data.hf_tokenizer import HuggingFaceTokenizer
 from lowmem.data.simple_tokenizers import ByteTokenizer, CharTokenizer
 from lowmem.errors import ConfigError
 from lowmem.export.hf import export_run_model, hf_model
-from lowmem.models.registry import build_model
 from lowmem.run_model import RunModel
+from tests.reference.random_models import SHAPES, make_run, tolerance
 
 TEXT = "The ship sails with them; héllo wörld 42.\n\n  <|endoftext|> ends"
-GPT2 = {"positions": "learned", "norm": "layernorm", "activation": "gelu_tanh"}
-LINEAR = LorptConfig(rank=4, bottleneck="linear")
-SHAPES = {
-    "llama": ({}, "llama"),
-    "llama-tied": ({"tie_embeddings": True, "norm_eps": 1e-5, "rope_theta": 500.0}, "llama"),
-    "llama-biased": ({"bias": True, "tie_embeddings": True, "num_kv_heads": 2}, "llama"),
-    "llama-grouped-lorpt": ({"num_kv_heads": 1, "lorpt": LINEAR}, "llama"),
-    "llama-from-lorpt": ({"lorpt": replace(LINEAR, targets=["attention", "mlp", "head"])}, "llama"),
-    "llama-from-shared-lorpt": ({"lorpt": replace(LINEAR, share_down=True)}, "llama"),
-    "llama-from-low-rank-attention": ({"attention_rank": 8}, "llama"),
-    "gpt2": ({**GPT2, "bias": True}, "gpt2"),
-    "gpt2-tied": ({**GPT2, "activation": "gelu", "tie_embeddings": True, "attention_rank": 8}, "gpt2"),
-    "gpt2-grouped": ({**GPT2, "num_kv_heads": 2}, "lowmem"),
-    "silu": ({"lorpt": LorptConfig(rank=4)}, "lowmem"),
-    "silu-some": ({"lorpt": LorptConfig(rank=4, ranks={"blocks.0.*": 0, "*.q": 0})}, "lowmem"),
-    "alibi": ({"positions": "alibi", "attention_rank": 8}, "lowmem"),
-    "rope-layernorm": ({"norm": "layernorm", "activation": "gelu", "bias": True}, "lowmem"),
-    "i3": ({"name": "i3", "num_heads": 1, "attention_rank": 8, "state_dim": 4, "lorpt": LorptConfig(rank=4)}, "lowmem"),
-}  # fmt: skip
-
-
-def make_run(choices: dict, tokenizer=None) -> RunModel:
-    """A model of random weights, norms and biases included."""
-    tokenizer = tokenizer or ByteTokenizer()
-    config = RunConfig(model=ModelConfig(**{"dim": 32, "num_layers": 2, "num_heads": 4, **choices}))
-    model = build_model(config.model, vocab_size=tokenizer.vocab_size, max_seq_len=48, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return RunModel(model.eval(), tokenizer, config, 0, Path("none/checkpoints/step-00000000"))
-
-
-def tolerance(logits: torch.Tensor) -> float:
-    """fp32 sums of a few hundred terms in two layers, in another order: some 1e-6 of the largest logit; and ten times that."""
-    return 1e-5 * logits.abs().max().item()
 
 
 @pytest.mark.parametrize("name", SHAPES)

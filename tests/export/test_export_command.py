@@ -6,7 +6,7 @@ import pytest
 
 from lowmem.cli import main
 from lowmem.export.import_hf import import_directory
-from tests.export.test_import import read_header, save_theirs
+from tests.reference.random_models import read_header, save_theirs
 
 
 @pytest.fixture(scope="module")

@@ -8,41 +8,12 @@ import torch
 
 from lowmem.cli import main
 from lowmem.config import LorptConfig
-from lowmem.data.hf_tokenizer import HuggingFaceTokenizer
 from lowmem.errors import CheckpointError, ConfigError
 from lowmem.export.hf import export_run_model
 from lowmem.export.import_hf import import_directory
 from lowmem.run_model import load_run_model
-from tests.export.test_export import tolerance
+from tests.reference.random_models import read_header, save_theirs, tolerance
 from tests.train.tiny_run import tiny_arguments, write_text
-
-TEMPLATE = "{% for message in messages %}{{ bos_token + message['content'] + eos_token }}{% endfor %}"
-
-
-def save_theirs(folder, family: str = "llama", dtype=torch.float32, **choices):
-    """A model of random weights, norms and biases included, and its directory."""
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-
-    shards = {"max_shard_size": choices.pop("max_shard_size", "1GB")}
-    torch.manual_seed(0)
-    if family == "llama":
-        shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=320, max_position_embeddings=64, **(shape | choices)))
-    else:
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=320, n_positions=64, n_embd=32, n_layer=2, n_head=4, **choices))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape)
-    model.eval().to(dtype).save_pretrained(folder, **shards)
-    HuggingFaceTokenizer.train(["some words and the other words " * 20], 300).save(folder / "tokenizer.json")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE, "bos_token": "<s>"}))
-    return model.float()
-
-
-def read_header(path) -> dict:
-    data = path.read_bytes()
-    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-
 
 THEIRS = {
     "llama": ("llama", {}),

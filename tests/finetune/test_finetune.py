@@ -8,8 +8,6 @@ import pytest
 import torch
 
 from lowmem.cli import main
-from lowmem.config_finetune import FinetuneConfig, finetune_problems
-from lowmem.config_load import load_config
 from lowmem.data.packing import pack_conversations
 from lowmem.errors import ConfigError, MemoryBudgetError
 from lowmem.finetune.base_model import load_base
@@ -19,38 +17,8 @@ from lowmem.finetune.save import swap_adapter
 from lowmem.finetune.step import batch_loss
 from lowmem.finetune.train import finetune
 from lowmem.train.progress import NullDisplay
-from tests.export.test_export import SHAPES, make_run, tolerance
-from tests.export.test_import import save_theirs
-
-CPU = torch.device("cpu")
-TOKENS = torch.arange(40).view(1, 40) * 7 % 300
-
-
-@pytest.fixture(scope="module")
-def chat(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("chat") / "chat.jsonl"
-    path.write_text(
-        "\n".join(json.dumps({"prompt": f"some words {n % 7}", "response": "the other words " * (n % 3 + 1)}) for n in range(60))
-    )
-    return path
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base") / "hf"
-    save_theirs(folder, "llama", hidden_size=64, intermediate_size=64)
-    return folder
-
-
-def make_config(base: Path, chat: Path, out: Path, *more: str) -> FinetuneConfig:
-    settings = {"base": base, "data": chat, "out": out, "seq_len": 64, "steps": 6, "batch_size": 2, "eval_every": 3, "save_every": 2}
-    overrides = [f"{key}={value}" for key, value in settings.items()]
-    return load_config(FinetuneConfig, "", [*overrides, "optim.warmup_steps=1", "optim.lr=0.01", "adapter.r=4", *more], finetune_problems)
-
-
-def logits(model, tokens=TOKENS) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=tokens).logits
+from tests.finetune.tiny import CPU, logits, make_config
+from tests.reference.random_models import SHAPES, make_run, save_theirs, tolerance
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "dora", "lora_plus", "rslora", "prefix", "ia3", "head", "last_k", "full"])

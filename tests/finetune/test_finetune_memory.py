@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from lowmem.config_finetune import FinetuneConfig
-from lowmem.data.packing import pack_conversations
 from lowmem.errors import ConfigError
 from lowmem.finetune.base_model import load_base
 from lowmem.finetune.hidden import plain_head
@@ -19,16 +18,8 @@ from lowmem.finetune.memory import predict_memory
 from lowmem.finetune.methods import apply_method, parameter_groups
 from lowmem.finetune.step import Stepper, batch_loss
 from lowmem.finetune.write import write_model
-from tests.export.test_export import SHAPES, make_run, tolerance
-from tests.export.test_import import save_theirs
-from tests.finetune.test_finetune import CPU, TOKENS, base, chat, logits, make_config  # noqa: F401
-
-
-def packed(rows: int = 2, seq_len: int = 40, *, one_per_row: bool = False):
-    """Rows of random conversations of which the assistant says the second half."""
-    random = np.random.default_rng(0)
-    items = [(random.integers(1, 250, length), np.arange(length) > length // 2) for length in (9, 12, 7, 15, 30)]
-    return pack_conversations(items, seq_len, one_per_row=one_per_row).batch.rows(0, rows)
+from tests.finetune.tiny import CPU, TOKENS, logits, make_config, packed
+from tests.reference.random_models import SHAPES, make_run, save_theirs, tolerance
 
 
 class Unknown(nn.Linear):
@@ -36,7 +27,7 @@ class Unknown(nn.Linear):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "alibi", "lowmem-tied", "prefix", "lora"])
-def test_the_loss_needs_no_logits(kind, base, chat, tmp_path):  # noqa: F811
+def test_the_loss_needs_no_logits(kind, base, chat, tmp_path):
     """Against the loss from whole logits, which a head of an unknown class makes the model compute."""
     if kind in ("llama", "gpt2"):
         model = save_theirs(tmp_path / "m", kind)
@@ -69,7 +60,7 @@ def test_the_loss_needs_no_logits(kind, base, chat, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_updates_as_gradients_come_are_the_updates_of_a_whole_step(method, base, chat, tmp_path):  # noqa: F811
+def test_updates_as_gradients_come_are_the_updates_of_a_whole_step(method, base, chat, tmp_path):
     """To the bit, where nothing is clipped; and no gradient is left."""
     ends = []
     for update in ("accumulate", "layerwise"):
@@ -85,7 +76,7 @@ def test_updates_as_gradients_come_are_the_updates_of_a_whole_step(method, base,
 
 
 @pytest.mark.parametrize("micro", [1, 2])
-def test_micro_batches_add_up_to_the_batch(micro, base, chat, tmp_path):  # noqa: F811
+def test_micro_batches_add_up_to_the_batch(micro, base, chat, tmp_path):
     """Conversations have different numbers of targets: the mean is over all of them, whatever the micro-batch."""
     losses = []
     for size in (micro, 4):
@@ -96,7 +87,7 @@ def test_micro_batches_add_up_to_the_batch(micro, base, chat, tmp_path):  # noqa
     assert np.allclose(*losses, rtol=1e-4, atol=0)
 
 
-def test_states_and_adapter_take_what_is_predicted(base, chat, tmp_path):  # noqa: F811
+def test_states_and_adapter_take_what_is_predicted(base, chat, tmp_path):
     for more in (["optim.state_bits=32"], ["optim.state_bits=8", "adapter.r=64"], ["optim.name=lion", "method=ia3"]):
         config = make_config(base, chat, tmp_path, *more)
         model = apply_method(load_base(base, nf4=False), config, [])
@@ -109,14 +100,14 @@ def test_states_and_adapter_take_what_is_predicted(base, chat, tmp_path):  # noq
         assert predicted.components["optimizer_states"] == states
 
 
-def test_numbers_in_4_bits_count_as_numbers(base, chat, tmp_path):  # noqa: F811
+def test_numbers_in_4_bits_count_as_numbers(base, chat, tmp_path):
     counts = [predict_memory(make_config(base, chat, tmp_path, f"method={method}"), base) for method in ("lora", "qlora")]
     assert (counts[0].trainable, counts[0].total) == (counts[1].trainable, counts[1].total)
     model = apply_method(load_base(base, nf4=False), make_config(base, chat, tmp_path), [])
     assert counts[0].total == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_levers_are_seen_by_the_prediction(base, chat, tmp_path):  # noqa: F811
+def test_levers_are_seen_by_the_prediction(base, chat, tmp_path):
     def predicted(*more: str) -> dict[str, int]:
         return predict_memory(make_config(base, chat, tmp_path, "seq_len=512", *more), base).components
 
@@ -129,7 +120,7 @@ def test_levers_are_seen_by_the_prediction(base, chat, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("new_tokens", [False, True])
-def test_a_4_bit_base_is_merged_as_it_is_written(new_tokens, base, chat, tmp_path):  # noqa: F811
+def test_a_4_bit_base_is_merged_as_it_is_written(new_tokens, base, chat, tmp_path):
     from transformers import AutoModelForCausalLM
 
     config = make_config(base, chat, tmp_path, "method=qlora")
@@ -186,7 +177,7 @@ def test_a_4_bit_base_is_never_whole_in_memory(tmp_path):
 
 @pytest.mark.memory
 @pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_a_run_takes_what_is_predicted(method, chat, tmp_path):  # noqa: F811
+def test_a_run_takes_what_is_predicted(method, chat, tmp_path):
     save_theirs(tmp_path / "base", "llama", hidden_size=512, intermediate_size=2048, num_hidden_layers=4)
     command = [
         sys.executable, "-m", "lowmem.cli", "finetune", "--quiet", f"--base={tmp_path / 'base'}", f"--data={chat}",
@@ -199,7 +190,7 @@ def test_a_run_takes_what_is_predicted(method, chat, tmp_path):  # noqa: F811
     assert report["peaks"]["save"]["host_peak_bytes"] <= report["training_peak_bytes"]
 
 
-def test_embeddings_do_not_decay_and_clipping_has_one_rule(base, chat, tmp_path):  # noqa: F811
+def test_embeddings_do_not_decay_and_clipping_has_one_rule(base, chat, tmp_path):
     config = make_config(base, chat, tmp_path, "method=full", "optim.weight_decay=0.1")
     model = apply_method(load_base(base, nf4=False), config, [])
     decays = {id(p): group["weight_decay"] for group in parameter_groups(model, config) for p in group["params"]}
@@ -210,7 +201,7 @@ def test_embeddings_do_not_decay_and_clipping_has_one_rule(base, chat, tmp_path)
         make_config(base, chat, tmp_path, "optim.clip_by=block")
 
 
-def test_a_step_that_is_not_finite_leaves_the_norm_to_clip_by(base, chat, tmp_path):  # noqa: F811
+def test_a_step_that_is_not_finite_leaves_the_norm_to_clip_by(base, chat, tmp_path):
     config = make_config(base, chat, tmp_path, "update=layerwise", "micro_batch_size=2")
     model = apply_method(load_base(base, nf4=False), config, [])
     stepper = Stepper(model, parameter_groups(model, config), config, CPU)

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lowmem.config_finetune import finetune_problems, micro_batch_sizes
+from lowmem.config_finetune import FinetuneConfig, finetune_problems, micro_batch_sizes
 from lowmem.config_load import load_config
 from lowmem.errors import ConfigError, MemoryBudgetError
 from lowmem.finetune.base_model import enable_checkpointing, load_base
@@ -17,13 +17,12 @@ from lowmem.finetune.step import Stepper
 from lowmem.finetune.train import finetune
 from lowmem.train.progress import NullDisplay
 from tests.engine.out_of_memory import MESSAGE, MemoryRunsOut, NothingLargerThan
-from tests.finetune.test_finetune import CPU, FinetuneConfig, base, chat, make_config  # noqa: F401
-from tests.finetune.test_finetune_memory import packed
+from tests.finetune.tiny import CPU, make_config, packed
 
 SIZES = [8, 4, 2, 1]
 
 
-def make_stepper(config: FinetuneConfig, base) -> Stepper:  # noqa: F811
+def make_stepper(config: FinetuneConfig, base) -> Stepper:
     """Always the same initial weights."""
     torch.manual_seed(0)
     model = apply_method(load_base(base, nf4=False), config, [])
@@ -45,7 +44,7 @@ def test_sizes_to_choose_from():
     assert micro_batch_sizes(FinetuneConfig(batch_size=8, seq_len=8192, update="layerwise")) == [8]
 
 
-def test_the_largest_that_fits_the_budget_is_taken(base, chat, tmp_path, monkeypatch):  # noqa: F811
+def test_the_largest_that_fits_the_budget_is_taken(base, chat, tmp_path, monkeypatch):
     monkeypatch.setattr("lowmem.finetune.memory.host_rss_bytes", lambda: 100 << 20)
 
     def settled(budget: int = 0, at_most: int = 0):
@@ -66,7 +65,7 @@ def test_the_largest_that_fits_the_budget_is_taken(base, chat, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("more", [[], ["method=full", "optim.state_bits=8"], ["adapter.lora_dropout=0.2", "optim.clip=0.01"]])
-def test_memory_that_runs_out_before_the_update_costs_a_smaller_micro_batch_and_nothing_else(more, base, chat, tmp_path):  # noqa: F811
+def test_memory_that_runs_out_before_the_update_costs_a_smaller_micro_batch_and_nothing_else(more, base, chat, tmp_path):
     config = make_config(base, chat, tmp_path, "batch_size=4", "micro_batch_size=4", *more)
     small = make_config(base, chat, tmp_path, "batch_size=4", "micro_batch_size=2", *more)
     expected, whole = make_stepper(small, base), make_stepper(config, base)
@@ -88,7 +87,7 @@ def test_memory_that_runs_out_before_the_update_costs_a_smaller_micro_batch_and_
         assert stepper.micro_batch_state() == {"size": 2, "failed": 4}
 
 
-def test_an_evaluation_that_runs_out_of_memory_is_done_again(base, chat, tmp_path):  # noqa: F811
+def test_an_evaluation_that_runs_out_of_memory_is_done_again(base, chat, tmp_path):
     config = make_config(base, chat, tmp_path, "batch_size=4", "micro_batch_size=4")
     stepper, expected = make_stepper(config, base), make_stepper(config, base)
     expected.set_micro_batch_size(2)
@@ -106,7 +105,7 @@ def test_an_evaluation_that_runs_out_of_memory_is_done_again(base, chat, tmp_pat
         ("layerwise", r"while weights were updated.*; use batch_size=1, method=qlora, a shorter seq_len or a larger budget"),
     ],
 )  # fmt: skip
-def test_where_nothing_helps_one_line_says_what_would(update, message, base, chat, tmp_path):  # noqa: F811
+def test_where_nothing_helps_one_line_says_what_would(update, message, base, chat, tmp_path):
     stepper = make_stepper(make_config(base, chat, tmp_path, f"update={update}"), base)
     before = bits(stepper)
     with NothingLargerThan(64), pytest.raises(MemoryBudgetError, match=message):
@@ -115,7 +114,7 @@ def test_where_nothing_helps_one_line_says_what_would(update, message, base, cha
     assert all(parameter.grad is None for parameter in stepper.parameters)
 
 
-def test_a_resumed_run_goes_on_with_the_micro_batch_it_had(base, chat, tmp_path, monkeypatch):  # noqa: F811
+def test_a_resumed_run_goes_on_with_the_micro_batch_it_had(base, chat, tmp_path, monkeypatch):
     more = ["batch_size=4", "steps=4", "eval_every=0"]
     finetune(make_config(base, chat, tmp_path / "expected", *more, "micro_batch_size=2"), NullDisplay())
     usual, calls = Stepper._backward, []
@@ -137,7 +136,7 @@ def test_a_resumed_run_goes_on_with_the_micro_batch_it_had(base, chat, tmp_path,
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_the_folder_remembers_what_was_settled(base, chat, tmp_path):  # noqa: F811
+def test_the_folder_remembers_what_was_settled(base, chat, tmp_path):
     config = make_config(base, chat, tmp_path, "steps=1", "batch_size=4")
     assert earlier_micro_batch(config, tmp_path) == 0
     finetune(config, NullDisplay())

@@ -10,14 +10,14 @@ from lowmem.devices import cuda_problem
 from lowmem.finetune.base_model import load_base
 from lowmem.finetune.train import finetune
 from lowmem.train.progress import NullDisplay
-from tests.finetune.test_finetune import TOKENS, base, chat, make_config  # noqa: F401
+from tests.finetune.tiny import TOKENS, make_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(cuda_problem()), reason=f"no CUDA device to use: {cuda_problem()}")]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_adapters_learn_and_are_loaded_by_others(method: str, dtype: str, base: Path, chat: Path, tmp_path: Path):  # noqa: F811
+def test_adapters_learn_and_are_loaded_by_others(method: str, dtype: str, base: Path, chat: Path, tmp_path: Path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -37,7 +37,7 @@ def test_adapters_learn_and_are_loaded_by_others(method: str, dtype: str, base: 
         torch.testing.assert_close(logits, expected, rtol=0, atol=4 * atol)
 
 
-def test_a_run_goes_on_where_it_was_stopped(base: Path, chat: Path, tmp_path: Path):  # noqa: F811
+def test_a_run_goes_on_where_it_was_stopped(base: Path, chat: Path, tmp_path: Path):
     finetune(make_config(base, chat, tmp_path, "method=qlora", "steps=4"), NullDisplay())
     done = finetune(make_config(base, chat, tmp_path, "method=qlora", "steps=8"), NullDisplay())
     assert done.losses[6] < done.losses[0]
