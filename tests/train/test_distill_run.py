@@ -7,6 +7,7 @@ import pytest
 
 from lowmem.cli import main
 from tests.planning.small import stub_measurements
+from tests.reference.read_only import read_only
 from tests.train.tiny_run import final_bits, metrics, tiny_arguments, write_text
 
 STEPS = {"train.steps": 12, "train.save_every": 6, "train.eval_every": 12, "optim.schedule": "constant"}
@@ -18,10 +19,12 @@ def pretrain(folder: Path, name: str, *flags: str, **overrides) -> int:
     return main(["pretrain", "--quiet", *arguments, *flags])
 
 
-@pytest.fixture
-def teacher(tmp_path):
-    assert pretrain(tmp_path, "teacher", **{"train.steps": 60, "model.dim": 64}) == 0
-    return tmp_path / "teacher"
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distill")
+    assert pretrain(folder, "teacher", **{"train.steps": 60, "model.dim": 64}) == 0
+    with read_only(folder / "teacher"):
+        yield folder / "teacher"
 
 
 def distill(teacher, **more):

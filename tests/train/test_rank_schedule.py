@@ -9,6 +9,7 @@ from lowmem.config import LorptConfig
 from lowmem.run_model import load_run_model
 from lowmem.train.rank_schedule import count_evaluation, next_rank
 from lowmem.train.state import TrainState
+from tests.reference.read_only import read_only
 from tests.train.tiny_run import final_bits, metrics, tiny_arguments, write_text
 
 LOW_RANK = {
@@ -23,19 +24,32 @@ def pretrain(folder: Path, name: str, *flags: str, **overrides) -> int:
     return main(["pretrain", "--quiet", *arguments, *flags])
 
 
+CHANGES = {"model.lorpt.schedule": "{12: 12, 18: 6}", "train.steps": 20}
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory):
+    """By the optimizer: the run directory of one that was not stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    for optimizer in ("adamw", "spectron"):
+        assert pretrain(folder, optimizer, **CHANGES, **{"optim.name": optimizer}) == 0
+    with read_only(folder):
+        yield {optimizer: folder / optimizer for optimizer in ("adamw", "spectron")}
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "spectron"])
 @pytest.mark.parametrize("stop", [8, 12, 16])
-def test_resuming_before_at_and_after_a_change_is_bit_identical(tmp_path, optimizer, stop):
-    settings = {"model.lorpt.schedule": "{12: 12, 18: 6}", "train.steps": 20, "optim.name": optimizer}
-    assert pretrain(tmp_path, "whole", **settings) == 0
+def test_resuming_before_at_and_after_a_change_is_bit_identical(tmp_path, whole_runs, optimizer, stop):
+    settings = {**CHANGES, "optim.name": optimizer}
     assert pretrain(tmp_path, "parts", **{**settings, "train.steps": stop}) == 0
     assert pretrain(tmp_path, "parts", **settings) == 0
-    whole, parts = (final_bits(tmp_path / name) for name in ("whole", "parts"))
+    folders = (whole_runs[optimizer], tmp_path / "parts")
+    whole, parts = map(final_bits, folders)
     assert whole["model.safetensors"] == parts["model.safetensors"]
     assert whole["optimizer.safetensors"] == parts["optimizer.safetensors"]
-    losses = [[line["loss"] for line in metrics(tmp_path / name) if "loss" in line] for name in ("whole", "parts")]
+    losses = [[line["loss"] for line in metrics(folder) if "loss" in line] for folder in folders]
     assert losses[0] == losses[1]
-    model = load_run_model(tmp_path / "whole").model
+    model = load_run_model(whole_runs[optimizer]).model
     assert {model.blocks[0].mlp.down.rank, model.blocks[1].attention.out.rank} == {6}
 
 

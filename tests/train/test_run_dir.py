@@ -2,6 +2,7 @@
 
 import json
 import os
+from copy import deepcopy
 
 import pytest
 
@@ -97,11 +98,12 @@ def test_a_change_of_any_other_key_is_refused(tmp_path):
     from dataclasses import asdict
 
     run_dir = RunDir(tmp_path)
-    run_dir.write_config(config())
-    for key, value in _flat(asdict(config())).items():
+    written = config()
+    run_dir.write_config(written)
+    for key, value in _flat(asdict(written)).items():
         if key == "phases":
             continue
-        changed = config()
+        changed = deepcopy(written)
         *parents, last = key.split(".")
         section = changed
         for parent in parents:
