@@ -140,10 +140,8 @@ def test_other_json_is_damage(name, content, run):
     assert damage(newest(run))
 
 
-def test_an_import_is_sealed_and_keeps_what_ends_an_answer(tmp_path, capsys):
-    from tests.reference.tiny_families import save_tiny
-
-    save_tiny(tmp_path / "theirs", "llama")
+def test_an_import_is_sealed_and_keeps_what_ends_an_answer(llama, tmp_path, capsys):
+    shutil.copytree(llama, tmp_path / "theirs")
     settings = {"eos_token_id": [0, 2], "temperature": 0.7, "do_sample": True}
     (tmp_path / "theirs/generation_config.json").write_text(json.dumps(settings))
     assert main(["import", str(tmp_path / "theirs"), f"--out={tmp_path / 'run'}"]) == 0
@@ -195,16 +193,13 @@ def other_alphabet(run) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(place):
+def runs(place, llama):
     """A run for each kind of tokenizer that a file can be swapped of: trained on the text, and imported."""
-    from tests.reference.tiny_families import save_tiny
-
     text = place / "a.txt"
     assert main(["pretrain", "--quiet", *tiny_arguments(place / "chars", text, train__steps=1, data__tokenizer="chars")]) == 0
     more = {"data__tokenizer": "bpe", "data__tokenizer_vocab_size": 300, "train__steps": 1}
     assert main(["pretrain", "--quiet", *tiny_arguments(place / "bpe", text, **more)]) == 0
-    save_tiny(place / "theirs", "llama")
-    assert main(["import", str(place / "theirs"), f"--out={place / 'imported'}"]) == 0
+    assert main(["import", str(llama), f"--out={place / 'imported'}"]) == 0
     return place
 
 

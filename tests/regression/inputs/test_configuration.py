@@ -9,8 +9,6 @@ from lowmem.cli import main
 from lowmem.config_finetune import FinetuneConfig, finetune_problems
 from lowmem.config_load import load_config, load_run_config
 from lowmem.errors import ConfigError
-from lowmem.export.import_hf import import_directory
-from tests.reference.tiny_families import save_tiny
 
 STEPS = "train.steps=3"
 
@@ -209,15 +207,6 @@ def test_paths_of_300_characters_are_refused(tmp_path, capsys, key):
     assert "longer than a path may be" in error
 
 
-@pytest.fixture(scope="module")
-def imported(tmp_path_factory):
-    """A run that can be exported, beside the directory it is from."""
-    folder = tmp_path_factory.mktemp("imported")
-    save_tiny(folder / "theirs", "llama")
-    import_directory(folder / "theirs", folder / "run")
-    return folder / "run"
-
-
 @pytest.mark.parametrize(
     "command, name",
     [
@@ -229,13 +218,13 @@ def imported(tmp_path_factory):
         ("import", "NUL"),
     ],
 )
-def test_odd_paths_of_other_commands_get_one_line(tmp_path, capsys, imported, command, name):
+def test_odd_paths_of_other_commands_get_one_line(tmp_path, capsys, llama, imported, command, name):
     path = odd_paths(tmp_path)[name]
     words = {
         "generate": ["--prompt=a", f"--run={path}"],
         "profile": ["--out=x", str(path)],
         "export": [f"--run={imported}", f"--out={path}"],
-        "import": [str(imported.parent / "theirs"), f"--out={path}"],
+        "import": [str(llama), f"--out={path}"],
     }
     assert main([command, *words[command]]) in (2, 4, 5, 7)
     error = capsys.readouterr().err

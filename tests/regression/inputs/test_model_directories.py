@@ -30,20 +30,6 @@ def theirs(folder):
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base") / "llama"
-    save_tiny(folder, "llama")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def chat(tmp_path_factory):
-    path = tmp_path_factory.mktemp("chat") / "chat.jsonl"
-    path.write_text("\n".join(json.dumps({"prompt": f"some words {n % 7}", "response": "the other words"}) for n in range(40)))
-    return path
-
-
 def change_config(folder, **values) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
@@ -258,8 +244,8 @@ def test_an_adapter_on_a_tied_layer_is_merged_into_that_layer_alone(target, meth
     assert not torch.allclose(merged, logits(theirs(tmp_path / "base")), rtol=0, atol=0.1)
 
 
-def test_what_ends_and_samples_an_answer_is_kept(chat, tmp_path):
-    save_tiny(tmp_path / "base", "llama")
+def test_what_ends_and_samples_an_answer_is_kept(llama, chat, tmp_path):
+    shutil.copytree(llama, tmp_path / "base")
     settings = {"eos_token_id": [0, 2], "temperature": 0.7, "do_sample": True, "top_p": 0.9}
     (tmp_path / "base/generation_config.json").write_text(json.dumps(settings))
     assert finetune(tmp_path / "base", chat, tmp_path / "out") == 0

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import sys
 
 import pytest
@@ -9,7 +10,6 @@ import pytest
 from lowmem.cli import main
 from lowmem.errors import CheckpointError
 from lowmem.finetune.base_model import load_base
-from tests.reference.tiny_families import save_tiny
 
 
 class _Unreadable:
@@ -34,10 +34,10 @@ def trap(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("model_type", ["own", None])
-def test_code_of_a_base_is_not_run(model_type, trap, tmp_path, capsys):
+def test_code_of_a_base_is_not_run(model_type, llama, trap, tmp_path, capsys):
     mark, code = trap
     base = tmp_path / "base"
-    save_tiny(base, "llama")
+    shutil.copytree(llama, base)
     (base / "code.py").write_text(code)
     config = json.loads((base / "config.json").read_text())
     config |= {"auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}, "model_type": model_type}
@@ -48,13 +48,13 @@ def test_code_of_a_base_is_not_run(model_type, trap, tmp_path, capsys):
     assert not mark.exists()
 
 
-def test_code_of_a_tokenizer_is_not_run(trap, tmp_path):
+def test_code_of_a_tokenizer_is_not_run(llama, trap, tmp_path):
     from lowmem.config_finetune import FinetuneConfig
     from lowmem.finetune.data import tokenizer_folder
 
     mark, code = trap
     base = tmp_path / "base"
-    save_tiny(base, "llama")
+    shutil.copytree(llama, base)
     (base / "code.py").write_text(code)
     values = {"auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}, "tokenizer_class": "Tokenizer"}
     (base / "tokenizer_config.json").write_text(json.dumps(values))
@@ -72,12 +72,12 @@ class _Bomb:
         return open, (self.mark, "w")
 
 
-def test_pickles_are_not_opened(trap, tmp_path):
+def test_pickles_are_not_opened(llama, trap, tmp_path):
     """Weights of a base and of an adapter; without safetensors both are refused."""
     from lowmem.finetune.save import swap_adapter
 
     mark, _ = trap
-    save_tiny(tmp_path / "base", "llama")
+    shutil.copytree(llama, tmp_path / "base")
     model = load_base(tmp_path / "base", nf4=False)
     (tmp_path / "base/model.safetensors").unlink()
     (tmp_path / "base/pytorch_model.bin").write_bytes(pickle.dumps(_Bomb(str(mark))))

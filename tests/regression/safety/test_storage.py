@@ -1,19 +1,16 @@
 """A disk that is full at any write is exit code 7 with one line, and leaves what was there before, whole; and no leftovers."""
 
 import contextlib
-import json
 import resource
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from lowmem.cli import main
-from lowmem.data.hf_tokenizer import HuggingFaceTokenizer
 from lowmem.export.hf import export_run_model
-from lowmem.export.import_hf import import_directory
 from lowmem.run_model import load_run_model
+from tests.reference.read_only import content
 from tests.train.tiny_run import tiny_arguments, write_text
 
 SIZES = (0, 200, 3000)  # bytes that a file may have: nothing at all, short JSON files, everything but weights and tokenizers
@@ -30,10 +27,6 @@ def files_of_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def refused(capsys, *words: str) -> None:
     """The command ends with 7 and one line."""
     capsys.readouterr()
@@ -43,33 +36,13 @@ def refused(capsys, *words: str) -> None:
     assert len(error.splitlines()) == 1, error
 
 
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("theirs") / "hf"
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=320, max_position_embeddings=64, **shape)).save_pretrained(folder)
-    HuggingFaceTokenizer.train(["some words and the other words " * 20], 300).save(folder / "tokenizer.json")
-    template = "{% for message in messages %}{{ bos_token + message['content'] + eos_token }}{% endfor %}"
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template, "bos_token": "<s>"}))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def run_dir(theirs) -> Path:
-    import_directory(theirs, theirs.parent / "run")
-    return theirs.parent / "run"
-
-
 @pytest.mark.parametrize("size", SIZES)
-def test_an_export_is_whole_or_the_one_before(size, run_dir, tmp_path, capsys):
+def test_an_export_is_whole_or_the_one_before(size, imported, tmp_path, capsys):
     old = tmp_path / "old"
-    export_run_model(load_run_model(run_dir), old)
+    export_run_model(load_run_model(imported), old)
     (old / "notes.txt").write_text("mine")
     before = content(old)
-    words = ["export", "--run", str(run_dir), "--dtype=bf16", "--out"]
+    words = ["export", "--run", str(imported), "--dtype=bf16", "--out"]
     with files_of_at_most(size):
         refused(capsys, *words, str(old), "--overwrite")
         refused(capsys, *words, str(tmp_path / "new" / "deep"))
@@ -83,17 +56,15 @@ def test_an_export_is_whole_or_the_one_before(size, run_dir, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_an_import_is_whole_or_nothing(size, theirs, tmp_path, capsys):
+def test_an_import_is_whole_or_nothing(size, llama, tmp_path, capsys):
     with files_of_at_most(size):
-        refused(capsys, "import", str(theirs), "--out", str(tmp_path / "run"))
+        refused(capsys, "import", str(llama), "--out", str(tmp_path / "run"))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-def test_the_last_writes_of_finetuning(theirs, tmp_path, capsys):
-    chat = tmp_path / "chat.jsonl"
-    chat.write_text("\n".join(json.dumps({"prompt": f"some words {n % 7}", "response": "the other words"}) for n in range(40)))
-    words = ["finetune", f"--base={theirs}", f"--data={chat}", f"--out={tmp_path / 'out'}", "--seq_len=64", "--steps=1", "--batch_size=2"]
+def test_the_last_writes_of_finetuning(llama, chat, tmp_path, capsys):
+    words = ["finetune", f"--base={llama}", f"--data={chat}", f"--out={tmp_path / 'out'}", "--seq_len=64", "--steps=1", "--batch_size=2"]
     words += ["--eval_every=0", "--save_every=0", "--adapter.r=4", "--quiet"]
     assert main(words) == 0
     before = {name: content(tmp_path / "out" / name) for name in ("adapter", "merged")}
