@@ -5,16 +5,7 @@ import json
 import pytest
 
 from lowmem.cli import main
-from lowmem.export.import_hf import import_directory
-from tests.reference.random_models import read_header, save_theirs
-
-
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("export")
-    save_theirs(folder / "hf")
-    import_directory(folder / "hf", folder / "run")
-    return folder / "run"
+from tests.reference.random_models import read_header
 
 
 def export(run_dir, out, *more: str) -> int:
@@ -35,9 +26,9 @@ def test_it_says_what_it_wrote_and_how_to_use_it(run_dir, tmp_path, capsys):
     assert json.loads((out / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
 
-def test_it_says_why_a_directory_carries_code(run_dir, tmp_path, capsys):
+def test_it_says_why_a_directory_carries_code(theirs, run_dir, tmp_path, capsys):
     low = tmp_path / "low"
-    assert main(["import", str(run_dir.parent / "hf"), "--out", str(low), "--lorpt.rank=4"]) == 0
+    assert main(["import", str(theirs), "--out", str(low), "--lorpt.rank=4"]) == 0
     assert export(low, tmp_path / "out", "--keep_factors") == 0
     said = capsys.readouterr().out
     assert "a directory that carries its model file, because its factors are kept; " in said

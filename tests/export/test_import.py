@@ -90,10 +90,9 @@ def test_conversion_is_the_best_approximation_of_the_rank(share_down, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in kept if "qkv" not in name)
 
 
-def test_pretraining_goes_on_from_an_imported_model_made_low_rank(tmp_path, capsys):
-    save_theirs(tmp_path / "hf")
+def test_pretraining_goes_on_from_an_imported_model_made_low_rank(theirs, tmp_path, capsys):
     run = tmp_path / "run"
-    assert main(["import", str(tmp_path / "hf"), "--out", str(run), "--lorpt.rank=8", "--lorpt.targets=[mlp]"]) == 0
+    assert main(["import", str(theirs), "--out", str(run), "--lorpt.rank=8", "--lorpt.targets=[mlp]"]) == 0
     said = capsys.readouterr().out
     assert "6 layers are low-rank now and keep" in said
     assert f"lowmem pretrain --config {run}/config.yaml" in said
@@ -118,8 +117,8 @@ def test_pretraining_goes_on_from_an_imported_model_made_low_rank(tmp_path, caps
     assert main([*arguments, "--train.steps=4", "--fresh"]) == 5
 
 
-def test_what_cannot_be_imported_is_named(tmp_path):
-    save_theirs(tmp_path / "hf")
+def test_what_cannot_be_imported_is_named(theirs, tmp_path):
+    shutil.copytree(theirs, tmp_path / "hf")
     path = tmp_path / "hf" / "config.json"
     config = json.loads(path.read_text())
     refusals = {
@@ -161,7 +160,6 @@ def test_what_cannot_be_imported_is_named(tmp_path):
         ("--rank=4", "--rank is given, which is unknown"),
     ],
 )
-def test_conversions_that_cannot_be_are_refused(option, message, tmp_path, capsys):
-    save_theirs(tmp_path / "hf")
-    assert main(["import", str(tmp_path / "hf"), "--out", str(tmp_path / "run"), option]) == 2
+def test_conversions_that_cannot_be_are_refused(option, message, theirs, tmp_path, capsys):
+    assert main(["import", str(theirs), "--out", str(tmp_path / "run"), option]) == 2
     assert message in capsys.readouterr().err
