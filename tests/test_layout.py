@@ -1,6 +1,7 @@
 """Imports run downwards only, functions stay short, and importing lowmem stays quick."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -94,3 +95,14 @@ def test_what_users_script_against_is_there():
     assert peak.host_peak_bytes > 0
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         lowmem.nothing  # noqa: B018
+
+
+def test_no_test_file_imports_another():
+    """What test files share lies in conftest.py files (fixtures) and in modules without tests (functions and constants)."""
+    found = []
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            prefix = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            names = [prefix + alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            found += [f"{path.relative_to(ROOT)}: {name}" for name in names if re.match(r"tests\.(.*\.)?(test_\w+|conftest)\b", name)]
+    assert found == []
