@@ -29,7 +29,7 @@ test: $(VENV)/.test $(VENV)/.browser deepspeed-ops
 	python -m pytest -q -m memory
 
 deepspeed-ops: $(VENV)/.test
-	python -m lowmem.engine.deepspeed_build
+	python -m lowmem.engine.deepspeed.operators
 
 test-fast: $(VENV)/.test
 	OMP_NUM_THREADS=1 python -m pytest -q -n 2 -m "not slow and not memory"

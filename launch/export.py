@@ -2,8 +2,8 @@
 
 import sys
 
-from lowmem.cli import run_command
-from lowmem.export.command import export_main
+from lowmem.cli.export import export_main
+from lowmem.cli.main import run_command
 
 if __name__ == "__main__":
     sys.exit(run_command(export_main))

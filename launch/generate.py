@@ -2,8 +2,8 @@
 
 import sys
 
-from lowmem.cli import run_command
-from lowmem.generate import generate_main
+from lowmem.cli.generate import generate_main
+from lowmem.cli.main import run_command
 
 if __name__ == "__main__":
     sys.exit(run_command(generate_main))

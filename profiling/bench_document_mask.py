@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from machine import describe_machine
 
-from lowmem.config import resolve_micro_batch_size
-from lowmem.config_load import load_run_config
+from lowmem.config.load import load_run_config
+from lowmem.config.schema import resolve_micro_batch_size
 from lowmem.data.batch import Batch
-from lowmem.engine.build import build_configured_model, build_local_engine
+from lowmem.engine.from_config import build_configured_model, build_local_engine
 from lowmem.planning.predict import resolve_without_data
 
 ROOT = Path(__file__).parent.parent

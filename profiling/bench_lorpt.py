@@ -102,8 +102,8 @@ def prepare(stack: dict):  # type: ignore[no-untyped-def]
     """Memory and input."""
     import torch
 
-    from lowmem.data.storage import compiled_root
-    from lowmem.memory.block_cache import set_up_host_memory
+    from lowmem.memory.allocator import set_up_host_memory
+    from lowmem.system.files import compiled_root
 
     set_up_host_memory(compiled_root())  # for all kinds alike: else the dense stack pays for its page faults
     torch.manual_seed(0)

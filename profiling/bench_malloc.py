@@ -34,13 +34,13 @@ SETTINGS = {
 STEPS = """
 import json, sys, time, torch
 import numpy as np
-from lowmem.config import resolve_micro_batch_size
-from lowmem.config_load import load_run_config
+from lowmem.config.schema import resolve_micro_batch_size
+from lowmem.config.load import load_run_config
 from lowmem.data.batch import Batch
-from lowmem.engine.build import build_configured_model, build_local_engine
-from lowmem.data.storage import compiled_root
-from lowmem.memory.block_cache import release_host_memory, set_up_host_memory
-from lowmem.memory.malloc import fix_malloc_thresholds
+from lowmem.engine.from_config import build_configured_model, build_local_engine
+from lowmem.system.files import compiled_root
+from lowmem.memory.allocator import release_host_memory, set_up_host_memory
+from lowmem.memory.allocator import fix_malloc_thresholds
 from lowmem.memory.measure import measure_peak
 
 if sys.argv[1] == "fixed":

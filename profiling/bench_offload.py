@@ -60,7 +60,7 @@ def compare(arguments: argparse.Namespace) -> dict:
     """All optimizers in every round."""
     from machine import describe_machine
 
-    from lowmem.engine.deepspeed_build import build_deepspeed_ops
+    from lowmem.engine.deepspeed.operators import build_deepspeed_ops
 
     build_deepspeed_ops(report=lambda line: print(line, file=sys.stderr))
     rounds = [
@@ -178,17 +178,17 @@ def build_engine(setting: dict, watch: Watch) -> Any:
     """lowmem's DeepSpeed engine, its optimizer's step and what allocates states before it under watch."""
     import torch
 
-    from lowmem.config import EngineConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-    from lowmem.engine import deepspeed
+    from lowmem.config.schema import EngineConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+    from lowmem.engine.deepspeed import engine
     from lowmem.models.registry import build_model
 
-    prepare = deepspeed.prepare_optimizer
+    prepare = engine.prepare_optimizer
 
     def prepare_watched(ds_engine: Any, optimizer: Any) -> None:
         watch(prepare)(ds_engine, optimizer)
         optimizer.step = watch(optimizer.step)
 
-    deepspeed.prepare_optimizer = prepare_watched
+    engine.prepare_optimizer = prepare_watched
     config = RunConfig(
         model=ModelConfig(**SHAPES[setting["shape"]]),
         optim=OptimConfig(**OPTIMIZERS[setting["name"]]),
@@ -196,7 +196,7 @@ def build_engine(setting: dict, watch: Watch) -> Any:
         engine=EngineConfig(name="deepspeed", zero_stage=2, offload="cpu"),
     )
     model = build_model(config.model, vocab_size=config.model.vocab_size, max_seq_len=SEQ_LEN, seed=0)
-    return deepspeed.DeepSpeedEngine(model, config, device=torch.device("cpu"), micro_batch_size=BATCH)
+    return engine.DeepSpeedEngine(model, config, device=torch.device("cpu"), micro_batch_size=BATCH)
 
 
 if __name__ == "__main__":

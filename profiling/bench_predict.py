@@ -139,7 +139,7 @@ def compare(name: str, settings: list[str], folder: Path) -> dict:
     ranks = 2 if "2 ranks" in name else 1
     run_dir = folder / "".join(character if character.isalnum() else "-" for character in name)
     arguments = [f"--{setting}" for setting in [*COMMON, *settings, f"run_dir={run_dir}"]]
-    command = [sys.executable, "-m", "lowmem.cli"]
+    command = [sys.executable, "-m", "lowmem"]
     if ranks > 1:
         command = [
             str(Path(sys.executable).parent / "deepspeed"),
@@ -150,7 +150,7 @@ def compare(name: str, settings: list[str], folder: Path) -> dict:
             "--num_gpus",
             "2",
             "--module",
-            "lowmem.cli",
+            "lowmem",
         ]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     subprocess.run([sys.executable, "-c", PREPARE, *arguments], check=True, env=environment)
@@ -205,8 +205,8 @@ def draw(seed: int, number: int) -> list[str]:
 
     A row depends on the seed and its number only; one that is refused is drawn again.
     """
-    from lowmem.config_load import load_run_config
-    from lowmem.errors import ConfigError
+    from lowmem.config.load import load_run_config
+    from lowmem.system.errors import ConfigError
 
     for attempt in range(1000):
         rng = random.Random(f"{seed} {number} {attempt}")
@@ -275,7 +275,7 @@ def measure_row(settings: list[str]) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         arguments = [f"--{setting}" for setting in [*DRAWN_COMMON, *settings, f"run_dir={folder}/run"]]
         prepare(tuple(f"--{setting}" for setting in [*DRAWN_COMMON, *settings] if setting.startswith(("data.", "train.steps"))))
-        command = [sys.executable, "-m", "lowmem.cli", "pretrain", "--quiet", *arguments]
+        command = [sys.executable, "-m", "lowmem", "pretrain", "--quiet", *arguments]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         measured = json.loads(Path(folder, "run", "memory.json").read_text())["measured"]
     return {
@@ -292,13 +292,13 @@ def prepare(arguments: tuple[str, ...]) -> None:
 
 def predict_row(settings: list[str], measured_mb: float) -> dict:
     """What is predicted for a row, and the error."""
-    from lowmem.config_load import load_run_config
-    from lowmem.planning import speed
+    from lowmem.config.load import load_run_config
+    from lowmem.planning import predict
+    from lowmem.planning.hardware import Rates
     from lowmem.planning.predict import predict_peak
-    from lowmem.planning.probe import Rates
 
     rates = Rates({"float32": 1e11}, 1e10, 1e-6, dict.fromkeys(("32", "8", "4", "bitsandbytes"), 1e8))
-    speed.rates_for = lambda config: rates  # the table says nothing of speed
+    predict.rates_for = lambda config: rates  # the table says nothing of speed
     predicted = predict_peak(load_run_config(overrides=[*DRAWN_COMMON, *settings])).as_dict()
     return {
         "error": round(predicted["host_peak_bytes"] / 1e6 / measured_mb - 1, 4),
@@ -310,14 +310,14 @@ def predict_row(settings: list[str], measured_mb: float) -> dict:
 
 PREPARE = """
 import sys
-from lowmem.config_load import load_run_config
+from lowmem.config.load import load_run_config
 from lowmem.data.prepare import prepare_data
 config = load_run_config(overrides=[argument[2:] for argument in sys.argv[1:]])
 prepare_data(config.data, seed=0)
 """
 PREDICT = """
 import json, os, resource, sys
-from lowmem.config_load import load_run_config
+from lowmem.config.load import load_run_config
 from lowmem.planning.predict import predict_peak
 config = load_run_config(overrides=[argument[2:] for argument in sys.argv[1:]])
 predicted = predict_peak(config, int(os.environ["LOCAL_WORLD_SIZE"])).as_dict()

@@ -207,7 +207,7 @@ def lowmem_step(setting: dict):
     """A step of lowmem's own engine, as a run would take it."""
     import numpy as np
 
-    from lowmem.config import RunConfig
+    from lowmem.config.schema import RunConfig
     from lowmem.data.batch import Batch
 
     shape = SHAPES[setting["shape"]]
@@ -228,7 +228,7 @@ def i3_model_step(setting: dict):
     """A step of i3_12m with its recurrence in parallel or as a loop over time."""
     import numpy as np
 
-    from lowmem.config_load import load_run_config
+    from lowmem.config.load import load_run_config
     from lowmem.data.batch import Batch
 
     choose_form(setting["form"])
@@ -270,9 +270,9 @@ def build_engine(config, precision: str, batch: int):
     """lowmem's local engine for a configuration, with the memory set up as a run sets it up."""
     import torch
 
-    from lowmem.data.storage import compiled_root
-    from lowmem.engine.build import build_configured_model, build_local_engine
-    from lowmem.memory.block_cache import release_host_memory, set_up_host_memory
+    from lowmem.engine.from_config import build_configured_model, build_local_engine
+    from lowmem.memory.allocator import release_host_memory, set_up_host_memory
+    from lowmem.system.files import compiled_root
 
     assert not set_up_host_memory(compiled_root())
     engine = build_local_engine(config, build_configured_model(config), torch.device("cpu"), precision, batch)

@@ -83,7 +83,7 @@ def run_lowmem(text: Path, seed: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
         sources = json.dumps([{"path": str(text.resolve())}])
-        command = [sys.executable, "-m", "lowmem.cli", "pretrain", "--config", "configs/cpu/shakespeare_char.yaml"]
+        command = [sys.executable, "-m", "lowmem", "pretrain", "--config", "configs/cpu/shakespeare_char.yaml"]
         found = measured([*command, f"--data.sources={sources}", f"--run_dir={run_dir}", f"--train.seed={seed}"])
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "step_time_s" in line]
@@ -100,7 +100,7 @@ def run_lowmem(text: Path, seed: int) -> dict:
 
 def targets_evaluated(text: Path) -> int:
     """Predicted characters of lowmem's evaluation, by its own data code."""
-    from lowmem.config_load import load_run_config
+    from lowmem.config.load import load_run_config
     from lowmem.data.prepare import prepare_data
 
     overrides = [f"data.sources={json.dumps([{'path': str(text.resolve())}])}"]

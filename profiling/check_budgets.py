@@ -37,7 +37,15 @@ def run(folder: Path, name: str, settings: dict[str, Any], compiler: bool) -> di
         "run_dir": folder / name,
         "data.cache_dir": folder / "cache",
     }
-    command = [sys.executable, "-m", "lowmem.cli", "pretrain", "--quiet", "--force", *(f"--{key}={value}" for key, value in values.items())]
+    command = [
+        sys.executable,
+        "-m",
+        "lowmem",
+        "pretrain",
+        "--quiet",
+        "--force",
+        *(f"--{key}={value}" for key, value in values.items()),
+    ]
     environment = os.environ if compiler else {**os.environ, "CXX": "none", "PATH": "", "XDG_CACHE_HOME": str(folder / "uncompiled")}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     report = folder / name / "memory.json"

@@ -37,7 +37,7 @@ TEXT_WINDOWS = 24
 
 def text_loss(model_directory: Path, adapter: Path | None, tokenizer_folder: Path, own: Path, text: str, seq_len: int) -> float:
     """Mean loss of plain text in windows of `seq_len` tokens."""
-    from lowmem.data.tokenizers import load_tokenizer
+    from lowmem.data.tokenizer_loading import load_tokenizer
     from lowmem.finetune.base_model import load_base
 
     tokenizer = load_tokenizer(own if own.is_file() else tokenizer_folder)
@@ -60,7 +60,7 @@ def run_method(method: str, arguments: argparse.Namespace, folder: Path) -> dict
     """One method in a fresh process, then its loss on text."""
     out = folder / method
     command = [
-        sys.executable, "-m", "lowmem.cli", "finetune", "--quiet", f"--base={arguments.base}", f"--data={arguments.data}", f"--out={out}",
+        sys.executable, "-m", "lowmem", "finetune", "--quiet", f"--base={arguments.base}", f"--data={arguments.data}", f"--out={out}",
         f"--method={method}", f"--steps={arguments.steps}", f"--eval_every={arguments.steps}", f"--optim.lr={RATES[method]}",
         f"--seq_len={arguments.seq_len}", f"--batch_size={arguments.batch_size}", f"--micro_batch_size={arguments.micro_batch_size}",
         "--save_every=0", *METHODS[method],

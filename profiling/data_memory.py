@@ -79,7 +79,7 @@ def measure(folder: Path, tokenizer: str, seq_len: int) -> dict:
     Returns:
         host_peak_bytes (VmHWM), the same before and after each part, tokens and seconds.
     """
-    from lowmem.config import DataConfig, SourceConfig
+    from lowmem.config.schema import DataConfig, SourceConfig
     from lowmem.data.prepare import prepare_data
 
     config = DataConfig(

@@ -111,7 +111,7 @@ def train(setting: dict) -> dict:
     """In the child: one run."""
     import torch
 
-    from lowmem.config import DataConfig, ModelConfig, OptimConfig, SourceConfig
+    from lowmem.config.schema import DataConfig, ModelConfig, OptimConfig, SourceConfig
     from lowmem.data.prepare import prepare_data
     from lowmem.engine.local import LocalEngine
     from lowmem.models.registry import build_model

@@ -135,10 +135,10 @@ def numeric_keys(config: Any, prefix: str = "") -> Iterator[tuple[str, frozenset
 
 def try_configuration(rng: random.Random, fixtures: Fixtures, at: Path) -> Trial:
     """Values out of their range, and YAML that is damaged."""
-    from lowmem.config import RunConfig
-    from lowmem.config_dump import dump_config
-    from lowmem.config_finetune import FinetuneConfig
-    from lowmem.config_schema import field_docs
+    from lowmem.config.dump import dump_config
+    from lowmem.config.finetune import FinetuneConfig
+    from lowmem.config.keys import field_docs
+    from lowmem.config.schema import RunConfig
 
     kind = rng.choice(["number", "number", "value", "value", "yaml", "duplicate", "unknown", "finetune"])
     if kind == "number":
@@ -423,7 +423,7 @@ def run_forked(command: list[str], at: Path) -> tuple[int, str]:
         code = 1
         try:
             _become_command(output, at)
-            from lowmem.cli import main
+            from lowmem.cli.main import main
 
             code = main(command)
         except SystemExit as error:
@@ -465,7 +465,7 @@ def run_fresh(trial: Trial, command: list[str], at: Path, rng: random.Random) ->
     """As `run_forked`, in a process of its own, with what the trial does to it."""
     with open(at / "output", "w+") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "lowmem.cli", *command], stdout=output, stderr=output, stdin=subprocess.DEVNULL, cwd=at,
+            [sys.executable, "-m", "lowmem", *command], stdout=output, stderr=output, stdin=subprocess.DEVNULL, cwd=at,
             start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
         if trial.act is not None:
@@ -543,10 +543,10 @@ def preload(kinds: list[str]) -> None:
     """Import once what trials use, before they are forked."""
     import torch
 
-    import lowmem.export.command
-    import lowmem.export.import_command
-    import lowmem.generate
-    import lowmem.train.pretrain
+    import lowmem.cli.export
+    import lowmem.cli.generate
+    import lowmem.cli.import_model
+    import lowmem.cli.pretrain
     import lowmem.train.setup
 
     torch.set_num_threads(1)
@@ -554,7 +554,7 @@ def preload(kinds: list[str]) -> None:
         import peft  # noqa: F401
         import transformers.models.llama.modeling_llama  # noqa: F401
 
-        import lowmem.finetune.command
+        import lowmem.cli.finetune
         import lowmem.finetune.train  # noqa: F401
 
 

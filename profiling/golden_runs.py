@@ -66,13 +66,13 @@ def make_inputs(folder: Path) -> None:
 
 def lowmem(*words: str, ranks: int = 1) -> None:
     """One command in a process of its own, or in several under DeepSpeed's launcher."""
-    command = [sys.executable, "-m", "lowmem.cli"]
+    command = [sys.executable, "-m", "lowmem"]
     if ranks > 1:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
         launcher = str(Path(sys.executable).parent / "deepspeed")
-        command = [launcher, "-q", "--no_local_rank", "--master_port", str(port), "--num_gpus", str(ranks), "--module", "lowmem.cli"]
+        command = [launcher, "-q", "--no_local_rank", "--master_port", str(port), "--num_gpus", str(ranks), "--module", "lowmem"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     result = subprocess.run([*command, *words], env=environment, capture_output=True, text=True)
     if result.returncode:

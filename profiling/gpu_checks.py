@@ -41,7 +41,7 @@ FINETUNES = [(method, dtype) for dtype in ("fp32", "bf16") for method in ("lora"
 def lowmem(*words: str, limit: float = 240) -> str:
     """Run a command; what it said last, if it failed."""
     try:
-        result = subprocess.run([sys.executable, "-m", "lowmem.cli", *words], capture_output=True, text=True, timeout=limit)
+        result = subprocess.run([sys.executable, "-m", "lowmem", *words], capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
         return f"took more than {limit:.0f} s"
     return "" if result.returncode == 0 else (result.stderr.strip() or result.stdout.strip() or "no message")[-600:]
@@ -92,7 +92,7 @@ def make_llama(base: Path) -> None:
 
 def finetune_predictions(base: Path) -> dict:
     """Bytes of VRAM by component for the runs of `finetune_peaks`."""
-    from lowmem.config_finetune import FinetuneConfig
+    from lowmem.config.finetune import FinetuneConfig
     from lowmem.finetune.memory import predict_memory
 
     found = {}
@@ -105,7 +105,7 @@ def finetune_predictions(base: Path) -> dict:
 
 def finetune_peaks(folder: Path, base: Path) -> dict:
     """LoRA and QLoRA on that base."""
-    from lowmem.data.simple_tokenizers import ByteTokenizer
+    from lowmem.data.tokenizers import ByteTokenizer
 
     chat = folder / "chat.jsonl"
     ByteTokenizer().save(base / "tokenizer.json")

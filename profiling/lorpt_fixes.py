@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lowmem.nn.factory import MixedSplit
-from lowmem.nn.lorpt import LoRPtLinear, LoRPtSplit
+from lowmem.nn.lorpt import LoRPtLinear, LoRPtSplit, MixedSplit
 from lowmem.optim.schedule import learning_rate
 
 RESETS = 4  # refactorisations in a run, its end included

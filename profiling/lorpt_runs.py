@@ -26,7 +26,7 @@ class Trainee:
         import torch
         from lorpt_fixes import FIXES
 
-        from lowmem.config import DataConfig, LorptConfig, ModelConfig, OptimConfig, SourceConfig
+        from lowmem.config.schema import DataConfig, LorptConfig, ModelConfig, OptimConfig, SourceConfig
         from lowmem.data.prepare import prepare_data
         from lowmem.engine.local import LocalEngine
         from lowmem.models.registry import build_model
@@ -67,9 +67,9 @@ class Trainee:
 
 def train(setting: dict) -> dict:
     """In the child: one run."""
-    from lowmem.data.storage import compiled_root
-    from lowmem.memory.block_cache import set_up_host_memory
+    from lowmem.memory.allocator import set_up_host_memory
     from lowmem.memory.measure import host_peak_bytes
+    from lowmem.system.files import compiled_root
 
     set_up_host_memory(compiled_root())
     trainee = Trainee(setting)

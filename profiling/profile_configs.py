@@ -7,8 +7,8 @@ Writes what the command writes: a JSON file for each, profile.md, profile.html a
 
 import sys
 
-from lowmem.cli import run_command
-from lowmem.profile import profile_main
+from lowmem.cli.main import run_command
+from lowmem.cli.profile import profile_main
 
 if __name__ == "__main__":
     sys.exit(run_command(profile_main))

@@ -22,7 +22,7 @@ def make_base(folder: Path, tokenizer: Path, width: int, layers: int) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from lowmem.data.tokenizers import load_tokenizer
+    from lowmem.data.tokenizer_loading import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
     torch.manual_seed(0)
@@ -34,7 +34,7 @@ def make_base(folder: Path, tokenizer: Path, width: int, layers: int) -> None:
 def finetune(base: Path, data: str, out: Path, method: str, steps: int, seed: int, seq_len: int) -> dict:
     """Peak, prediction and losses of one run in a fresh process."""
     command = [
-        sys.executable, "-m", "lowmem.cli", "finetune", "--quiet", f"--base={base}", f"--data={data}", f"--out={out}", f"--method={method}",
+        sys.executable, "-m", "lowmem", "finetune", "--quiet", f"--base={base}", f"--data={data}", f"--out={out}", f"--method={method}",
         f"--steps={steps}", f"--eval_every={max(1, steps // 5)}", "--save_every=0", f"--seed={seed}", f"--seq_len={seq_len}",
         "--optim.lr=0.002", "--batch_size=4", "--micro_batch_size=1",
     ]  # fmt: skip
@@ -45,7 +45,7 @@ def finetune(base: Path, data: str, out: Path, method: str, steps: int, seed: in
 
 def predicted_base(base: Path, data: str, method: str) -> int:
     """Bytes of the frozen weights, by arithmetic."""
-    from lowmem.config_finetune import FinetuneConfig
+    from lowmem.config.finetune import FinetuneConfig
     from lowmem.finetune.memory import predict_memory
 
     return predict_memory(FinetuneConfig(base=str(base), data=data, method=method), base).components["base"]  # type: ignore[arg-type]

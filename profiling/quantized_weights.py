@@ -92,7 +92,7 @@ def in_child(setting: dict) -> dict:
 
 def configuration(values: dict, weights: str):
     """The run's configuration."""
-    from lowmem.config_load import load_run_config
+    from lowmem.config.load import load_run_config
 
     overrides = {**COMMON, **values, "train.weight_dtype": weights}
     return load_run_config(overrides=[f"{key}={value}" for key, value in overrides.items()])
@@ -102,8 +102,8 @@ def engine_of(config):
     """Model and engine, as `lowmem pretrain` builds them."""
     import torch
 
-    from lowmem.config import resolve_micro_batch_size
-    from lowmem.engine.build import build_configured_model, build_local_engine
+    from lowmem.config.schema import resolve_micro_batch_size
+    from lowmem.engine.from_config import build_configured_model, build_local_engine
 
     config.model.max_seq_len = config.max_seq_len()
     model = build_configured_model(config)
@@ -146,7 +146,7 @@ def memory() -> dict:
     with tempfile.TemporaryDirectory() as folder:
         for weights in VARIANTS:
             overrides = {**COMMON, **MEMORY, "train.weight_dtype": weights, "run_dir": f"{folder}/{weights}"}
-            command = [sys.executable, "-m", "lowmem.cli", "pretrain", *(f"--{key}={value}" for key, value in overrides.items())]
+            command = [sys.executable, "-m", "lowmem", "pretrain", *(f"--{key}={value}" for key, value in overrides.items())]
             dry = subprocess.run([*command, "--dry_run", "--json"], capture_output=True, text=True, check=True)
             predicted = json.loads(dry.stdout)["predicted"]
             subprocess.run([*command, "--quiet"], capture_output=True, text=True, check=True)

@@ -27,7 +27,7 @@ def main() -> None:
     answers = {}
     for question in arguments.ask:
         options = ["--chat", "--prompt", question, "--preset", "balanced", "--max_new_tokens", "60", "--seed", "1"]
-        command = [sys.executable, "-m", "lowmem.cli", "generate", "--run", arguments.run, *options]
+        command = [sys.executable, "-m", "lowmem", "generate", "--run", arguments.run, *options]
         answers[question] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     report = {
         "machine": describe_machine(),

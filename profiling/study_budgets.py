@@ -15,7 +15,7 @@ from pathlib import Path
 
 from machine import describe_machine
 
-from lowmem.units import parse_bytes
+from lowmem.system.units import parse_bytes
 
 # What is trained in each budget: a smaller model where 215M parameters would not fit, a larger one where they would leave much unused.
 SHAPES = {
@@ -117,7 +117,7 @@ def solved(budget: str) -> dict:
 
 def lowmem(*arguments: str, check: bool = True) -> subprocess.CompletedProcess:
     """Run the command in a fresh process."""
-    return subprocess.run([sys.executable, "-m", "lowmem.cli", *arguments], capture_output=True, text=True, check=check)
+    return subprocess.run([sys.executable, "-m", "lowmem", *arguments], capture_output=True, text=True, check=check)
 
 
 if __name__ == "__main__":

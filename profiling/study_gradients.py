@@ -61,11 +61,11 @@ def run_here(sums: str, argv: list[str]) -> int:
     """`lowmem pretrain`, with PyTorch's own gradient of an embedding if `sums` is torch."""
     import torch
 
-    from lowmem.nn import embedding
-    from lowmem.train.pretrain import pretrain_main
+    from lowmem.cli.pretrain import pretrain_main
+    from lowmem.nn import layers
 
     if sums == "torch":
-        embedding.embedding_gradient = lambda indices, grad, rows, padding_idx=-1: torch.ops.aten.embedding_dense_backward(
+        layers.embedding_gradient = lambda indices, grad, rows, padding_idx=-1: torch.ops.aten.embedding_dense_backward(
             grad, indices, rows, padding_idx, False
         )
     return pretrain_main(argv)

@@ -9,12 +9,12 @@ import argparse
 import copy
 from pathlib import Path
 
-from lowmem.config_load import load_run_config
-from lowmem.errors import MemoryBudgetError
+from lowmem.config.load import load_run_config
 from lowmem.planning.levers import get_key
 from lowmem.planning.predict import Prediction
 from lowmem.planning.search import plan
-from lowmem.units import format_count
+from lowmem.system.errors import MemoryBudgetError
+from lowmem.system.units import format_count
 
 ROOT = Path(__file__).parent.parent
 # name: parameters, width, MLP width, layers, heads, vocabulary

@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lowmem.config import LorptConfig, ModelConfig
-from lowmem.data.simple_tokenizers import ByteTokenizer
-from lowmem.errors import ConfigError
+from lowmem.config.schema import LorptConfig, ModelConfig
+from lowmem.data.tokenizers import ByteTokenizer
 from lowmem.generation import generate, generate_batch, position_window
+from lowmem.generation.sampling import PRESETS, SamplingOptions, penalize_counts, row_seed, sample_token
 from lowmem.generation.settings import DEFAULTS, Settings
-from lowmem.generation.stop import StopFilter
+from lowmem.generation.texts import StopFilter
 from lowmem.models.registry import build_model
-from lowmem.sampling import PRESETS, SamplingOptions, penalize_counts, row_seed, sample_token
+from lowmem.system.errors import ConfigError
 from tests.reference.markdown import table
 
 I3 = {"name": "i3", "attention_rank": 4, "num_heads": 1, "lorpt": LorptConfig(rank=4)}

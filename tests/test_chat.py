@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from lowmem.config import LorptConfig, ModelConfig
+from lowmem.config.schema import LorptConfig, ModelConfig
 from lowmem.data.chat_template import DEFAULT_TEMPLATE, ChatTemplate
-from lowmem.data.simple_tokenizers import ByteTokenizer
+from lowmem.data.tokenizers import ByteTokenizer
 from lowmem.generation import generate
 from lowmem.generation.chat import Chat, ChatWriter, prompt_room
+from lowmem.generation.sampling import SamplingOptions
 from lowmem.models.registry import build_model
-from lowmem.sampling import SamplingOptions
 
 TEMPLATE = ChatTemplate(DEFAULT_TEMPLATE, eos_token="<|endoftext|>")
 EOS = ByteTokenizer().eos_id

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.config import PhaseConfig, RunConfig, SourceConfig, resolve_micro_batch_size
-from lowmem.config_dump import configuration_page, dump_config
-from lowmem.config_finetune import FinetuneConfig
-from lowmem.config_load import load_run_config
-from lowmem.config_schema import field_docs, hints, known_keys
-from lowmem.config_values import allowed
-from lowmem.errors import ConfigError
+from lowmem.config.dump import configuration_page, dump_config
+from lowmem.config.finetune import FinetuneConfig
+from lowmem.config.keys import allowed, field_docs, hints, known_keys
+from lowmem.config.load import load_run_config
+from lowmem.config.schema import PhaseConfig, RunConfig, SourceConfig, resolve_micro_batch_size
+from lowmem.system.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(ROOT.glob("configs/*/*.yaml"))

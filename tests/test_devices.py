@@ -3,8 +3,8 @@ import types
 import pytest
 import torch
 
-from lowmem import devices
-from lowmem.errors import ConfigError
+from lowmem.system import devices
+from lowmem.system.errors import ConfigError
 
 X86_CPUINFO = "processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: fpu sse2 avx2 avx512f avx512_bf16\n"
 ARM_CPUINFO = "processor\t: 0\nFeatures\t: fp asimd bf16\n"

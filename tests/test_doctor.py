@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lowmem import machine
-from lowmem.doctor import doctor_main, examine
-from lowmem.errors import ConfigError
+from lowmem.cli import doctor
+from lowmem.cli.doctor import doctor_main, examine
+from lowmem.system.errors import ConfigError
 
 GIB = 2**30
 PARTS = ("cpu", "cuda", "memory", "disk", "libraries", "compiler", "kernels", "block_cache", "deepspeed")
@@ -42,7 +42,7 @@ def good_machine(monkeypatch):
     }  # fmt: skip
     reports = copy.deepcopy(reports)
     for name in PARTS:
-        monkeypatch.setattr(machine, f"{'library' if name == 'libraries' else name}_report", lambda name=name: reports[name])
+        monkeypatch.setattr(doctor, f"{'library' if name == 'libraries' else name}_report", lambda name=name: reports[name])
     return reports
 
 
@@ -66,7 +66,11 @@ def test_nothing_to_say_about_a_good_machine(good_machine, capsys):
         ("memory", {"swap_used_bytes": 61 * GIB}, "61.00 GiB are in swap and only 60.00 GiB"),
         ("block_cache", {"problem": "the cache of memory blocks does not compile"}, "memory blocks does not compile"),
         ("kernels", {"problem": "lowmem's CPU optimizer kernels are not compiled"}, "optimizer kernels are not compiled"),
-        ("deepspeed", {"operators": {"cpu_adam": "not built"}}, "about two minutes; beforehand: python -m lowmem.engine.deepspeed_build"),
+        (
+            "deepspeed",
+            {"operators": {"cpu_adam": "not built"}},
+            "about two minutes; beforehand: python -m lowmem.engine.deepspeed.operators",
+        ),
     ],
 )
 def test_what_is_slow_is_named_with_its_numbers(part, changes, note, good_machine):
@@ -99,7 +103,7 @@ def test_a_probe_that_fails_stops_nothing(part, good_machine, monkeypatch, capsy
     def fail():
         raise OSError("strange machine")
 
-    monkeypatch.setattr(machine, f"{'library' if part == 'libraries' else part}_report", fail)
+    monkeypatch.setattr(doctor, f"{'library' if part == 'libraries' else part}_report", fail)
     assert doctor_main(["--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report[part] == {"error": "OSError: strange machine"}
@@ -110,7 +114,7 @@ def test_a_probe_that_fails_stops_nothing(part, good_machine, monkeypatch, capsy
 
 def test_the_real_machine_in_json_and_nothing_else_on_stdout():
     result = subprocess.run(
-        [sys.executable, "-c", "import sys; from lowmem.doctor import doctor_main; sys.exit(doctor_main(['--json']))"],
+        [sys.executable, "-c", "import sys; from lowmem.cli.doctor import doctor_main; sys.exit(doctor_main(['--json']))"],
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     report = json.loads(result.stdout)
@@ -124,7 +128,7 @@ def test_the_real_machine_in_json_and_nothing_else_on_stdout():
 
 def test_libraries_and_extras_are_those_of_the_package():
     text = PYPROJECT.read_text(encoding="utf-8")
-    for name, extra, _ in machine.LIBRARIES:
+    for name, extra, _ in doctor.LIBRARIES:
         # an extra is one line; the dependencies are several, up to a bracket alone on a line
         pattern = rf"^{extra} = \[(.*)\]$" if extra else r"^dependencies = \[\n((?:    .*\n)+)\]$"
         block = re.search(pattern, text, re.MULTILINE)

@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowmem import generate as command
-from lowmem.cli import run_command
-from lowmem.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from lowmem.cli import generate as command
+from lowmem.cli.main import run_command
+from lowmem.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
 from lowmem.data.chat_template import DEFAULT_TEMPLATE
-from lowmem.data.simple_tokenizers import ByteTokenizer
-from lowmem.errors import CheckpointError, ConfigError, DataError, StoppedBySignal
-from lowmem.generation import GenerationResult, generate, memory
+from lowmem.data.tokenizers import ByteTokenizer
+from lowmem.engine.run_model import RunModel
+from lowmem.generation import GenerationResult, generate
+from lowmem.generation.sampling import SamplingOptions
 from lowmem.models.registry import build_model
 from lowmem.planning.generation_memory import generation_memory
 from lowmem.planning.hardware import Hardware
-from lowmem.run_model import RunModel
-from lowmem.sampling import SamplingOptions
+from lowmem.system.errors import CheckpointError, ConfigError, DataError, StoppedBySignal
 
 
 @pytest.fixture(autouse=True)
@@ -261,7 +261,7 @@ def test_a_dry_run_tells_the_memory_and_reads_no_weights(run, capsys):
 
 def test_what_does_not_fit_is_refused_in_one_line_before_weights_are_read(run, capsys, monkeypatch):
     need = generation_memory(copy.deepcopy(run[0].model).to("meta"), 4, 21, 256).ram_bytes
-    monkeypatch.setattr(memory, "this_hardware", lambda: Hardware(need, 0))
+    monkeypatch.setattr(command, "this_hardware", lambda: Hardware(need, 0))
     arguments = ["--run", "r", *["--prompt", "a"] * 4, "--max_new_tokens", "20", "--device", "cpu", "--json"]
     assert command.generate_main(arguments) == 0
     capsys.readouterr()

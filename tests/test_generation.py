@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem.data.simple_tokenizers import ByteTokenizer
-from lowmem.errors import CheckpointError, ConfigError
+from lowmem.data.tokenizers import ByteTokenizer
 from lowmem.generation import PREFILL_TOKENS, generate
+from lowmem.generation.sampling import SamplingOptions
 from lowmem.models.base import LanguageModel
-from lowmem.nn.kv_cache import LayerCache, ModelCache
-from lowmem.sampling import SamplingOptions
+from lowmem.nn.attention import LayerCache, ModelCache
+from lowmem.system.errors import CheckpointError, ConfigError
 
 GREEDY = SamplingOptions(temperature=0)
 VOCAB = 300  # more rows than the 257 tokens of the tokenizer

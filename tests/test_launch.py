@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.cli import main
+from lowmem.cli.main import main
 from tests.train.tiny_run import metrics
 
 ROOT = Path(__file__).parent.parent

@@ -5,10 +5,10 @@ from dataclasses import asdict
 
 import pytest
 
-from lowmem.cli import main
-from lowmem.config_load import load_run_config
+from lowmem.cli.main import main
+from lowmem.config.load import load_run_config
 from lowmem.planning.search import Plan
-from lowmem.units import format_bytes, parse_bytes
+from lowmem.system.units import format_bytes, parse_bytes
 from tests.planning.small import BASE_BYTES, TINY, remember_predictions, small_config, stub_measurements
 
 MIB = 1 << 20

@@ -10,15 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from lowmem import profile
-from lowmem.errors import ConfigError, StoppedBySignal
+from lowmem.cli import profile
 from lowmem.memory.watched import WatchedRun
-from lowmem.reporting.run_result import MetricsTail, last_words, prediction
+from lowmem.reporting.results import MetricsTail, last_words, prediction
+from lowmem.system.errors import ConfigError, StoppedBySignal
 from tests.memory.fresh_process import linux_only
 from tests.train.tiny_run import ROOT, write_text
 
 MIB = 2**20
-START = "import sys; from lowmem.cli import run_command; from lowmem.profile import profile_main; sys.exit(run_command(profile_main))"
+START = (
+    "import sys; from lowmem.cli.main import run_command; from lowmem.cli.profile import profile_main; sys.exit(run_command(profile_main))"
+)
 TINY = """
 device: cpu
 model: {{dim: {dim}, num_layers: 2, num_heads: 2}}

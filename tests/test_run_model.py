@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lowmem.config import ModelConfig, RunConfig
-from lowmem.config_dump import dump_config
-from lowmem.data.simple_tokenizers import ByteTokenizer
-from lowmem.engine.tensor_file import write_tensors
-from lowmem.errors import CheckpointError, DataError
+from lowmem.config.dump import dump_config
+from lowmem.config.schema import ModelConfig, RunConfig
+from lowmem.data.tokenizers import ByteTokenizer
+from lowmem.engine.run_model import load_run_model
 from lowmem.models.registry import build_model
-from lowmem.run_model import load_run_model
+from lowmem.system.errors import CheckpointError, DataError
+from lowmem.system.tensors import write_tensors
 
 MODEL = ModelConfig(dim=16, hidden_dim=24, num_layers=2, num_heads=2, vocab_size=260, max_seq_len=32)
 
@@ -68,7 +68,7 @@ def test_any_checkpoint_can_be_chosen(tmp_path):
 @pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_bf16_weights_are_widened_where_bf16_is_slow(native, expected, tmp_path, monkeypatch):
     saved = write_run(tmp_path / "run", dtype=torch.bfloat16)
-    monkeypatch.setattr("lowmem.run_model.device_has_native_bf16", lambda device: native)
+    monkeypatch.setattr("lowmem.engine.run_model.device_has_native_bf16", lambda device: native)
     loaded = load_run_model(tmp_path / "run").model
     assert {parameter.dtype for parameter in loaded.parameters()} == {expected}
     for name, parameter in loaded.named_parameters():

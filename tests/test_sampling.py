@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from lowmem.errors import ConfigError
-from lowmem.sampling import SamplingOptions, penalize_repetition, sample_token, token_probabilities
+from lowmem.generation.sampling import SamplingOptions, penalize_repetition, sample_token, token_probabilities
+from lowmem.system.errors import ConfigError
 
 
 def brute_force(logits: list[float], options: SamplingOptions) -> list[float]:

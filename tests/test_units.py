@@ -2,7 +2,7 @@
 
 import pytest
 
-from lowmem.units import format_bytes, format_count, format_seconds, parse_bytes, parse_count
+from lowmem.system.units import format_bytes, format_count, format_seconds, parse_bytes, parse_count
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lowmem.data.compression import COMPRESSIONS, open_compressed, strip_compression
-from lowmem.data.json_lines import MAX_LINE_BYTES, distinct_keys, value_kind
-from lowmem.data.text_files import file_format
-from lowmem.data.utf8 import DecodeErrors, Utf8Reader, check_encoding, without_marks
-from lowmem.errors import DataError
-from lowmem.units import format_bytes
+from lowmem.data.decoding import COMPRESSIONS, DecodeErrors, Utf8Reader, check_encoding, open_compressed, strip_compression, without_marks
+from lowmem.data.records import MAX_LINE_BYTES, value_kind
+from lowmem.data.text import file_format
+from lowmem.system.errors import DataError
+from lowmem.system.files import distinct_keys
+from lowmem.system.units import format_bytes
 
 Message = dict[str, Any]
 _Turns = tuple[list[Message], list[float | None], list[str]]  # messages, their weights, and what the template has to write

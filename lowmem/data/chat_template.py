@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 
 from lowmem.data.chat_records import REASONING, Conversation, Message
-from lowmem.data.compression import open_regular
+from lowmem.data.decoding import open_regular
 from lowmem.data.hf_tokenizer import name_pattern, read_tokenizer_config, split_names
-from lowmem.data.storage import storage_errors, write_json
 from lowmem.data.template_worker import CLOSE, OPEN, WORKER, TemplateFailure
 from lowmem.data.tokenizers import END_OF_TEXT, Tokenizer
-from lowmem.errors import DataError
+from lowmem.system.errors import DataError
+from lowmem.system.files import storage_errors, write_json
 
 TEMPLATE_FILE = "chat_template.jinja"
 DEFAULT_TEMPLATE = (

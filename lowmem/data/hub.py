@@ -1,16 +1,21 @@
-"""Hugging Face datasets as text."""
+"""Datasets of the Hugging Face hub: stored, or streamed and tokenised on the fly."""
 
+import hashlib
+import json
 from collections.abc import Callable, Container, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lowmem.config import SourceConfig
-from lowmem.data.json_lines import field_text
-from lowmem.data.parquet_files import check_text_column, column_bytes
-from lowmem.data.pieces import Piece, document_pieces, utf8_size
-from lowmem.data.text_source import ReadCounters, TextSource
-from lowmem.data.utf8 import DecodeErrors, decode_value
-from lowmem.errors import DataError
+import numpy as np
+
+from lowmem.config.schema import SourceConfig
+from lowmem.data.decoding import DecodeErrors, decode_value
+from lowmem.data.records import check_text_column, column_bytes, field_text
+from lowmem.data.text_source import Piece, ReadCounters, TextSource, document_pieces, limit_bytes, utf8_size
+from lowmem.data.tokenizers import Tokenizer
+from lowmem.system.errors import CheckpointError, DataError
+from lowmem.system.files import malformed
 
 
 def load_hub_dataset(config: SourceConfig) -> Any:
@@ -173,3 +178,144 @@ class StreamedSource(TextSource):
         while (row := call_hub(f"reading the dataset {self.label!r} after row {number}", next, rows, None)) is not None:
             number += 1
             yield field_text(row, self._config.text_field, f"{self.label}: row {number}")
+
+
+VALIDATION_WINDOWS = 128
+_BYTES_PER_TOKEN = 6
+_SCAN_BYTES = 256 * 1024**2
+
+
+def is_held_out(text: str, val_fraction: float) -> bool:
+    """Whether a document is for validation: a function of its text alone."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < val_fraction * 2**64
+
+
+class HeldOutDocuments(StreamedSource):
+    """The first held-out documents of a stream: about 128 windows, as far as its first 256 MiB of text hold so many."""
+
+    def __init__(self, config: SourceConfig, *, seq_len: int, val_fraction: float):
+        super().__init__(config)
+        self._val_fraction = val_fraction
+        self._wanted_bytes = VALIDATION_WINDOWS * (seq_len + 1) * _BYTES_PER_TOKEN
+        self._scan_bytes = min(config.max_bytes or _SCAN_BYTES, _SCAN_BYTES)
+        self.total_bytes = self._scan_bytes
+
+    def identity(self) -> dict[str, Any]:
+        limits = {"val_fraction": self._val_fraction, "wanted_bytes": self._wanted_bytes, "scan_bytes": self._scan_bytes}
+        return {**super().identity(), **limits}
+
+    def pieces(self, counters: ReadCounters) -> Iterator[Piece]:
+        return limit_bytes(self._held_out_pieces(counters), self._wanted_bytes)
+
+    def _held_out_pieces(self, counters: ReadCounters) -> Iterator[Piece]:
+        for text in self.documents():
+            counters.input_bytes += utf8_size(text)
+            if is_held_out(text, self._val_fraction):
+                yield from document_pieces(text)
+            if counters.input_bytes >= self._scan_bytes:
+                return
+
+
+class StreamedWindows:
+    """Windows in the order of the stream, each one's last target being the next one's first input.
+
+    The stream begins anew when it is exhausted. Documents of every `val_fraction` are passed over, because they are held out.
+
+    Raises:
+        DataError: the dataset cannot be loaded.
+    Memory: one document, and the tokens of one piece of it.
+    """
+
+    windows_per_epoch = None
+
+    def __init__(self, config: SourceConfig, tokenizer: Tokenizer, *, seq_len: int, val_fraction: float):
+        self.label = config.hub
+        self._config = config
+        self._tokenizer = tokenizer
+        self._seq_len = seq_len
+        self._val_fraction = val_fraction
+        self._buffer: list[int] = []
+        self._open(None, text_bytes=0)
+
+    def window(self, drawn: int) -> np.ndarray:
+        """The next window; a stream has one order, so `drawn` says nothing new.
+
+        Raises:
+            DataError: the network failed, a row holds no text, or a whole pass gives too little for one window.
+        """
+        passes = 0
+        while len(self._buffer) <= self._seq_len:
+            piece = next(self._pieces, None)
+            if piece is not None:
+                self._pieces_done += 1
+                self._buffer += self._tokenizer.encode(piece.text)
+                self._buffer += [self._tokenizer.eos_id] * piece.ends_document
+            elif not self._next_document():
+                passes += 1
+                if passes > 1:
+                    raise DataError(f"{self.label} has too little text to train on sequences of {self._seq_len}; lower data.seq_len")
+                self._open(None, text_bytes=0)
+        window = np.array(self._buffer[: self._seq_len + 1], dtype=np.int64)
+        del self._buffer[: self._seq_len]
+        return window
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position before the current document, how much of it was used, and the tokens left over."""
+        state = {
+            "dataset": self._state_before,
+            "text_bytes": self._bytes_before,
+            "in_document": self._in_document,
+            "pieces_done": self._pieces_done,
+            "buffer": self._buffer,
+        }
+        return json.loads(json.dumps(state))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`.
+
+        Raises:
+            CheckpointError: the state is malformed, or the stream no longer has the document it stopped in.
+        """
+        try:
+            in_document, pieces_done = bool(state["in_document"]), int(state["pieces_done"])
+            self._buffer = [int(token) for token in state["buffer"]]
+            if pieces_done < 0 or not all(0 <= token < self._tokenizer.vocab_size for token in self._buffer):
+                raise ValueError("a count is below 0, or a token is none of the tokenizer's")
+            self._open(state["dataset"], text_bytes=int(state["text_bytes"]))
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # of the dataset's own state, too
+            raise CheckpointError(f"the position in {self.label} is malformed ({malformed(error)})") from error
+        if in_document:
+            if not self._next_document():
+                raise CheckpointError(f"{self.label} ends before the document that the checkpoint stopped in: it has changed since")
+            self._pieces_done = sum(1 for _ in islice(self._pieces, pieces_done))
+
+    def _open(self, dataset_state: dict[str, Any] | None, *, text_bytes: int) -> None:
+        """Stand before the document at `dataset_state`; None is the beginning."""
+        self._dataset = load_hub_dataset(self._config)
+        if dataset_state is not None:
+            self._dataset.load_state_dict(dataset_state)
+        self._rows = iter(self._dataset)
+        self._state_now, self._text_bytes = dataset_state, text_bytes
+        self._state_before, self._bytes_before = dataset_state, text_bytes
+        self._pieces: Iterator[Piece] = iter(())
+        self._in_document, self._pieces_done = False, 0
+
+    def _next_document(self) -> bool:
+        """Stand at the beginning of the next document for training; False when the stream, or `max_bytes` of it, is through."""
+        limit = self._config.max_bytes
+        while not limit or self._text_bytes < limit:
+            state, text_bytes = self._state_now, self._text_bytes
+            row = call_hub(f"reading the dataset {self.label!r}", next, self._rows, None)
+            if row is None:
+                return False
+            self._state_now = self._dataset.state_dict()
+            text = field_text(row, self._config.text_field, f"{self.label}: after {text_bytes} bytes of text")
+            self._text_bytes += utf8_size(text)
+            if text and not is_held_out(text, self._val_fraction):
+                self._state_before, self._bytes_before = state, text_bytes
+                pieces = document_pieces(text)
+                self._pieces = limit_bytes(pieces, limit - text_bytes) if limit else pieces
+                self._in_document, self._pieces_done = True, 0
+                return True
+        return False

@@ -1,20 +1,18 @@
-"""Text to token ids and back: the interface of all tokenizers, and loading them from tokenizer.json."""
+"""Tokenizers: what every one offers, the plain ones, and reading them back."""
 
-import json
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lowmem.data.compression import open_regular
-from lowmem.data.storage import json_sha256, malformed, write_json
-from lowmem.errors import DataError
-from lowmem.units import format_bytes
+from lowmem.system.errors import DataError
+from lowmem.system.files import json_sha256, write_json
 
 END_OF_TEXT = "<|endoftext|>"
-_MAX_BYTES = 256 * 1024**2  # ten times the largest vocabularies there are
 TextPart = tuple[str, int | None]  # a text, and the token that it stands for; None for plain text
 
 
@@ -95,69 +93,6 @@ class Tokenizer(ABC):
         return json_sha256([self.to_json(), self.eos_id])
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a file, or in the tokenizer.json of a folder.
-
-    Args:
-        path: a tokenizer.json written by `save` or by Hugging Face tokenizers.
-    Raises:
-        DataError: the file is missing or malformed.
-    """
-    place, content = _read(Path(path))
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{place} is no tokenizer file ({error}); expected a tokenizer.json") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{place} is no tokenizer file; expected a JSON object, found {type(value).__name__}")
-    if "lowmem_tokenizer" not in value:
-        from lowmem.data.hf_tokenizer import HuggingFaceTokenizer
-
-        return HuggingFaceTokenizer.from_content(content, value, place)
-    try:
-        return _own_tokenizer(value)
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{place} is a damaged tokenizer file ({malformed(error)}); restore it") from error
-
-
-def _read(place: Path) -> tuple[Path, str]:
-    """The file that is meant, and its text."""
-    try:
-        if place.is_dir():
-            place = place / "tokenizer.json"
-        with open_regular(place) as file:
-            content = file.read(_MAX_BYTES + 1)
-    except OSError as error:
-        raise DataError(f"cannot read the tokenizer {place}: {error.strerror}; check the path") from error
-    except ValueError as error:  # NUL in the path, or a name that is not UTF-8
-        raise DataError(f"cannot read the tokenizer {str(place)!a} ({error}); check the path") from error
-    if len(content) > _MAX_BYTES:
-        raise DataError(f"{place} is no tokenizer file: it has more than {format_bytes(_MAX_BYTES)}")
-    try:
-        return place, content.decode()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{place} is no tokenizer file ({error}); expected a tokenizer.json") from error
-
-
-def _own_tokenizer(value: dict[str, Any]) -> Tokenizer:
-    from lowmem.data.chunk_tokenizer import ChunkTokenizer
-    from lowmem.data.simple_tokenizers import ByteTokenizer, CharTokenizer
-
-    kind = value["lowmem_tokenizer"]
-    texts = value["chunks"] if kind == "chunk" else [value["characters"]] if kind == "chars" else []
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ValueError("chunks and characters must be text")
-    if kind == "chunk" and not isinstance(value["lowercase"], bool):
-        raise ValueError("lowercase must be true or false")
-    if kind == "chunk":
-        return ChunkTokenizer(value["chunks"], lowercase=value["lowercase"])
-    if kind == "chars":
-        return CharTokenizer(value["characters"])
-    if kind == "bytes":
-        return ByteTokenizer()
-    raise ValueError(f"found kind {kind!r}, allowed: chunk, chars, bytes")
-
-
 def check_vocab(tokenizer: Tokenizer, model_vocab_size: int) -> None:
     """Refuse a tokenizer whose ids the model's embedding does not hold.
 
@@ -176,3 +111,239 @@ def check_vocab(tokenizer: Tokenizer, model_vocab_size: int) -> None:
 def surrogate_error(error: UnicodeEncodeError) -> DataError:
     """The one error of `encode`."""
     return DataError(f"the text holds the lone surrogate U+{ord(error.object[error.start]):04X}, which is no character; remove it")
+
+
+_LONGEST_WAIT = 8
+
+
+class TokenStreamDecoder:
+    """Gives the text of each id as soon as its characters are complete.
+
+    What it has given, joined, equals `tokenizer.decode` of all the ids once `finish` was called (for bytes that form no
+    character the two may differ in the number of U+FFFD).
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._context: list[int] = []
+        self._waiting: list[int] = []
+
+    def push(self, token: int) -> str:
+        """New text, or "" while a character is incomplete."""
+        self._waiting.append(token)
+        text = self._new_text()
+        if text.endswith("\ufffd") and len(self._waiting) < _LONGEST_WAIT:
+            return ""
+        return self._give(text)
+
+    def finish(self) -> str:
+        """The rest; an incomplete character becomes U+FFFD."""
+        return self._give(self._new_text()) if self._waiting else ""
+
+    def _new_text(self) -> str:
+        # the ids before are decoded again because some tokenizers treat the first id of a text differently
+        before = self._tokenizer.decode(self._context) if self._context else ""
+        return self._tokenizer.decode(self._context + self._waiting)[len(before) :]
+
+    def _give(self, text: str) -> str:
+        self._context, self._waiting = self._waiting, []
+        return text
+
+
+UNKNOWN_CHARACTER = "\ufffd"
+_UNICODE_SIZE = 0x110000
+
+
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes, then one end-of-document token: 257 ids, lossless for any text."""
+
+    kind = "bytes"
+    vocab_size = 257
+    eos_id = 256
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            return list(text.encode())
+        except UnicodeEncodeError as error:
+            raise surrogate_error(error) from error
+
+    def encode_spans(self, text: str) -> tuple[list[int], np.ndarray]:
+        ids = self.encode(text)
+        starts = np.cumsum((np.array(ids, dtype=np.int64) & 0xC0) != 0x80) - 1  # a character begins with every byte that continues none
+        return ids, np.stack([starts, starts + 1], axis=1)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        data = bytearray()
+        for token in ids:
+            data += END_OF_TEXT.encode() if token == self.eos_id else bytes((token,))
+        return data.decode(errors="replace")
+
+    def to_json(self) -> dict[str, Any]:
+        return {"lowmem_tokenizer": "bytes"}
+
+
+class CharTokenizer(Tokenizer):
+    """The characters of a corpus in code point order, then end of document, then unknown.
+
+    Args:
+        characters: every character that has an id, once.
+    Memory: 4.5 MB for the table of all code points.
+    """
+
+    kind = "chars"
+
+    def __init__(self, characters: str):
+        self.characters = "".join(sorted(set(characters)))
+        self.eos_id = len(self.characters)
+        self.unknown_id = self.eos_id + 1
+        self.vocab_size = self.eos_id + 2
+        self._ids = np.full(_UNICODE_SIZE, self.unknown_id, dtype=np.int32)
+        self._ids[np.frombuffer(self.characters.encode("utf-32-le"), dtype=np.uint32)] = np.arange(self.eos_id, dtype=np.int32)
+        self._texts = [*self.characters, END_OF_TEXT, UNKNOWN_CHARACTER]
+
+    @classmethod
+    def train(cls, texts: Iterable[str]) -> "CharTokenizer":
+        """Every character that occurs in `texts`.
+
+        Raises:
+            DataError: there is no text.
+        """
+        found: set[str] = set()
+        for text in texts:
+            found.update(text)
+        if not found:
+            raise DataError("the corpus holds no text to take characters from; check data.sources")
+        return cls("".join(found))
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            return self._ids[np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)].tolist()
+        except UnicodeEncodeError as error:
+            raise surrogate_error(error) from error
+
+    def encode_spans(self, text: str) -> tuple[list[int], np.ndarray]:
+        starts = np.arange(len(text), dtype=np.int64)
+        return self.encode(text), np.stack([starts, starts + 1], axis=1)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join([self._texts[token] for token in ids])
+
+    def to_json(self) -> dict[str, Any]:
+        return {"lowmem_tokenizer": "chars", "characters": self.characters}
+
+
+UNKNOWN = "<UNK>"
+TRIGRAMS = (
+    "the", "and", "ing", "ion", "tio", "for", "tha", "ter", "hat", "his", "ere", "ent", "her", "was",
+    "you", "are", "not", "but", "can", "all", "whi", "one", "our", "out", "whe", "hav", "thi", "wit",
+)  # fmt: skip
+# Three characters if they are one of the trigrams, or follow a space, or are followed by one; else two; a short tail as it is.
+_CHUNK = re.compile(rf"{'|'.join(TRIGRAMS)}|(?<= ).{{3}}|.{{3}}(?= )|..?", re.DOTALL)
+
+
+class ChunkTokenizer(Tokenizer):
+    """Chunks of two or three characters, cut by a fixed rule.
+
+    A chunk without an id is tried by its first two characters, then its first one, else it is <UNK> and one character is
+    passed over; the rule goes on after whatever was taken. Ids: <UNK> is 0, the chunks follow, end of document is last.
+
+    Args:
+        chunks: every chunk that has an id, in the order of ids, <UNK> excluded.
+        lowercase: lower-case the text first, as published; False keeps it, and then decoding is exact while every
+            character has an id.
+    Source: the i3 model family; a reconstruction, since its code is not public. The cap on the vocabulary is ours.
+    """
+
+    kind = "chunk"
+
+    def __init__(self, chunks: Sequence[str], *, lowercase: bool):
+        self.lowercase = lowercase
+        self._chunks = list(chunks)
+        self._ids = {chunk: number for number, chunk in enumerate(self._chunks, start=1)}
+        if len(self._ids) != len(self._chunks):
+            raise ValueError("a chunk occurs twice")
+        self.unknown_id = 0
+        self.eos_id = len(self._chunks) + 1
+        self.vocab_size = len(self._chunks) + 2
+        self._texts = [UNKNOWN, *self._chunks, END_OF_TEXT]
+
+    @classmethod
+    def train(cls, texts: Iterable[str], *, lowercase: bool, vocab_size: int = 0, characters: Iterable[str] = ()) -> "ChunkTokenizer":
+        """The chunks of `texts` by falling frequency, then alphabetically.
+
+        Args:
+            vocab_size: keep at most so many ids, <UNK> and end of document included; 0 keeps every chunk. With a cap every
+                single character of the texts keeps an id, so that no known character becomes <UNK>.
+            characters: more characters that need an id, as they occur in the corpus beyond `texts`.
+        Raises:
+            DataError: there is no text, or its characters alone exceed `vocab_size`.
+        Memory: the distinct chunks of `texts`.
+        """
+        counts: Counter[str] = Counter()
+        alphabet = {part for character in characters for part in (character.lower() if lowercase else character)}
+        for text in texts:
+            found = chunk_text(text.lower() if lowercase else text)
+            counts.update(found)
+            alphabet.update(*found)
+        if not alphabet:
+            raise DataError("the corpus holds no text to take chunks from; check data.sources")
+        if not vocab_size:
+            return cls(sorted(counts, key=lambda chunk: (-counts[chunk], chunk)), lowercase=lowercase)
+        room = vocab_size - 2 - len(alphabet)
+        if room < 0:
+            raise DataError(
+                f"the corpus has {len(alphabet)} different characters, data.tokenizer_vocab_size is {vocab_size}; "
+                f"set it to at least {len(alphabet) + 2}, or choose the tokenizer bpe or bytes"
+            )
+        longer = sorted((chunk for chunk in counts if len(chunk) > 1), key=lambda chunk: (-counts[chunk], chunk))[:room]
+        kept = sorted({*alphabet, *longer}, key=lambda chunk: (-counts[chunk], chunk))
+        return cls(kept, lowercase=lowercase)
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise surrogate_error(error) from error
+        text = text.lower() if self.lowercase else text
+        ids: list[int] = []
+        known, position = self._ids, 0
+        while position < len(text):
+            # the rule is the same after an unknown chunk, but goes on from another place
+            for match in _CHUNK.finditer(text, position):
+                token = known.get(match.group())
+                if token is None:
+                    position = self._encode_unknown(match.group(), match.start(), ids)
+                    break
+                ids.append(token)
+            else:
+                break
+        return ids
+
+    def _encode_unknown(self, chunk: str, position: int, ids: list[int]) -> int:
+        for length in (2, 1):
+            if length < len(chunk) and (token := self._ids.get(chunk[:length])) is not None:
+                ids.append(token)
+                return position + length
+        ids.append(self.unknown_id)
+        return position + 1
+
+    def encode_spans(self, text: str) -> tuple[list[int], np.ndarray]:
+        ids = self.encode(text)
+        ends = np.cumsum([1 if token == self.unknown_id else len(self._texts[token]) for token in ids], dtype=np.int64)
+        spans = np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1) if ids else np.empty((0, 2), dtype=np.int64)
+        if not self.lowercase or len(text.lower()) == len(text):
+            return ids, spans
+        # a few characters are longer in lower case
+        origin = np.repeat(np.arange(len(text), dtype=np.int64), [len(character.lower()) for character in text])
+        return ids, np.stack([origin[spans[:, 0]], origin[spans[:, 1] - 1] + 1], axis=1)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join([self._texts[token] for token in ids])
+
+    def to_json(self) -> dict[str, Any]:
+        return {"lowmem_tokenizer": "chunk", "lowercase": self.lowercase, "chunks": self._chunks}
+
+
+def chunk_text(text: str) -> list[str]:
+    """The text cut by the rule, before any vocabulary; the chunks join to the text again."""
+    return _CHUNK.findall(text)

@@ -6,10 +6,65 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from lowmem.data.batch import Batch
-from lowmem.engine.micro_batch import MicroBatches
-from lowmem.errors import ConfigError
 from lowmem.models.base import LanguageModel
+from lowmem.nn.lorptize import following_layers
+from lowmem.system.errors import ConfigError
+
+
+class MicroBatches:
+    """What takes its steps in micro-batches and can lower them; see `lowmem.engine.recovery`.
+
+    Attributes:
+        device: where it computes.
+        micro_batch_size: sequences computed at once; lowered when memory runs out.
+        failed_micro_batch_size: the smallest size known to run out of memory; 0 if none is.
+        messages: what a person should know of recoveries; whoever shows them empties the list.
+        size_keys: names of the settings for the micro-batch and the length of a sequence, for messages.
+    """
+
+    device: torch.device
+    micro_batch_size: int = 1
+    failed_micro_batch_size: int = 0
+    messages: list[str]
+    size_keys: tuple[str, str] = ("train.micro_batch_size", "data.seq_len")
+
+    def __init__(self) -> None:
+        self.messages = []
+
+    def memory_remedies(self) -> list[str]:
+        """Settings that are not in force and would take less memory, as "key=value", the most effective first."""
+        return []
+
+    def set_micro_batch_size(self, size: int) -> None:
+        """Compute `size` sequences at once from now on."""
+        self.micro_batch_size = size
+
+    def micro_batch_state(self) -> dict[str, int]:
+        """For the checkpoint: the present micro-batch, and the smallest that failed."""
+        return {"size": self.micro_batch_size, "failed": self.failed_micro_batch_size}
+
+    def restore_micro_batch(self, state: dict) -> None:
+        """Take over from a checkpoint which size failed, and the size found instead if the configured one would fail again.
+
+        Args:
+            state: what `save` returned; "micro_batch" may be missing.
+        """
+        saved = state.get("micro_batch", {"size": self.micro_batch_size, "failed": 0})
+        self.failed_micro_batch_size = saved["failed"]
+        if 0 < saved["failed"] <= self.micro_batch_size:
+            self.set_micro_batch_size(saved["size"])
+
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+def on_device(batch: Batch, device: torch.device) -> Tensors:
+    """Inputs, targets and, where rows hold several conversations, segments."""
+    inputs, targets = (torch.from_numpy(part).to(device, non_blocking=True) for part in (batch.inputs, batch.targets))
+    return inputs, targets, None if batch.segments is None else torch.from_numpy(batch.segments).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -103,12 +158,20 @@ class Engine(MicroBatches, ABC):
     def load_weights(self, directory: Path) -> None:
         """Restore the weights alone."""
 
-    def set_rank(self, rank: int, patterns: Mapping[str, object], seed: int) -> None:
+    def lorpt_rank(self, patterns: Mapping[str, object]) -> int:
+        """The largest rank of the LoRPt layers that follow the model's rank; 0 if there are none.
+
+        Args:
+            patterns: names of layers that have a rank of their own.
+        """
+        return max((layer.rank for _, layer in following_layers(self.model, patterns)), default=0)
+
+    def set_rank(self, rank: int, patterns: Mapping[str, object], *, seed: int, step: int) -> None:
         """Grow or shrink the LoRPt layers that follow the model's rank; optimizer states follow. Between steps only.
 
         Args:
             patterns: names of layers that have a rank of their own and keep it.
-            seed: of the rows that growing adds.
+            seed, step: of the rows that growing adds.
         Raises:
             ConfigError: this engine cannot, or the rank saves nothing in some layer; nothing has changed then.
         """
@@ -117,6 +180,10 @@ class Engine(MicroBatches, ABC):
     @abstractmethod
     def memory_components(self) -> dict[str, int]:
         """Bytes that this rank keeps between and during steps, by arithmetic: weights, gradients, optimizer_states."""
+
+    def describe(self) -> list[str]:
+        """What a person would otherwise not see of how updates are made."""
+        return []
 
     def sum_over_ranks(self, value: float) -> float:
         """The sum of every rank's `value`, on every rank."""

@@ -9,30 +9,98 @@ Source: the execution order of L2L, Pudipeddi et al. 2020, arXiv:2002.05645.
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from lowmem.config import OptimConfig, TrainConfig
+from lowmem.config.schema import OptimConfig, TrainConfig
 from lowmem.data.batch import Batch
-from lowmem.devices import Precision
-from lowmem.engine.base import StepResult
-from lowmem.engine.boundaries import Boundaries
-from lowmem.engine.clipping import BlockClipping
-from lowmem.engine.layerwise_head import FirstUpdate, LayerwiseHead, Pairs, Tied
+from lowmem.engine.base import StepResult, Tensors, on_device
+from lowmem.engine.layerwise_head import FirstUpdate, LayerwiseHead, LossScale, Pairs, Tied, Updates
 from lowmem.engine.local import LocalEngine
-from lowmem.engine.loss_scale import LossScale
-from lowmem.engine.random_state import random_state, restore_random_state
 from lowmem.engine.recovery import HALF_APPLIED, cannot_be_repeated, first_line, once_more, release_memory, smaller_micro_batch
-from lowmem.engine.transfer import Tensors, on_device
-from lowmem.fake import representative
-from lowmem.memory.budget import is_out_of_memory
-from lowmem.models.base import LanguageModel
-from lowmem.models.counting import largest_part
+from lowmem.engine.state import random_state, restore_random_state
+from lowmem.memory.limits import is_out_of_memory
+from lowmem.models.base import LanguageModel, largest_part
 from lowmem.nn.recompute import run_block
-from lowmem.optim.build import build_optimizer, set_learning_rate
+from lowmem.optim.clipping import BlockClipping
+from lowmem.optim.from_config import build_optimizer, set_learning_rate
 from lowmem.optim.low_bit import LowBitOptimizer
+from lowmem.system.devices import Precision
+from lowmem.system.dry_run import note, representative
+
+
+class Boundaries:
+    """One (B, T, C) tensor per boundary, in device memory or in pinned host memory.
+
+    Args:
+        dtype: what is stored; "same" is the dtype of what is written.
+        offload: "cpu" keeps them in host memory, copied on a stream of their own while the device computes (CUDA only).
+    Memory: B * T * C numbers for each boundary that was written and not freed; with offload that much host memory, and on the device
+        two micro-batches.
+    """
+
+    def __init__(
+        self, sequences: int, device: torch.device, *, dtype: Literal["same", "bf16"] = "same", offload: Literal["none", "cpu"] = "none"
+    ):
+        self.sequences, self.device = sequences, device
+        self.stored_dtype = torch.bfloat16 if dtype == "bf16" else None
+        self.stream = torch.cuda.Stream(device) if offload == "cpu" and device.type == "cuda" else None
+        self.dtype = torch.float32
+        self._kept: dict[int, torch.Tensor] = {}
+        self._fetched: dict[tuple[int, int, int], torch.Tensor] = {}
+
+    def write(self, index: int, rows: slice, hidden: torch.Tensor) -> None:
+        """Keep `hidden` as rows of boundary `index`."""
+        kept = self._kept.get(index)
+        if kept is None:
+            self.dtype = hidden.dtype
+            shape = (self.sequences, *hidden.shape[1:])
+            place = {"device": "cpu", "pin_memory": True} if self.stream else {"device": self.device}
+            kept = self._kept[index] = torch.empty(shape, dtype=self.stored_dtype or hidden.dtype, **place)  # type: ignore[arg-type]
+            note(kept, "boundaries")
+        if self.stream is None:
+            kept[rows] = hidden
+            return
+        narrowed = hidden.to(kept.dtype)
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            kept[rows].copy_(narrowed, non_blocking=True)
+        narrowed.record_stream(self.stream)
+
+    def prefetch(self, index: int, rows: slice) -> None:
+        """Start bringing rows to the device; `read` then finds them there. Nothing without offload."""
+        key = (index, rows.start, rows.stop)
+        if self.stream is None or key in self._fetched or index not in self._kept or rows.start >= self.sequences:
+            return
+        with torch.cuda.stream(self.stream):
+            self._fetched[key] = self._kept[index][rows].to(self.device, non_blocking=True)
+
+    def read(self, index: int, rows: slice) -> torch.Tensor:
+        """Rows of boundary `index` on the device, in the dtype they were written in; not to be changed."""
+        if self.stream is None:
+            return self._kept[index][rows].to(self.dtype)
+        self.prefetch(index, rows)
+        fetched = self._fetched.pop((index, rows.start, rows.stop))
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        fetched.record_stream(torch.cuda.current_stream(self.device))
+        return fetched.to(self.dtype)
+
+    def free(self, index: int) -> None:
+        """Give back the memory of boundary `index`."""
+        self._kept.pop(index, None)
+        for key in [key for key in self._fetched if key[0] == index]:
+            del self._fetched[key]
+
+    def drop_fetched(self) -> None:
+        """Give back the device memory of rows that were prefetched and not read; what was written stays."""
+        self._fetched.clear()
+
+    def nbytes(self) -> int:
+        """Bytes kept."""
+        return sum(kept.numel() * kept.element_size() for kept in self._kept.values())
+
 
 Graphs = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -40,7 +108,7 @@ Graphs = list[tuple[torch.Tensor, torch.Tensor]]
 class LayerwiseEngine(LocalEngine):
     """Updates head, blocks and embedding one after the other, from the last to the first.
 
-    Clipping goes by an estimate of the global norm, which is known too late: see `lowmem.engine.clipping`. A loss that is not finite
+    Clipping goes by an estimate of the global norm, which is known too late: see `lowmem.optim.clipping`. A loss that is not finite
     changes nothing; a gradient that turns non-finite on the way down leaves its block and those below unchanged, those above are updated
     already.
 
@@ -70,10 +138,10 @@ class LayerwiseEngine(LocalEngine):
         self.scaler = LossScale(enabled=precision == "fp16")
         self.boundary_dtype, self.boundary_offload = train.boundary_dtype, train.boundary_offload
         self.block_micro_batches = [micro_batch_size] * len(model.blocks)
-        self.rehearsing = False
         self._embed_parameters = [p for p in model.embed_parameters() if p.requires_grad]
         self.clipping = BlockClipping(optim.clip, "block" if optim.clip_by == "block" else "previous", len(model.blocks) + 2)
-        self.head = LayerwiseHead(self)
+        self.updates = Updates(self.optimizer, self.clipping, self.scaler, device)
+        self.head = LayerwiseHead(model, self.updates, self.autocast, self.autocast_dtype, self.messages.append)
         _import_autograd()
 
     def _build_optimizer(self, model: LanguageModel, optim: OptimConfig, seed: int) -> torch.optim.Optimizer:
@@ -91,13 +159,13 @@ class LayerwiseEngine(LocalEngine):
 
     def rehearse(self, batch: Batch) -> None:
         random = random_state(self.device)
-        self.rehearsing = True
+        self.updates.rehearsing = True
         try:
             self.model.train()
             self._pass(batch)
             self._repeat(partial(self._try_evaluation, batch))
         finally:
-            self.rehearsing = False
+            self.updates.rehearsing = False
             self._discard()
             restore_random_state(random, self.device)
 
@@ -108,7 +176,7 @@ class LayerwiseEngine(LocalEngine):
         tokens, _, segments = tensors
         if first_update is None:
             return loss, False
-        with cannot_be_repeated(self, "in a rehearsal" if self.rehearsing else HALF_APPLIED):
+        with cannot_be_repeated(self, "in a rehearsal" if self.updates.rehearsing else HALF_APPLIED):
             grad, tied = first_update()
             del first_update
             for index in reversed(range(len(self.model.blocks))):
@@ -177,7 +245,7 @@ class LayerwiseEngine(LocalEngine):
             self.block_micro_batches[index] = smaller
             self.messages.append(f"memory ran out in block {index} with micro-batches of {micro}; this block goes on with {smaller}")
         boundaries.free(index)
-        return grad_input if self.apply(list(zip(parameters, gradients, strict=True))) else None
+        return grad_input if self.updates.apply(list(zip(parameters, gradients, strict=True))) else None
 
     def _differentiate(
         self,
@@ -222,32 +290,14 @@ class LayerwiseEngine(LocalEngine):
                     gradient += tied[parameter]
             return pairs
 
-        self.apply(once_more(gradients, self.device))
-
-    def apply(self, pairs: Pairs) -> bool:
-        """Clip and update; false, and no update, if a gradient is not finite."""
-        return self.update(pairs, once_more(partial(self.factor, pairs), self.device))
-
-    def factor(self, pairs: Pairs) -> float:
-        """What clipping and loss scale multiply these gradients by; NaN if they are not finite."""
-        return self.clipping.factor([gradient for _, gradient in pairs], 1 / self.scaler.get_scale())
-
-    def update(self, pairs: Pairs, factor: float) -> bool:
-        """Update, unless this is a rehearsal; false, and no update, if `factor` is NaN.
-
-        Memory: none, as all gradients are contiguous: an update that has begun comes to its end.
-        """
-        if self.rehearsing:
-            return True
-        if math.isnan(factor):
-            return False
-        for parameter, gradient in pairs:
-            self.optimizer.begin(parameter)
-            self.optimizer.update(parameter, gradient, grad_scale=factor)
-        return True
+        self.updates.apply(once_more(gradients, self.device))
 
     def _discard(self) -> None:
         self.clipping.forget()
+
+    def describe(self) -> list[str]:
+        which = "its own norm" if self.clipping.mode == "block" else "the global norm as estimated by then"
+        return [*super().describe(), *([f"layerwise: each block is clipped by {which}"] if self.optim.clip else [])]
 
     def memory_remedies(self) -> list[str]:
         remedies = [remedy for remedy in super().memory_remedies() if not remedy.startswith("train.update=")]

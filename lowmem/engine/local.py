@@ -3,32 +3,28 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from lowmem.config import OptimConfig
+from lowmem.config.schema import OptimConfig
 from lowmem.data.batch import Batch
-from lowmem.devices import Precision
-from lowmem.engine.base import Engine, StepResult
-from lowmem.engine.optimizer_state import load_optimizer_tensors, optimizer_tensors
-from lowmem.engine.random_state import random_state, restore_random_state
+from lowmem.engine.base import Engine, StepResult, on_device
 from lowmem.engine.recovery import HALF_APPLIED, cannot_be_repeated, repeat_with_smaller_micro_batches
+from lowmem.engine.state import load_optimizer_tensors, optimizer_tensors, random_state, restore_random_state
 from lowmem.engine.teacher import Teacher
-from lowmem.engine.tensor_file import load_into, read_tensors, tensor_shapes, write_tensors
-from lowmem.engine.transfer import on_device
-from lowmem.fake import representative
-from lowmem.models.base import LanguageModel
-from lowmem.models.counting import move_to
+from lowmem.models.base import LanguageModel, move_to
+from lowmem.nn.lorptize import adopt_ranks, change_rank, check_rank, following_layers
 from lowmem.nn.quantized import stored_bytes, stored_tensors
-from lowmem.nn.rank_change import adopt_ranks, change_rank, check_rank, following_layers
-from lowmem.optim.build import allocate_states, build_optimizer, narrower_states, set_learning_rate
-from lowmem.optim.clip import clip_gradients, global_norm
-from lowmem.optim.kernels.scalars import mix_key
-from lowmem.optim.resize import resize_states
+from lowmem.optim.clipping import clip_gradients, global_norm
+from lowmem.optim.from_config import allocate_states, build_optimizer, narrower_states, set_learning_rate
+from lowmem.optim.kernels.formats import mix_key
+from lowmem.optim.low_bit import LowBitOptimizer, resize_states
+from lowmem.system.devices import Precision
+from lowmem.system.dry_run import representative
+from lowmem.system.tensors import load_into, read_tensors, tensor_shapes, write_tensors
 
 _MIN_LOSS_SCALE = 1.0
 T = TypeVar("T")
@@ -140,7 +136,7 @@ class LocalEngine(Engine):
         adopt_ranks(self.model, tensor_shapes(directory / "model.safetensors"))
         load_into(directory / "model.safetensors", stored_tensors(self.model.state_dict()))
 
-    def set_rank(self, rank: int, patterns: Mapping[str, object], seed: int) -> None:
+    def set_rank(self, rank: int, patterns: Mapping[str, object], *, seed: int, step: int) -> None:
         layers = list(following_layers(self.model, patterns))
         check_rank(layers, rank)
         for position, (_, layer) in enumerate(layers):
@@ -148,7 +144,7 @@ class LocalEngine(Engine):
             grown = rank > layer.rank
             if rank == layer.rank:
                 continue
-            change_rank(layer, rank, torch.Generator().manual_seed(mix_key(seed, position)))
+            change_rank(layer, rank, torch.Generator().manual_seed(mix_key(mix_key(seed, step), position)))
             for factor, shape in old.items():
                 resize_states(self.optimizer, factor, shape, grown=grown)
 
@@ -163,6 +159,9 @@ class LocalEngine(Engine):
             "gradients": gradients,
             "optimizer_states": sum(state.numel() * state.element_size() for state in states.values()),
         }
+
+    def describe(self) -> list[str]:
+        return [self.optimizer.describe()] if isinstance(self.optimizer, LowBitOptimizer) else []
 
     def memory_remedies(self) -> list[str]:
         checkpointing = [] if self.model.activation_checkpointing == "block" else ["train.activation_checkpointing=block"]
@@ -240,14 +239,9 @@ class LocalEngine(Engine):
     def _loss(self, batch: Batch, denominator: float) -> torch.Tensor:
         inputs, targets, segments = on_device(batch, self.device)
         with self.autocast():
-            if self.teacher is None or not self.model.training:
-                return self.model(inputs, targets, denominator, segments_BT=segments)
-            usual = self.model.loss_options
-            self.model.loss_options = replace(usual, soft_targets=self.teacher.soft_targets(inputs, segments))
-            try:
-                return self.model(inputs, targets, denominator, segments_BT=segments)
-            finally:
-                self.model.loss_options = usual
+            teacher = self.teacher if self.model.training else None
+            soft_targets = None if teacher is None else teacher.soft_targets(inputs, segments)
+            return self.model(inputs, targets, denominator, segments_BT=segments, soft_targets=soft_targets)
 
     def _micro_batches(self, batch: Batch) -> Iterable[Batch]:
         at_once, like = self.rows_at_once(batch.inputs.shape[1]), next(self.model.parameters())

@@ -1,18 +1,38 @@
 """The manifest of a checkpoint: the size and the SHA-256 of every file, by which damage is found before anything is read."""
 
 import json
+import re
 import stat
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from lowmem.data.storage import file_sha256
-from lowmem.errors import CheckpointError
+from lowmem.system.errors import CheckpointError
+from lowmem.system.files import file_sha256
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_KEY = "tokenizer_sha256"  # of state.json; of the manifest where there is no state
 _LARGEST_JSON = 1 << 28  # bytes; far above what any state is, below what would exhaust memory
 _DATA = (".safetensors", ".json")
+
+_STEP_NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})")  # eight digits, more where a step has more
+
+
+def checkpoint_name(step: int) -> str:
+    """Name of the folder of a checkpoint."""
+    return f"step-{step:08d}"
+
+
+def checkpoint_step(name: str) -> int | None:
+    """The step that a folder's name tells; None if it is no checkpoint's."""
+    match = _STEP_NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def checkpoint_steps(root: Path) -> list[int]:
+    """Steps of the complete checkpoints below `root`, oldest first."""
+    steps = [checkpoint_step(path.name) for path in root.iterdir()] if root.is_dir() else []
+    return sorted(step for step in steps if step is not None)
 
 
 def file_hashes(directory: Path) -> dict[str, dict[str, Any]]:
@@ -90,7 +110,7 @@ def _state_damage(path: Path) -> str:
     if not isinstance(state, dict):
         return "state.json holds no object"
     step, wanted = state.get("step"), _read_json(path / MANIFEST_NAME)["step"]
-    if type(step) is not int or step != wanted or path.name != f"step-{step:08d}":
+    if type(step) is not int or step != wanted or path.name != checkpoint_name(step):
         return f"state.json has step {step!r:.60}, its manifest {wanted!r:.60}, and its folder is {path.name}"
     return ""
 

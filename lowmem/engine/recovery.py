@@ -7,11 +7,11 @@ from typing import TypeVar
 
 import torch
 
-from lowmem.engine.micro_batch import MicroBatches
-from lowmem.engine.random_state import random_state, restore_random_state
-from lowmem.errors import MemoryBudgetError
-from lowmem.memory.block_cache import release_host_memory
-from lowmem.memory.budget import is_out_of_memory
+from lowmem.engine.base import MicroBatches
+from lowmem.engine.state import random_state, restore_random_state
+from lowmem.memory.allocator import release_host_memory
+from lowmem.memory.limits import is_out_of_memory
+from lowmem.system.errors import MemoryBudgetError
 
 HALF_APPLIED = "while weights were updated: some have changed, some have not; run the same command again to go on from the last checkpoint"
 T = TypeVar("T")

@@ -7,10 +7,9 @@ from typing import Any
 
 from lowmem.data.chat_template import TEMPLATE_FILE, ChatTemplate, load_chat_template
 from lowmem.data.hf_tokenizer import HuggingFaceTokenizer
-from lowmem.data.simple_tokenizers import UNKNOWN_CHARACTER, ByteTokenizer, CharTokenizer
-from lowmem.data.storage import storage_errors, write_json
-from lowmem.data.tokenizers import END_OF_TEXT, Tokenizer
-from lowmem.errors import CheckpointError, DataError
+from lowmem.data.tokenizers import END_OF_TEXT, UNKNOWN_CHARACTER, ByteTokenizer, CharTokenizer, Tokenizer
+from lowmem.system.errors import CheckpointError, DataError
+from lowmem.system.files import storage_errors, write_json
 
 _CODE = Path(__file__).parent / "tokenization_lowmem.py"
 OWN_TOKENIZER = "lowmem_tokenizer.json"

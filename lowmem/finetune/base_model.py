@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowmem.data.storage import make_directory
-from lowmem.devices import resolve_device
-from lowmem.engine.tensor_file import tensor_shapes, weight_files
-from lowmem.errors import CheckpointError, ConfigError, LowmemError
+from lowmem.engine.run_model import load_run_model
 from lowmem.finetune.families import FAMILIES
 from lowmem.finetune.stream import StoredTensor, stored_tensors
-from lowmem.memory.budget import is_out_of_memory
-from lowmem.nn.exact import use_exact_gradients
-from lowmem.run_model import load_run_model
+from lowmem.memory.limits import is_out_of_memory
+from lowmem.nn.layers import use_exact_gradients
+from lowmem.system.devices import resolve_device
+from lowmem.system.errors import CheckpointError, ConfigError, LowmemError
+from lowmem.system.files import make_directory
+from lowmem.system.tensors import tensor_shapes, weight_files
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # keys of config.json that say nothing of the model: heads of classifiers, how a forward pass answers, what the weights were stored in

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowmem.config import SourceConfig
-from lowmem.config_finetune import FinetuneConfig
-from lowmem.data.chat_source import ChatSource, build_chat_tokens
-from lowmem.data.chat_stream import ChatStream, ChatValidation, Conversations
+from lowmem.config.finetune import FinetuneConfig
+from lowmem.config.schema import SourceConfig
+from lowmem.data.chat import ChatSource, ChatStream, ChatValidation, Conversations, build_chat_tokens
 from lowmem.data.chat_template import TEMPLATE_FILE, ChatTemplate, choose_chat_template, save_chat_template
-from lowmem.data.progress import ProgressCallback
-from lowmem.data.storage import cache_root, json_sha256, make_directory
-from lowmem.data.tokenizers import Tokenizer, load_tokenizer
-from lowmem.errors import ConfigError
+from lowmem.data.text_source import ProgressCallback
+from lowmem.data.tokenizer_loading import load_tokenizer
+from lowmem.data.tokenizers import Tokenizer
+from lowmem.system.errors import ConfigError
+from lowmem.system.files import cache_root, json_sha256, make_directory
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",

@@ -9,18 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from lowmem.config_finetune import FinetuneConfig, micro_batch_sizes
+from lowmem.config.finetune import FinetuneConfig, micro_batch_sizes
 from lowmem.data.batch import longest_batch
-from lowmem.data.storage import compiled_root
-from lowmem.fake import pretend_device
 from lowmem.finetune.methods import one_per_row, parameter_groups
 from lowmem.finetune.step import Stepper
-from lowmem.memory.block_cache import block_cache_library
-from lowmem.planning.cuda_allocator import CudaAllocator
-from lowmem.planning.host_allocator import HostAllocator
+from lowmem.memory.allocator import block_cache_library
+from lowmem.planning.allocators import CudaAllocator, HostAllocator, replay
 from lowmem.planning.predict import FRAGMENTATION
-from lowmem.planning.replay import replay
 from lowmem.planning.trace import Trace
+from lowmem.system.dry_run import pretend_device
+from lowmem.system.files import compiled_root
 
 
 def step_peaks(model: Any, config: FinetuneConfig, device: str) -> dict[str, int]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lowmem.errors import CheckpointError
+from lowmem.system.errors import CheckpointError
 
 # model types whose conversations are kept apart by a mask over the tokens of a row
 PACKED = (

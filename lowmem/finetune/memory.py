@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from lowmem.config_finetune import FinetuneConfig
+from lowmem.config.finetune import FinetuneConfig
 from lowmem.finetune.base_model import DTYPES, NF4_BLOCK, NF4_SCALE_BLOCK, compute_device, empty_model, enable_checkpointing, make_nf4
 from lowmem.finetune.dry_run import step_peaks
 from lowmem.finetune.methods import WITHOUT_ADAPTER, apply_method, can_checkpoint
 from lowmem.memory.measure import host_rss_bytes
 from lowmem.planning.base_cost import CUDA_HOST_BYTES
 from lowmem.planning.predict import CUBLAS_WORKSPACE_BYTES
-from lowmem.units import format_bytes, parse_bytes
+from lowmem.system.units import format_bytes, parse_bytes
 
 FIRST_USE_BYTES = 22 << 20  # code that a first step, a first batch and a first file load beside what is imported by then; measured
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowmem.config_finetune import FinetuneConfig
-from lowmem.errors import ConfigError
+from lowmem.config.finetune import FinetuneConfig
 from lowmem.finetune.families import one_conversation_per_row
+from lowmem.system.errors import ConfigError
 
 LORA_KIN = ("lora", "qlora", "dora", "lora_plus", "rslora")
 WITHOUT_ADAPTER = ("head", "last_k", "full")

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from lowmem.data.batch import IGNORE_INDEX
-from lowmem.data.packing import pack_conversations
-from lowmem.errors import CheckpointError
+from lowmem.data.chat import pack_conversations
 from lowmem.finetune.step import batch_loss
+from lowmem.system.errors import CheckpointError
 
 # Both sides compute the same sums in another order: some hundred roundings of 2**-24 each, which do not add up beyond 1e-5. In 16 bits
 # every activation is rounded to 2**-9, and layers add theirs; in 4-bit layers kernels for few and for many rows sum in blocks of their own.

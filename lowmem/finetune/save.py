@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from lowmem.config_finetune import FinetuneConfig
-from lowmem.data.storage import storage_errors
-from lowmem.errors import CheckpointError
+from lowmem.config.finetune import FinetuneConfig
 from lowmem.export.tokenizer_files import GENERATION_CONFIG
 from lowmem.finetune.hidden import inner_model
 from lowmem.finetune.methods import WITHOUT_ADAPTER
 from lowmem.finetune.write import write_model
+from lowmem.system.errors import CheckpointError
+from lowmem.system.files import storage_errors
 
 _BESIDE = ("configuration_lowmem.py", "modeling_lowmem.py")  # of lowmem's own architecture
 

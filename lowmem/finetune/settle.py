@@ -7,19 +7,19 @@ from typing import Any
 
 import torch
 
-from lowmem.config_finetune import FinetuneConfig, memory_remedies, micro_batch_sizes
-from lowmem.data.storage import file_sha256, json_sha256
-from lowmem.engine.tensor_file import weight_files
-from lowmem.errors import CheckpointError, ConfigError, MemoryBudgetError
+from lowmem.config.finetune import FinetuneConfig, memory_remedies, micro_batch_sizes
 from lowmem.export.tokenizer_files import read_generation_config
 from lowmem.finetune.base_model import compute_device, empty_model
 from lowmem.finetune.data import read_tokenizer
 from lowmem.finetune.families import attention_window, config_positions, learned_positions
 from lowmem.finetune.memory import FinetuneMemory, predict_memory
-from lowmem.memory.budget import limit_cuda_memory, limit_host_memory
 from lowmem.memory.host import granted_memory
-from lowmem.train.checkpoint import CheckpointStore
-from lowmem.units import parse_bytes
+from lowmem.memory.limits import limit_cuda_memory, limit_host_memory
+from lowmem.system.errors import CheckpointError, ConfigError, MemoryBudgetError
+from lowmem.system.files import file_sha256, json_sha256
+from lowmem.system.tensors import weight_files
+from lowmem.system.units import parse_bytes
+from lowmem.train.run_dir import CheckpointStore
 
 _FREE = {"steps", "eval_every", "save_every", "budget", "out", "micro_batch_size", "gradient_checkpointing"}
 

@@ -10,17 +10,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lowmem.config_finetune import FinetuneConfig, memory_remedies, micro_batch_sizes
+from lowmem.config.finetune import FinetuneConfig, memory_remedies, micro_batch_sizes
 from lowmem.data.batch import IGNORE_INDEX, Batch
-from lowmem.engine.clipping import BlockClipping
-from lowmem.engine.micro_batch import MicroBatches
+from lowmem.engine.base import MicroBatches
 from lowmem.engine.recovery import HALF_APPLIED, cannot_be_repeated, repeat_with_smaller_micro_batches
 from lowmem.finetune.hidden import last_hidden, plain_head
 from lowmem.nn.loss import chunked_cross_entropy
 from lowmem.nn.positions import segment_positions
 from lowmem.optim.adamw import AdamW
-from lowmem.optim.build import set_learning_rate
-from lowmem.optim.clip import clip_gradients, global_norm
+from lowmem.optim.clipping import BlockClipping, clip_gradients, global_norm
+from lowmem.optim.from_config import set_learning_rate
 from lowmem.optim.lion import Lion
 from lowmem.optim.low_bit import LowBitOptimizer
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lowmem.engine.tensor_file import all_finite
-from lowmem.errors import CheckpointError
+from lowmem.system.errors import CheckpointError
+from lowmem.system.tensors import all_finite
 
 _NUMBERS = {"F64", "F32", "F16", "BF16"}
 _MASKS = ("bias", "mask")  # ends of names of what older files hold beside weights, in other dtypes

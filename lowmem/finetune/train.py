@@ -6,13 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lowmem.config_finetune import FinetuneConfig
-from lowmem.data.storage import written_whole
-from lowmem.engine.optimizer_state import load_optimizer_tensors, optimizer_tensors
-from lowmem.engine.random_state import random_state, restore_random_state
+from lowmem.config.finetune import FinetuneConfig
 from lowmem.engine.recovery import release_memory
-from lowmem.engine.tensor_file import load_into, read_tensors, write_tensors
-from lowmem.errors import EXIT_INTERRUPTED, DivergedError, StoppedBySignal
+from lowmem.engine.state import load_optimizer_tensors, optimizer_tensors, random_state, restore_random_state
 from lowmem.finetune.base_model import DTYPES, base_directory, compute_device, enable_checkpointing, load_base, reported_as_damage
 from lowmem.finetune.data import ChatData, chat_data, copy_tokenizer, tokenizer_folder
 from lowmem.finetune.methods import WITHOUT_ADAPTER, apply_method, can_checkpoint, one_per_row, parameter_groups
@@ -28,14 +24,16 @@ from lowmem.finetune.settle import (
     within_container,
 )  # fmt: skip
 from lowmem.finetune.step import Stepper
-from lowmem.memory.budget import check_host_limit
-from lowmem.memory.phases import PhasePeaks
+from lowmem.memory.limits import check_host_limit
+from lowmem.memory.measure import PeakRecorder
 from lowmem.optim.schedule import learning_rate
-from lowmem.train.checkpoint import CheckpointStore
-from lowmem.train.progress import ProgressDisplay
+from lowmem.system.errors import EXIT_INTERRUPTED, DivergedError, StoppedBySignal
+from lowmem.system.files import written_whole
+from lowmem.system.process import StopRequest
+from lowmem.system.tensors import load_into, read_tensors, write_tensors
+from lowmem.train.display import ProgressDisplay
 from lowmem.train.run import are_finite
-from lowmem.train.run_dir import RunDir
-from lowmem.train.signals import StopRequest
+from lowmem.train.run_dir import CheckpointStore, RunDir
 
 MAX_BAD_STEPS = 5
 
@@ -71,7 +69,7 @@ def finetune(
         fresh: move what the folder holds aside and start over.
         resume: last_valid passes over damaged checkpoints.
     Raises:
-        ConfigError, DataError, CheckpointError, StorageError, MemoryBudgetError, StoppedBySignal, DivergedError: see `lowmem.errors`.
+        LowmemError: every failure that a user can cause; see `lowmem.system.errors`.
     """
     out = Path(config.out)
     run_dir = RunDir(out, "out")
@@ -88,7 +86,7 @@ def finetune(
         config, predicted = choose_micro_batch(config, directory, at_most=earlier)
         display.message(f"{predicted.line()}; micro-batches of {config.micro_batch_size}")
         enforce_budget(config, predicted)
-        phases, dtype = PhasePeaks(), DTYPES[config.base_dtype]
+        phases, dtype = PeakRecorder(), DTYPES[config.base_dtype]
         with phases("load"):
             model = load_base(directory, nf4=config.method == "qlora", double_quant=config.adapter.double_quant, dtype=dtype)
             with reported_as_damage(directory):  # the first forward pass meets what no shape shows

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from lowmem.data.storage import make_directory, storage_errors
-from lowmem.engine.tensor_file import LazyTensor, write_tensors
 from lowmem.finetune.hidden import inner_model
+from lowmem.system.files import make_directory, storage_errors
+from lowmem.system.tensors import LazyTensor, write_tensors
 
 
 def write_model(model: Any, out: Path) -> None:

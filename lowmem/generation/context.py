@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
+from lowmem.engine.run_model import RunModel
 from lowmem.models.base import LanguageModel
-from lowmem.run_model import RunModel
 
 PREFILL_TOKENS = 256
 

@@ -1,11 +1,15 @@
-"""What a person can set about the texts: by flags, by a preset, and in the middle of a conversation."""
+"""What a person can set about the texts, and the prompts that a file has."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
-from lowmem.errors import ConfigError
-from lowmem.sampling import PRESETS, SamplingOptions
+from lowmem.generation.sampling import PRESETS, SamplingOptions
+from lowmem.system.errors import ConfigError, DataError
+from lowmem.system.files import distinct_keys
+from lowmem.system.units import format_bytes
 
 SETTINGS: dict[str, type] = {
     "temperature": float, "top_k": int, "top_p": float, "min_p": float, "repetition_penalty": float, "presence_penalty": float,
@@ -75,3 +79,38 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"max_new_tokens is {values['max_new_tokens']}; allowed: 1 to {MOST_NEW_TOKENS}")
     SamplingOptions(**{item.name: values[item.name] for item in fields(SamplingOptions)})
     return values
+
+
+LARGEST_FILE = 1 << 28  # bytes; it is read whole
+
+
+def read_prompts(path: str) -> list[str]:
+    """The prompts of a text file, one a line, or of a .jsonl file, whose objects have a "prompt"; empty lines do not count.
+
+    Raises:
+        DataError: the file cannot be read, holds no prompt, or a line is no such object.
+    """
+    try:
+        if (size := Path(path).stat().st_size) > LARGEST_FILE:
+            raise DataError(f"--prompts_file={path} has {format_bytes(size)}, allowed: {format_bytes(LARGEST_FILE)}; divide it")
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # \u2028 and the like end no line
+    except OSError as error:
+        raise DataError(f"--prompts_file={path} cannot be read ({error.strerror}); check the path") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"--prompts_file={path} is not UTF-8 ({error.reason} at byte {error.start}); convert it") from error
+    read = _from_json if path.endswith(".jsonl") else lambda line, _: line.rstrip("\r")
+    prompts = [read(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
+        raise DataError(f"--prompts_file={path} holds no prompt; write one a line")
+    return prompts
+
+
+def _from_json(line: str, place: str) -> str:
+    try:
+        value = json.loads(line, object_pairs_hook=distinct_keys)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: no JSON ({error}); a .jsonl file has one object a line") from error
+    prompt = value.get("prompt") if isinstance(value, dict) else None
+    if not isinstance(prompt, str):
+        raise DataError(f'{place}: no object with a text as "prompt"; write {{"prompt": "..."}}')
+    return prompt

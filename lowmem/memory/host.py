@@ -7,9 +7,8 @@ import time
 
 import psutil
 
-from lowmem.memory.cgroup import cgroup_limit_bytes, cgroup_room_bytes
-from lowmem.memory.procfs import child_pids, reset_high_water_mark, rollup_bytes, status_bytes
-from lowmem.units import format_bytes
+from lowmem.memory.procfs import cgroup_limit_bytes, cgroup_room_bytes, child_pids, reset_high_water_mark, rollup_bytes, status_bytes
+from lowmem.system.units import format_bytes
 
 SAMPLE_INTERVAL_S = 0.1
 _SAMPLER_SHARE = 0.01  # of one core: a sample that took c seconds is followed by at least c / share of sleep

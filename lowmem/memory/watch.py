@@ -21,12 +21,10 @@ import sys
 import time
 
 if __package__:
-    from lowmem.memory.cgroup import cgroup_bytes
-    from lowmem.memory.procfs import child_pids, rollup_bytes, start_time, status_bytes
+    from lowmem.memory.procfs import cgroup_bytes, child_pids, rollup_bytes, start_time, status_bytes
 else:  # by path, without site-packages and without lowmem's own imports
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-    from cgroup import cgroup_bytes  # type: ignore[import-not-found, no-redef]
-    from procfs import child_pids, rollup_bytes, start_time, status_bytes  # type: ignore[import-not-found, no-redef]
+    from procfs import cgroup_bytes, child_pids, rollup_bytes, start_time, status_bytes  # type: ignore[import-not-found, no-redef]
 
 INTERVAL_S = 0.05
 _SHARE = 0.02  # of one core
@@ -155,7 +153,7 @@ def main(argv: list[str]) -> int:
     device_bytes = None
     if values["nvml"]:
         if __package__:
-            from lowmem.memory.nvml import process_bytes
+            from lowmem.memory.measure import process_bytes
         else:
             from nvml import process_bytes  # type: ignore[import-not-found, no-redef]
         device_bytes = process_bytes

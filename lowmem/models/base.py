@@ -9,9 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lowmem.nn.distill import SoftTargets
-from lowmem.nn.head import LoRPtHead
-from lowmem.nn.kv_cache import ModelCache
+from lowmem.nn.attention import ModelCache
+from lowmem.nn.layers import DenseHead, LoRPtHead
+from lowmem.nn.lorpt import LoRPtLinear
+from lowmem.nn.loss import CrossEntropyOptions, SoftTargets
+from lowmem.nn.quantized import MIN_QUANTIZED_NUMEL, WeightFormat, quantize, stored_bytes
 
 Checkpointing = Literal["none", "block", "selective", "low_rank"]
 
@@ -25,13 +27,11 @@ class LossOptions:
             than dim / 2 tokens.
         label_smoothing: share of the probability spread over the vocabulary; training mode only.
         z_loss: weight of log(Z)^2; training mode only.
-        soft_targets: a teacher's predictions for the tokens of the coming forward pass; training mode only.
     """
 
     chunk_tokens: int = 0
     label_smoothing: float = 0.0
     z_loss: float = 0.0
-    soft_targets: SoftTargets | None = None
 
 
 class LanguageModel(nn.Module, ABC):
@@ -62,6 +62,7 @@ class LanguageModel(nn.Module, ABC):
         denominator: float | torch.Tensor = 1.0,
         cache: Any = None,
         segments_BT: torch.Tensor | None = None,
+        soft_targets: SoftTargets | None = None,
     ) -> torch.Tensor:
         """Loss if `targets_BT` is given, else logits.
 
@@ -71,6 +72,7 @@ class LanguageModel(nn.Module, ABC):
                 tokens divided by `denominator`: micro-batches of one global batch share its denominator.
             cache: from `new_cache`; tokens_BT continue what it holds, and it is extended in place.
             segments_BT: int32; tokens of one number see none of another, and positions begin anew. Not together with a cache.
+            soft_targets: a teacher's predictions for these tokens, which the loss learns from, too; training mode only.
         Returns:
             fp32 scalar loss, or (batch, time, vocab) logits.
         """
@@ -86,7 +88,13 @@ class LanguageModel(nn.Module, ABC):
         return block if segments_BT is None else partial(block, segments_BT=segments_BT)
 
     @abstractmethod
-    def head_loss(self, hidden_BTC: torch.Tensor, targets_BT: torch.Tensor, denominator: float | torch.Tensor = 1.0) -> torch.Tensor:
+    def head_loss(
+        self,
+        hidden_BTC: torch.Tensor,
+        targets_BT: torch.Tensor,
+        denominator: float | torch.Tensor = 1.0,
+        soft_targets: SoftTargets | None = None,
+    ) -> torch.Tensor:
         """Loss from the last block's output; see `forward`."""
 
     @abstractmethod
@@ -129,6 +137,85 @@ class LanguageModel(nn.Module, ABC):
 
     def component_bytes(self) -> dict[str, int]:
         """Bytes of the weights by component, as they are stored now."""
-        from lowmem.models.counting import bytes_by_component  # which needs this module
-
         return bytes_by_component(self)
+
+
+_MATRICES = {nn.Linear: ("weight",), nn.Embedding: ("weight",), LoRPtLinear: ("down", "up")}  # what may be quantised
+_OUTER = (nn.Embedding, DenseHead, LoRPtHead)  # never below 8 bits: at 4 they cost more in loss than all blocks together
+COMPONENTS = ("embedding", "positions", "attention", "hybrid", "mlp", "norm", "head")
+
+
+def store_as(module: nn.Module, stored: torch.dtype | WeightFormat) -> nn.Module:
+    """`module` with its parameters in another dtype or format; unlike Module.to it also works on fake tensors.
+
+    Memory: one parameter more at a time.
+    """
+    form = stored if isinstance(stored, WeightFormat) else WeightFormat(stored)
+    for part in module.modules():
+        matrices = {name for kind, names in _MATRICES.items() if isinstance(part, kind) for name in names}
+        for name, parameter in part.named_parameters(recurse=False):
+            if form.bits and name in matrices and parameter.numel() >= MIN_QUANTIZED_NUMEL:
+                value: torch.Tensor = quantize(parameter.detach().to(form.dtype), 8 if isinstance(part, _OUTER) else form.bits)
+            elif parameter.dtype != form.dtype:
+                value = parameter.detach().to(form.dtype)
+            else:
+                continue
+            setattr(part, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
+    return module
+
+
+def move_to(model: LanguageModel, device: torch.device) -> LanguageModel:
+    """`model` on `device`; unlike Module.to it leaves fake tensors that are there already alone."""
+    return model if next(model.parameters()).device == device else model.to(device)
+
+
+def parameters_by_component(model: nn.Module) -> dict[str, int]:
+    """Parameters under the module name that says what they are for; shared ones once."""
+    counts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        component = _component(name)
+        counts[component] = counts.get(component, 0) + parameter.numel()
+    return counts
+
+
+def bytes_by_component(model: nn.Module) -> dict[str, int]:
+    """Bytes of the weights as they are stored, by component."""
+    sizes: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        sizes[_component(name)] = sizes.get(_component(name), 0) + stored_bytes([parameter])
+    return sizes
+
+
+def _component(name: str) -> str:
+    parts = name.split(".")
+    parts = parts[2:] if parts[0] == "blocks" else parts
+    top = parts[0]
+    if top.endswith("norm"):
+        return "norm"
+    return top if top in COMPONENTS else "other"
+
+
+def matrix_parameters(model: nn.Module, exclude: tuple[str, ...]) -> int:
+    """Weights that every token is multiplied by: those of two dimensions, `exclude`d components aside."""
+    return sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and _component(name) not in exclude)
+
+
+def largest_part(model: LanguageModel) -> int:
+    """Parameters of the largest block, of the head or of the embedding: what a layerwise update has a gradient of at a time."""
+    embedding = sum(parameter.numel() for parameter in model.embed_parameters())
+    blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in model.blocks]
+    head = model.num_parameters() - sum(blocks) - (0 if model.head_is_tied() else embedding)
+    return max(*blocks, embedding, head)
+
+
+def attention_flops(dim: int, seq_len: int) -> int:
+    """Forward and backward, per token and layer: two products forward, four backward, over (seq_len + 1) / 2 keys."""
+    return 6 * dim * (seq_len + 1)
+
+
+def head_loss_options(model: LanguageModel, soft_targets: SoftTargets | None = None) -> CrossEntropyOptions:
+    """The model's options; label smoothing, z-loss and a teacher's predictions in training mode only."""
+    options = model.loss_options
+    if model.training:
+        return CrossEntropyOptions(options.chunk_tokens, options.label_smoothing, options.z_loss, soft_targets)
+    return CrossEntropyOptions(options.chunk_tokens)

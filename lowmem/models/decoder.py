@@ -8,20 +8,16 @@ from typing import cast
 import torch
 from torch import nn
 
-from lowmem.config import ModelConfig
-from lowmem.errors import ConfigError
-from lowmem.models.base import LanguageModel
-from lowmem.models.counting import attention_flops, head_loss_options, matrix_parameters, parameters_by_component, store_as
-from lowmem.nn.attention import Attention, LowRankAttention
-from lowmem.nn.embedding import Embedding
-from lowmem.nn.factory import LinearFactory
-from lowmem.nn.head import DenseHead, TiedHead, make_head
-from lowmem.nn.kv_cache import LayerCache, ModelCache
-from lowmem.nn.mlp import default_hidden_dim, make_mlp
-from lowmem.nn.norm import make_norm
+from lowmem.config.schema import ModelConfig
+from lowmem.models.base import LanguageModel, attention_flops, head_loss_options, matrix_parameters, parameters_by_component, store_as
+from lowmem.nn.attention import Attention, LayerCache, LowRankAttention, ModelCache
+from lowmem.nn.layers import DenseHead, Embedding, TiedHead, default_hidden_dim, make_head, make_mlp, make_norm
+from lowmem.nn.lorpt import LinearFactory
+from lowmem.nn.loss import SoftTargets
 from lowmem.nn.positions import LearnedPositions, RotaryTable, alibi_slopes
 from lowmem.nn.quantized import WeightFormat
 from lowmem.nn.recompute import cheap, run_block
+from lowmem.system.errors import ConfigError
 
 INIT_STD = 0.02
 
@@ -129,10 +125,16 @@ class Decoder(LanguageModel):
         hidden_BTC = self.embedding(tokens_BT)
         return hidden_BTC if self.positions is None else self.positions(hidden_BTC, start, segments_BT)
 
-    def head_loss(self, hidden_BTC: torch.Tensor, targets_BT: torch.Tensor, denominator: float | torch.Tensor = 1.0) -> torch.Tensor:
+    def head_loss(
+        self,
+        hidden_BTC: torch.Tensor,
+        targets_BT: torch.Tensor,
+        denominator: float | torch.Tensor = 1.0,
+        soft_targets: SoftTargets | None = None,
+    ) -> torch.Tensor:
         """Loss from the last block's output; see `forward`."""
         hidden_BTC = cheap(self.norm, hidden_BTC)
-        return self.head(hidden_BTC, *self._head_weights(), targets_BT, denominator, head_loss_options(self))
+        return self.head(hidden_BTC, *self._head_weights(), targets_BT, denominator, head_loss_options(self, soft_targets))
 
     def logits(self, hidden_BTC: torch.Tensor) -> torch.Tensor:
         """(B, T, C) -> (B, T, V)."""
@@ -149,13 +151,13 @@ class Decoder(LanguageModel):
     def _head_weights(self) -> tuple[torch.Tensor, ...]:
         return (self.embedding.weight,) if self.config.tie_embeddings else ()
 
-    def forward(self, tokens_BT, targets_BT=None, denominator=1.0, cache=None, segments_BT=None):  # type: ignore[no-untyped-def, override]
+    def forward(self, tokens_BT, targets_BT=None, denominator=1.0, cache=None, segments_BT=None, soft_targets=None):  # type: ignore[no-untyped-def, override]
         """See `LanguageModel.forward`."""
         hidden = self.embed(tokens_BT, 0 if cache is None else cache.start, segments_BT)
         mode = self.activation_checkpointing if self.training else "none"
         for index, block in enumerate(self.blocks):
             hidden = run_block(self.block(index, segments_BT), hidden, mode) if cache is None else block(hidden, cache.layers[index])
-        return self.logits(hidden) if targets_BT is None else self.head_loss(hidden, targets_BT, denominator)
+        return self.logits(hidden) if targets_BT is None else self.head_loss(hidden, targets_BT, denominator, soft_targets)
 
     def new_cache(self, batch_size: int, max_len: int) -> ModelCache[LayerCache]:
         """State for decoding up to `max_len` tokens.

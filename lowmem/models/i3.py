@@ -14,22 +14,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from lowmem.config import LorptConfig, ModelConfig
-from lowmem.errors import ConfigError
-from lowmem.fake import is_fake
-from lowmem.models.base import LanguageModel
-from lowmem.models.counting import attention_flops, head_loss_options, matrix_parameters, parameters_by_component, store_as
-from lowmem.nn.attention import LowRankAttention
-from lowmem.nn.embedding import Embedding
-from lowmem.nn.factory import LinearFactory
-from lowmem.nn.head import make_head
-from lowmem.nn.kv_cache import LayerCache, ModelCache
-from lowmem.nn.mlp import GELUMLP
-from lowmem.nn.norm import LayerNorm
+from lowmem.config.schema import LorptConfig, ModelConfig
+from lowmem.models.base import LanguageModel, attention_flops, head_loss_options, matrix_parameters, parameters_by_component, store_as
+from lowmem.nn.attention import LayerCache, LowRankAttention, ModelCache
+from lowmem.nn.layers import GELUMLP, Embedding, LayerNorm, make_head
+from lowmem.nn.lorpt import LinearFactory
+from lowmem.nn.loss import SoftTargets
 from lowmem.nn.positions import LearnedPositions
 from lowmem.nn.quantized import WeightFormat
 from lowmem.nn.recompute import cheap, run_block
 from lowmem.nn.recurrent import HybridCell, HybridState
+from lowmem.system.dry_run import is_fake
+from lowmem.system.errors import ConfigError
 
 INIT_STD = 0.02
 DEFAULT_RANK = 64
@@ -181,21 +177,27 @@ class I3(LanguageModel):
             raise ValueError("i3 takes one segment a row; its recurrent state would carry one over into the next")
         return self.positions(self.embedding(tokens_BT), start)
 
-    def head_loss(self, hidden_BTC: torch.Tensor, targets_BT: torch.Tensor, denominator: float | torch.Tensor = 1.0) -> torch.Tensor:
+    def head_loss(
+        self,
+        hidden_BTC: torch.Tensor,
+        targets_BT: torch.Tensor,
+        denominator: float | torch.Tensor = 1.0,
+        soft_targets: SoftTargets | None = None,
+    ) -> torch.Tensor:
         """Loss from the last block's output; see `forward`."""
-        return self.head(cheap(self.norm, hidden_BTC), targets_BT, denominator, head_loss_options(self))
+        return self.head(cheap(self.norm, hidden_BTC), targets_BT, denominator, head_loss_options(self, soft_targets))
 
     def logits(self, hidden_BTC: torch.Tensor) -> torch.Tensor:
         """(B, T, C) -> (B, T, V)."""
         return self.head(self.norm(hidden_BTC))
 
-    def forward(self, tokens_BT, targets_BT=None, denominator=1.0, cache=None, segments_BT=None):  # type: ignore[no-untyped-def, override]
+    def forward(self, tokens_BT, targets_BT=None, denominator=1.0, cache=None, segments_BT=None, soft_targets=None):  # type: ignore[no-untyped-def, override]
         """See `LanguageModel.forward`."""
         hidden = self.embed(tokens_BT, 0 if cache is None else cache.start, segments_BT)
         mode = self.activation_checkpointing if self.training else "none"
         for index, block in enumerate(self.blocks):
             hidden = run_block(self.block(index, segments_BT), hidden, mode) if cache is None else block(hidden, cache.layers[index])
-        return self.logits(hidden) if targets_BT is None else self.head_loss(hidden, targets_BT, denominator)
+        return self.logits(hidden) if targets_BT is None else self.head_loss(hidden, targets_BT, denominator, soft_targets)
 
     def new_cache(self, batch_size: int, max_len: int) -> ModelCache[I3LayerCache]:
         """State for decoding up to `max_len` tokens.

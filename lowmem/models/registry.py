@@ -2,7 +2,7 @@
 
 import torch
 
-from lowmem.config import ModelConfig
+from lowmem.config.schema import ModelConfig
 from lowmem.models.base import LanguageModel
 from lowmem.models.decoder import Decoder
 from lowmem.models.i3 import I3

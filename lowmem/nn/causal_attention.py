@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from lowmem.devices import cpu_has_native_bf16
-from lowmem.fake import autocast_kind, device_kind, is_fake, representative
+from lowmem.nn.linear import accumulate_dtype
 from lowmem.nn.positions import alibi_bias, token_positions
-from lowmem.nn.precision import accumulate_dtype
 from lowmem.nn.recompute import follow
+from lowmem.system.devices import cpu_has_native_bf16
+from lowmem.system.dry_run import autocast_kind, device_kind, is_fake, representative
 
 BLOCKS = 4  # 4 blocks of queries compute 62.5 % of the square, 8 would 56 % in twice as many calls
 MIN_BLOCK, MAX_BLOCK = 32, 512

@@ -12,10 +12,9 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from lowmem.errors import ConfigError
-from lowmem.fake import autocast_kind
-from lowmem.nn.linear import Linear
-from lowmem.nn.precision import compute_dtype
+from lowmem.nn.linear import Linear, compute_dtype
+from lowmem.system.dry_run import autocast_kind
+from lowmem.system.errors import ConfigError
 
 MULTIPLE = 16  # of every dimension of a product on tensor cores
 

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from lowmem.fake import autocast_kind
-from lowmem.nn.precision import compute_dtype
 from lowmem.nn.quantized import dense
+from lowmem.system.dry_run import autocast_kind
 
 
 class _Linear(torch.autograd.Function):
@@ -116,3 +115,16 @@ class Linear(nn.Linear):
         if self.splits:
             return split_linear(x, self.weight, self.bias, self.splits)
         return linear(x, self.weight, self.bias)
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The autocast dtype where autocast is on for the device of `x`, else the dtype of `x`."""
+    device_type = autocast_kind(x)
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return x.dtype
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64, fp32 for everything narrower: what sums and statistics are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,17 +1,129 @@
-"""LoRPt: linear layers whose weight is a product of two thin factors from the first step on (D1)."""
+"""LoRPt: linear layers kept and computed as two factors (D1)."""
 
 import math
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
-from lowmem.errors import ConfigError
-from lowmem.nn.linear import linear
-from lowmem.nn.low_rank import Factors, low_rank
-from lowmem.nn.quantized import QuantizedWeight, dense
+from lowmem.config.schema import LorptConfig
+from lowmem.nn.linear import Linear, compute_dtype, linear
+from lowmem.nn.quantized import QuantizedWeight, dense, dense_rows
+from lowmem.nn.recompute import remember
+from lowmem.system.dry_run import autocast_kind
+from lowmem.system.errors import ConfigError
+
+
+class Factors(NamedTuple):
+    """One low-rank layer.
+
+    Attributes:
+        down: (rank, in).
+        up: (out, rank).
+        bias: (out,) or None.
+        splits: sizes that sum to `out`; one output per size.
+        silu: apply SiLU between the factors.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    bias: torch.Tensor | None
+    splits: tuple[int, ...]
+    silu: bool
+
+
+def low_rank(x: torch.Tensor, layers: Sequence[Factors]) -> tuple[torch.Tensor, ...]:
+    """Outputs of every layer, cut as their `splits` say.
+
+    The downward products of all layers are one product, and so are their gradients; the gradient of x is formed once.
+
+    Args:
+        x: (..., in); cast to the autocast dtype where autocast is on.
+    Returns:
+        One contiguous (..., size) tensor per split per layer.
+    Memory: saves x and the (..., R) latents in the computing dtype, weights by reference.
+    """
+    dtype = compute_dtype(x)
+    layout = tuple((layer.splits, layer.silu) for layer in layers)
+    weights = [tensor for layer in layers for tensor in layer[:3]]
+    with torch.autocast(autocast_kind(x), enabled=False):
+        return _LowRank.apply(x, dtype, layout, *weights)
+
+
+class _LowRank(torch.autograd.Function):
+    """Saves the weights themselves: no 16-bit copies of them live until backward, and ZeRO-3 may partition them in between."""
+
+    @staticmethod
+    def forward(ctx, x, dtype, layout, *weights):  # type: ignore[no-untyped-def]
+        x_NI = x.reshape(-1, x.shape[-1]).to(dtype)
+        downs, ups, biases = weights[0::3], weights[1::3], weights[2::3]
+        latent_NR = x_NI @ _stack(downs, dtype).t()
+        ctx.save_for_backward(x_NI, latent_NR, *weights)
+        ctx.layout, ctx.dtype, ctx.shape, ctx.x_dtype = layout, dtype, x.shape, x.dtype
+        outputs = []
+        for (splits, silu), latent, up, bias in zip(layout, latent_NR.split([d.shape[0] for d in downs], 1), ups, biases, strict=True):
+            bias_parts = (None,) * len(splits) if bias is None else bias.split(splits)
+            for stop, size, bias_part in zip(accumulate(splits), splits, bias_parts, strict=True):
+                rows = slice(stop - size, stop)
+                output = _expand(latent, up, rows, bias_part, silu)
+                remember(output, _expand, latent, up, rows, bias_part, silu)
+                outputs.append(output.view(*x.shape[:-1], -1))
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+        x_NI, latent_NR, *weights = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        downs, ups, biases = weights[0::3], weights[1::3], weights[2::3]
+        ranks = [down.shape[0] for down in downs]
+        grad_latent_NR = torch.empty_like(latent_NR)
+        weight_grads: list[torch.Tensor | None] = [None] * len(weights)
+        remaining = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        for index, (splits, silu) in enumerate(ctx.layout):
+            own, remaining = remaining[: len(splits)], remaining[len(splits) :]
+            latent, grad_latent = latent_NR.split(ranks, 1)[index], grad_latent_NR.split(ranks, 1)[index]
+            _gradient_of_latent(grad_latent, own, dense(ups[index], ctx.dtype).split(splits))
+            if needs[3 + 3 * index + 1]:
+                hidden = F.silu(latent) if silu else latent
+                grad_up = latent.new_empty(sum(splits), ranks[index])
+                for grad, part in zip(own, grad_up.split(splits), strict=True):
+                    torch.mm(grad.t(), hidden, out=part)
+                weight_grads[3 * index + 1] = grad_up.to(ups[index].dtype)
+            if biases[index] is not None and needs[3 + 3 * index + 2]:
+                weight_grads[3 * index + 2] = torch.cat([grad.sum(0) for grad in own]).to(biases[index].dtype)
+            if silu:
+                grad_latent.copy_(torch.ops.aten.silu_backward(grad_latent, latent))
+        if any(needs[3::3]):
+            stacked = grad_latent_NR.t() @ x_NI
+            weight_grads[0::3] = [grad.to(down.dtype) for grad, down in zip(stacked.split(ranks), downs, strict=True)]
+        grad_x = None
+        if needs[0]:
+            grad_x = (grad_latent_NR @ _stack(downs, ctx.dtype)).view(ctx.shape).to(ctx.x_dtype)
+        return grad_x, None, None, *weight_grads
+
+
+def _stack(downs: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """(R, I) in `dtype`."""
+    return dense(downs[0], dtype) if len(downs) == 1 else torch.cat([dense(down, dtype) for down in downs])
+
+
+def _expand(latent_NR: torch.Tensor, up: torch.Tensor, rows: slice, bias: torch.Tensor | None, silu: bool) -> torch.Tensor:
+    """(N, rank) -> (N, O) by `rows` of `up`, in the dtype of the latents."""
+    hidden = F.silu(latent_NR) if silu else latent_NR
+    return F.linear(hidden, dense_rows(up, rows, hidden.dtype), None if bias is None else bias.to(hidden.dtype))
+
+
+def _gradient_of_latent(grad_latent: torch.Tensor, grads: Sequence[torch.Tensor], ups: Sequence[torch.Tensor]) -> None:
+    torch.mm(grads[0], ups[0], out=grad_latent)
+    for grad, up in zip(grads[1:], ups[1:], strict=True):
+        grad_latent.addmm_(grad, up)
+
 
 ORIGINAL_STD = 0.02
 ORIGINAL_NAMES = {"lora_A": "up", "lora_B": "down"}
@@ -97,7 +209,7 @@ class LoRPtLinear(nn.Module):
 
     @property
     def rank(self) -> int:
-        """Inner width now; `lowmem.nn.rank_change` may change it."""
+        """Inner width now; `lowmem.nn.lorptize` may change it."""
         return self.down.shape[0]
 
     def reset_parameters(self) -> None:
@@ -218,3 +330,114 @@ def top_singular(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.T
     """The largest `rank` singular values of an (out, in) matrix, largest first, with their vectors: (out, rank), (rank,), (rank, in)."""
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     return left[:, :rank], values[:rank], right[:rank]
+
+
+def lorpt_rank(lorpt: LorptConfig, group: str, name: str) -> int | Literal["auto"]:
+    """Rank of one layer; 0 is dense.
+
+    Args:
+        group: attention, mlp or head; a group that is not in `lorpt.targets` stays dense.
+        name: dotted module name that the patterns of `lorpt.ranks` are matched against.
+    """
+    if group not in lorpt.targets:
+        return 0
+    matches = (rank for pattern, rank in lorpt.ranks.items() if fnmatchcase(name, pattern))
+    return next(matches, lorpt.rank)
+
+
+def bottleneck_of(lorpt: LorptConfig) -> Literal["linear", "silu"]:
+    """What stands between the factors of a model that is trained from scratch."""
+    return "silu" if lorpt.bottleneck == "auto" else lorpt.bottleneck
+
+
+def make_linear(
+    in_features: int,
+    out_features: int,
+    bias: bool,
+    *,
+    group: str,
+    name: str,
+    lorpt: LorptConfig,
+    dense_std: float = 0.02,
+    splits: Sequence[int] = (),
+) -> Linear | LoRPtLinear:
+    """The layer that `lorpt` asks for under this name.
+
+    Raises:
+        ConfigError: the rank is negative or saves nothing; the message names the layer.
+    """
+    rank = lorpt_rank(lorpt, group, name)
+    if rank == 0:
+        return Linear(in_features, out_features, bias, std=dense_std, splits=splits)
+    try:
+        return LoRPtLinear(in_features, out_features, rank, bias, bottleneck_of(lorpt), lorpt.init, dense_std, splits=splits)
+    except ConfigError as error:
+        raise ConfigError(f"model.lorpt, layer {name}: {error}") from None
+
+
+class MixedSplit(nn.Module):
+    """Several layers of one input, some dense and some low-rank, applied one after another."""
+
+    def __init__(self, layers: Mapping[str, nn.Module]):
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(..., in) -> one (..., out) per layer."""
+        return tuple(layer(x) for layer in self.children())
+
+
+class LinearFactory:
+    """Makes the linear layers of one model and remembers their names, so that a pattern without a match is refused.
+
+    Args:
+        lorpt: which layers are low-rank.
+    """
+
+    def __init__(self, lorpt: LorptConfig):
+        self.lorpt = lorpt
+        self._names: list[str] = []
+
+    def linear(self, in_features: int, out_features: int, bias: bool, *, group: str, name: str, dense_std: float = 0.02) -> nn.Module:
+        """One layer; see `make_linear`."""
+        self.note(group, name)
+        return make_linear(in_features, out_features, bias, group=group, name=name, lorpt=self.lorpt, dense_std=dense_std)
+
+    def split(self, in_features: int, outputs: Mapping[str, int], bias: bool, *, group: str, name: str) -> nn.Module:
+        """Several layers of one input, named `name.output`: one fused matrix where all are dense, computed together where all are
+        low-rank. With `lorpt.share_down` they are one low-rank layer called `name`."""
+        if self.lorpt.share_down and self.lorpt.rank and group in self.lorpt.targets:
+            self.note(group, name)
+            sizes = tuple(outputs.values())
+            return make_linear(in_features, sum(sizes), bias, group=group, name=name, lorpt=self.lorpt, splits=sizes)
+        names = {output: f"{name}.{output}" for output in outputs}
+        for full_name in names.values():
+            self.note(group, full_name)
+        ranks = [lorpt_rank(self.lorpt, group, full_name) for full_name in names.values()]
+        if not any(ranks):
+            return Linear(in_features, sum(outputs.values()), bias, splits=tuple(outputs.values()))
+        layers = {
+            output: make_linear(in_features, size, bias, group=group, name=names[output], lorpt=self.lorpt)
+            for output, size in outputs.items()
+        }
+        return LoRPtSplit(layers) if all(ranks) else MixedSplit(layers)  # type: ignore[arg-type]
+
+    def note(self, group: str, name: str) -> None:
+        """Remember a layer that the patterns may name."""
+        if group in self.lorpt.targets:
+            self._names.append(name)
+
+    def check_patterns(self) -> None:
+        """Call when every layer is made.
+
+        Raises:
+            ConfigError: a pattern of `lorpt.ranks` matches no layer of the targets.
+        """
+        idle = [pattern for pattern in self.lorpt.ranks if not any(fnmatchcase(name, pattern) for name in self._names)]
+        if idle:
+            known = ", ".join(dict.fromkeys(self._names)) if len(self._names) <= 12 else ", ".join(self._names[:12]) + ", ..."
+            raise ConfigError(
+                f"model.lorpt.ranks has {', '.join(idle)}, which matches no layer of model.lorpt.targets "
+                f"({', '.join(self.lorpt.targets)}); layers: {known or 'none'}; correct the pattern or the targets"
+            )

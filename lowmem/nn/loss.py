@@ -5,15 +5,17 @@ Loss and gradients are formed together in the forward pass, so that each logit i
 Shapes: N tokens, C width of what the head multiplies (the rank, for a LoRPt head), V vocabulary, M tokens of a chunk.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from lowmem.fake import autocast_kind, device_kind, is_fake, representative
-from lowmem.nn.precision import accumulate_dtype, compute_dtype
-from lowmem.nn.quantized import dense
+from lowmem.nn.linear import accumulate_dtype, compute_dtype
+from lowmem.nn.quantized import QuantizedWeight, dense, dense_rows
+from lowmem.system.dry_run import autocast_kind, device_kind, is_fake, representative
 
 IGNORE_INDEX = -100
 AUTO_LOGIT_BYTES = 16 << 20
@@ -225,3 +227,214 @@ def _live_rows(targets_N: torch.Tensor) -> torch.Tensor | None:
     """Indices of the predicted tokens; None if that is all of them."""
     live = targets_N != IGNORE_INDEX
     return None if bool(live.all()) else live.nonzero().squeeze(1)
+
+
+@dataclass(frozen=True)
+class SoftTargets:
+    """A teacher's predictions, not yet multiplied out: logits = hidden @ weight.T + bias.
+
+    Attributes:
+        hidden: (..., C), for the same tokens as the student's.
+        weight: (V, C).
+        bias: (V,) or None.
+        share: a, of the loss.
+        temperature: T.
+    """
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    share: float
+    temperature: float
+
+    def chunks(self, *arguments: Any) -> "SoftChunks":
+        """The pass over the tokens that computes the loss; for `lowmem.nn.loss`."""
+        return SoftChunks(self, *arguments)
+
+
+class SoftChunks(Chunks):
+    """Per token (1 - a) * (usual loss) + a * T^2 * KL(softmax(teacher / T) || softmax(student / T)).
+
+    Memory: one chunk of the teacher's logits more than `Chunks`, and one block in fp32.
+    Source: Hinton, Vinyals & Dean 2015, arXiv:1503.02531, section 2.
+    """
+
+    def __init__(self, soft: SoftTargets, *arguments: Any):
+        super().__init__(*arguments)
+        self.soft = soft
+        hidden_NC = soft.hidden.detach().reshape(-1, soft.hidden.shape[-1]).to(self.dtype)
+        self.teacher_NC = hidden_NC if self.rows is None else hidden_NC[self.rows]
+
+    def loss_and_logit_gradient(self, logits_MV: torch.Tensor, targets_M: torch.Tensor) -> torch.Tensor:
+        """See `Chunks`."""
+        soft, rows = self.soft, logits_MV.shape[0]
+        bias = None if soft.bias is None else soft.bias.to(self.dtype)
+        teacher_MV = torch.nn.functional.linear(self.teacher_NC[self.start : self.start + rows], soft.weight.to(self.dtype), bias)
+        distance = logits_MV.new_zeros((), dtype=self.wide)
+        live = (targets_M != IGNORE_INDEX).unsqueeze(1)
+        for first in representative(range(0, rows, self.wide_rows), logits_MV):
+            block = slice(first, first + self.wide_rows)
+            distance += self._soft_block(logits_MV[block], teacher_MV[block], live[block])
+        total_bias, self.grad_bias = self.grad_bias, None  # summed below, from the whole gradient
+        loss = super().loss_and_logit_gradient(logits_MV, targets_M)
+        self.grad_bias = total_bias
+        if self.needs_grad:
+            logits_MV.mul_(1 - soft.share).add_(teacher_MV)
+            if total_bias is not None:
+                total_bias += logits_MV.sum(0, dtype=self.wide)
+        return loss.mul_(1 - soft.share).add_(distance, alpha=soft.share * soft.temperature**2)
+
+    def _soft_block(self, student: torch.Tensor, teacher: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+        """Sum of the distances; the teacher's logits are overwritten with the gradient a * T * (q - p) of the student's."""
+        temperature = self.soft.temperature
+        log_q = torch.log_softmax(student.to(self.wide) / temperature, 1)
+        log_p = torch.log_softmax(teacher.to(self.wide) / temperature, 1)
+        p = log_p.exp()
+        distance = (log_p - log_q).mul_(p).sum(1, keepdim=True).masked_fill_(~live, 0).sum()
+        if self.needs_grad:
+            teacher.copy_(log_q.exp_().sub_(p).mul_(self.soft.share * temperature).mul_(live))
+        return distance
+
+
+def _attempt(cell: Callable[[], None]) -> bool:
+    cell()
+    return True
+
+
+class CrossEntropyByRows:
+    """Loss first, gradients afterwards, as in `lowmem.nn.loss.chunked_cross_entropy`.
+
+    Args:
+        hidden: (..., C).
+        weight: (V, C); rows may be changed once their gradient was yielded.
+        bias: (V,) or None.
+        targets: (...) int64; IGNORE_INDEX where nothing is predicted.
+        options: label smoothing, z-loss; chunk_tokens bounds the tokens whose logits are alive at once.
+        dtype: what products are computed in.
+        block_tokens: tokens whose gradient is added at once; 0 is GRAD_BLOCK_ROWS.
+        attempt: calls a function that adds the gradient of one block of rows over one block of tokens, all of it or nothing. False says
+            that its memory was not there: it is done again with half the tokens, and so are the others after it.
+    Attributes:
+        loss: sum over the predicted tokens, fp32 (fp64 for fp64).
+        grad_hidden: (N, C) fp32, whole once `gradients` is exhausted; of the sum, not the mean.
+        grad_bias: (V,) fp32, likewise; None without bias.
+        block_tokens: as it is now.
+    Memory: one chunk of logits and four numbers a token; from `allocate` on `grad_hidden`, and a block of rows of the weight's
+        gradient and, if its dtype is another, of the weight.
+    """
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        options: CrossEntropyOptions,
+        dtype: torch.dtype,
+        block_tokens: int = 0,
+        attempt: Callable[[Callable[[], None]], bool] = _attempt,
+    ):
+        self.weight, self.bias, self.options, self.dtype = weight.detach(), bias, options, dtype
+        self.wide = accumulate_dtype(dtype)
+        self.hidden_NC = hidden.detach().reshape(-1, weight.shape[1]).to(dtype)
+        self.targets_N1 = targets.reshape(-1, 1)
+        self.live_N1 = self.targets_N1 != IGNORE_INDEX
+        self.chunk = options.chunk_tokens or auto_chunk_tokens(weight.shape[0], weight.shape[1], dtype.itemsize)
+        self.loss, self.max_N1, self.sum_N1 = self._first_pass()
+        self.block_tokens, self.attempt = block_tokens or GRAD_BLOCK_ROWS, attempt
+        self.grad_hidden = self.hidden_NC.new_empty(0)
+        self.grad_bias: torch.Tensor | None = None
+
+    def _first_pass(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        maxima, sums, total = [], [], torch.zeros((), dtype=self.wide, device=self.hidden_NC.device)
+        weight = dense(self.weight, self.dtype)
+        for start in range(0, len(self.hidden_NC), self.chunk):
+            tokens = slice(start, start + self.chunk)
+            logits = self._logits(tokens, weight, self.bias)
+            target = self.targets_N1[tokens].clamp_min(0)
+            largest = logits.amax(1, keepdim=True)
+            target_logit, mean = logits.gather(1, target), logits.mean(1, keepdim=True)
+            total_exp = logits.sub_(largest).exp_().sum(1, keepdim=True)
+            lse = largest + total_exp.log()
+            losses = torch.lerp(lse - target_logit, lse - mean, self.options.label_smoothing) + self.options.z_loss * lse * lse
+            total += losses.masked_fill(~self.live_N1[tokens], 0).sum()
+            maxima.append(largest)
+            sums.append(total_exp)
+        return total, torch.cat(maxima), torch.cat(sums)
+
+    def allocate(self) -> None:
+        """Allocate all that `gradients` fills, if that was not done yet."""
+        if self.grad_hidden.numel():
+            return
+        rows, width = min(GRAD_BLOCK_ROWS, len(self.weight)), self.weight.shape[1]
+        self.grad_weight_RC = self.weight.new_empty(rows, width, dtype=self.wide)
+        as_it_is = self.weight.dtype == self.dtype or isinstance(self.weight, QuantizedWeight)
+        self.weight_RC = None if as_it_is else self.weight.new_empty(rows, width, dtype=self.dtype)
+        if self.bias is not None:
+            self.grad_bias = torch.zeros_like(self.bias, dtype=self.wide)
+        self.grad_hidden = torch.zeros_like(self.hidden_NC, dtype=self.wide)
+
+    def gradients(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
+        """First row, (R, C) gradient of those rows of the weight and (R,) of the bias, in fp32; the sum's, not the mean's.
+
+        The gradient of the weight is overwritten by the next one.
+
+        Raises:
+            MemoryError: a single token is too much.
+        """
+        self.allocate()
+        for first in representative(range(0, len(self.weight), GRAD_BLOCK_ROWS), self.weight):
+            rows = slice(first, min(first + GRAD_BLOCK_ROWS, len(self.weight)))
+            if self.weight_RC is None:
+                weight = dense_rows(self.weight, rows, self.dtype)
+            else:
+                weight = self.weight_RC[: len(self.weight[rows])].copy_(self.weight[rows])
+            grad_weight = self.grad_weight_RC[: len(weight)].zero_()
+            start = 0
+            while start < len(self.hidden_NC):
+                tokens = slice(start, start + self.block_tokens)
+                if self.attempt(partial(self._add_cell, tokens, rows, weight, grad_weight)):
+                    start = tokens.stop
+                else:
+                    self._halve_tokens()
+            yield first, grad_weight, None if self.grad_bias is None else self.grad_bias[rows]
+
+    def _halve_tokens(self) -> None:
+        tokens = min(self.block_tokens, len(self.hidden_NC))
+        if tokens == 1:
+            raise MemoryError(f"the head's gradient of one token and {min(GRAD_BLOCK_ROWS, len(self.weight))} rows does not fit")
+        self.block_tokens = tokens // 2
+
+    def _add_cell(self, tokens: slice, rows: slice, weight: torch.Tensor, grad_weight: torch.Tensor) -> None:
+        """Add to the gradients of `rows` and of `tokens` what each has from the other; nothing is allocated between the additions.
+
+        Memory: the logits of the cell, and one more gradient of `rows` and of `tokens`.
+        """
+        grad_logits = self._logit_gradient(tokens, rows, weight, None if self.bias is None else self.bias[rows])
+        of_bias = None if self.grad_bias is None else grad_logits.sum(0)
+        grad_logits = grad_logits.to(self.dtype)
+        of_hidden = (grad_logits @ weight).to(self.wide)
+        of_weight = (grad_logits.t() @ self.hidden_NC[tokens]).to(self.wide)
+        if self.grad_bias is not None and of_bias is not None:
+            self.grad_bias[rows].add_(of_bias)
+        grad_weight.add_(of_weight)
+        self.grad_hidden[tokens].add_(of_hidden)
+
+    def _logits(self, tokens: slice, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        logits = (self.hidden_NC[tokens] @ weight.t()).to(self.wide)
+        return logits if bias is None else logits.add_(bias)
+
+    def _logit_gradient(self, tokens: slice, rows: slice, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """(M, R): softmax * (1 + 2 c lse) - (1 - s) * target - s / V, zero where nothing is predicted."""
+        smoothing, z_loss = self.options.label_smoothing, self.options.z_loss
+        largest, total = self.max_N1[tokens], self.sum_N1[tokens]
+        grad = self._logits(tokens, weight, bias).sub_(largest).exp_().div_(total)
+        if z_loss:
+            grad.mul_(1 + 2 * z_loss * (largest + total.log()))
+        if smoothing:
+            grad.sub_(smoothing / len(self.weight))
+        target = self.targets_N1[tokens]
+        here = (target >= rows.start) & (target < rows.stop)
+        column = (target - rows.start).clamp(0, rows.stop - rows.start - 1)
+        grad.scatter_add_(1, column, here.to(self.wide) * (smoothing - 1))
+        return grad.mul_(self.live_N1[tokens])

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from lowmem.errors import ConfigError
-from lowmem.fake import is_fake
-from lowmem.nn.embedding import embedding
+from lowmem.nn.layers import embedding
+from lowmem.system.dry_run import is_fake
+from lowmem.system.errors import ConfigError
 
 
 class RotaryTable:

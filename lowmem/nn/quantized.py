@@ -2,12 +2,73 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from lowmem.fake import representative
-from lowmem.nn.weight_codes import BLOCK, WeightBits, decode_into, encode
+from lowmem.system.dry_run import representative
+
+WeightBits = Literal[8, 4]
+BLOCK = 128  # numbers that share a scale, as in optimizer states
+LARGEST_CODE = {8: 127, 4: 7}
+_SMALLEST_NORMAL = 2.0**-126
+
+
+def pack(codes: torch.Tensor) -> torch.Tensor:
+    """(blocks, 128) codes in [0, 15] -> (blocks, 64) bytes."""
+    low, high = codes.to(torch.uint8).split(BLOCK // 2, dim=1)
+    return low | (high << 4)
+
+
+def unpack(packed: torch.Tensor) -> torch.Tensor:
+    """(blocks, 64) bytes -> (blocks, 128) codes in [0, 15]."""
+    return torch.cat([packed & 15, packed >> 4], dim=1)
+
+
+def decode(stored: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Whole blocks in fp32.
+
+    Args:
+        stored: (blocks, 128) int8, or (blocks, 64) uint8 for 4 bits.
+        scale: (blocks,) fp32.
+    Returns:
+        (blocks, 128) fp32.
+    """
+    code = stored if stored.dtype == torch.int8 else unpack(stored).view(torch.int8) - (LARGEST_CODE[4] + 1)
+    return code * scale.unsqueeze(1)
+
+
+def encode(value: torch.Tensor, noise: torch.Tensor | None, bits: WeightBits) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of whole blocks, as `decode` reads them; a block that holds infinity or NaN becomes zero.
+
+    Args:
+        value: (blocks, 128) fp32.
+        noise: (blocks, 128) random bits, the lower 16 are used: the mean of what is stored is `value`, to 2^-17 of the distance of
+            two codes. None rounds to nearest.
+    """
+    top = float(LARGEST_CODE[bits])
+    absmax = value.abs().amax(1)
+    live = (absmax >= _SMALLEST_NORMAL * top) & (absmax < torch.inf)
+    inverse = torch.where(live, torch.full_like(absmax, top) / absmax, 0.0)
+    units = torch.where(live.unsqueeze(1), value * inverse.unsqueeze(1), 0.0)
+    rounding = 0.5 if noise is None else ((noise & 0xFFFF).float() + 0.5) * 2.0**-16
+    code = (units + rounding).floor().clamp(-top, top)
+    scale = torch.where(live, absmax / torch.full_like(absmax, top), 0.0)
+    return (code.to(torch.int8) if bits == 8 else pack(code + (top + 1))), scale
+
+
+def decode_into(out: torch.Tensor, rows: torch.Tensor, scale: torch.Tensor) -> None:
+    """`decode` without most of its temporaries."""
+    wide = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+    scale = scale.unsqueeze(1)
+    if rows.dtype == torch.int8:
+        torch.mul(rows, scale, out=wide)
+    else:
+        for half, nibbles in zip(wide.split(BLOCK // 2, dim=1), (rows & 15, rows >> 4), strict=True):
+            torch.mul(nibbles.view(torch.int8).sub_(LARGEST_CODE[4] + 1), scale, out=half)
+    if wide is not out:
+        out.copy_(wide)
+
 
 CODES, SCALE = ".codes", ".scale"  # what is added to a weight's name in a file
 MIN_QUANTIZED_NUMEL = 4096  # smaller tensors stay as they are: they are nothing in memory and much in the result

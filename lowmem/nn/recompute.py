@@ -28,7 +28,7 @@ from weakref import ReferenceType, ref
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from lowmem.fake import autocast_kind
+from lowmem.system.dry_run import autocast_kind
 
 Mode = Literal["none", "block", "selective", "low_rank"]
 

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from lowmem.fake import autocast_kind, is_fake
-from lowmem.nn.precision import accumulate_dtype, compute_dtype
+from lowmem.nn.linear import accumulate_dtype, compute_dtype
+from lowmem.system.dry_run import autocast_kind, is_fake
 
 CHUNK = 16  # steps per chunk: near the square root of the usual sequence lengths
 

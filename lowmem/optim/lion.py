@@ -3,9 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
-from lowmem.config import STATE_WIDTHS
-from lowmem.optim.kernels.formats import StateBits
-from lowmem.optim.kernels.scalars import StepScalars, lion_scalars
+from lowmem.config.schema import STATE_WIDTHS
+from lowmem.optim.kernels.formats import StateBits, StepScalars, lion_scalars
 from lowmem.optim.low_bit import LowBitOptimizer
 
 

@@ -2,7 +2,7 @@
 
 import math
 
-from lowmem.config import OptimConfig
+from lowmem.config.schema import OptimConfig
 
 
 def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:

@@ -18,18 +18,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from lowmem.config import DataConfig, RunConfig
-from lowmem.config_check import QUANTIZED
-from lowmem.config_load import load_run_config
-from lowmem.data.simple_tokenizers import ByteTokenizer
-from lowmem.data.storage import cache_root, cached_json, compiled_root, file_sha256, json_sha256
-from lowmem.data.tokenizers import load_tokenizer
-from lowmem.devices import cpu_model, usable_cores
-from lowmem.errors import ConfigError, MemoryBudgetError
-from lowmem.memory.block_cache import KEEP_FROM_BYTES, block_cache_library
-from lowmem.memory.malloc import MAP_FROM_BYTES
-from lowmem.planning.check import KILLED
-from lowmem.process import with_parent
+from lowmem.config.checks import QUANTIZED
+from lowmem.config.load import load_run_config
+from lowmem.config.schema import DataConfig, RunConfig
+from lowmem.data.tokenizer_loading import load_tokenizer
+from lowmem.data.tokenizers import ByteTokenizer
+from lowmem.memory.allocator import KEEP_FROM_BYTES, MAP_FROM_BYTES, block_cache_library
+from lowmem.system.devices import cpu_model, usable_cores
+from lowmem.system.errors import ConfigError, MemoryBudgetError
+from lowmem.system.files import cache_root, cached_json, compiled_root, file_sha256, json_sha256
+from lowmem.system.process import KILLED, with_parent
 
 CUDA_HOST_BYTES = 1_300_000_000  # libraries and driver of a process that uses CUDA; an estimate where it cannot be measured
 UNSEEN_BYTES = 8_000_000  # what a larger model than the trial's adds besides tensors: kernels for more shapes, autograd's nodes
@@ -163,7 +161,7 @@ def _measure(settings: Sequence[str], world_size: int, tensor_peak: Callable[[Ru
         environment = {**inherited, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
         if "data.tokenizer=bytes" not in settings:  # what a tokenizer takes while it is trained is no part of the base
             _run([sys.executable, "-c", _PREPARE, *overrides], environment)
-        _run(_command(["lowmem.cli", "pretrain", "--quiet", *overrides], world_size), environment)
+        _run(_command(["lowmem", "pretrain", "--quiet", *overrides], world_size), environment)
         report = folder / "run" / "memory.json"
         if not report.exists():
             raise ConfigError("the base cost of such a run could not be measured: its trial left no memory.json")
@@ -176,7 +174,7 @@ def _measure(settings: Sequence[str], world_size: int, tensor_peak: Callable[[Ru
 
 _PREPARE = """
 import sys
-from lowmem.config_load import load_run_config
+from lowmem.config.load import load_run_config
 from lowmem.data.prepare import prepare_data
 config = load_run_config(overrides=[argument[2:] for argument in sys.argv[1:]])
 prepare_data(config.data, seed=config.train.seed)

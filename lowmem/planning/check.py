@@ -10,12 +10,10 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from lowmem.config import RunConfig
-from lowmem.config_load import config_from_values
-from lowmem.errors import EXIT_INTERRUPTED, ConfigError, MemoryBudgetError
-from lowmem.process import with_parent
-
-KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)  # exit codes of a process that the system ended for want of memory
+from lowmem.config.load import config_from_values
+from lowmem.config.schema import RunConfig
+from lowmem.system.errors import EXIT_INTERRUPTED, ConfigError, MemoryBudgetError
+from lowmem.system.process import KILLED, with_parent
 
 
 def check_run(config: RunConfig, world_size: int = 1, local_ranks: int = 0) -> dict[str, Any]:
@@ -50,8 +48,8 @@ def check_run(config: RunConfig, world_size: int = 1, local_ranks: int = 0) -> d
 
 def main() -> None:
     """Answer the request on standard input."""
+    from lowmem.planning.levers import refusal
     from lowmem.planning.predict import predict_peak
-    from lowmem.planning.refusal import refusal
 
     request = json.load(sys.stdin)
     config = config_from(request["config"])

@@ -6,14 +6,12 @@ from typing import Any, cast
 
 import torch
 
-from lowmem.fake import pretend_device
 from lowmem.models.base import LanguageModel
-from lowmem.planning.cuda_allocator import CudaAllocator
+from lowmem.planning.allocators import CudaAllocator, HostAllocator, live_peaks, replay
 from lowmem.planning.hardware import Hardware
-from lowmem.planning.host_allocator import HostAllocator
-from lowmem.planning.replay import live_peaks, replay
 from lowmem.planning.trace import Trace
-from lowmem.units import format_bytes
+from lowmem.system.dry_run import pretend_device
+from lowmem.system.units import format_bytes
 
 
 @dataclass(frozen=True)

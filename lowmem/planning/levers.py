@@ -1,13 +1,13 @@
-"""Settings that trade time for memory, in the order of what they cost the user (D10), and whether a run fits its budget."""
+"""What may be changed to need less memory, and why a run does not fit its budget, naming the change that saves most."""
 
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from lowmem.config import RunConfig
-from lowmem.config_check import config_problems
-from lowmem.planning.predict import Prediction
-from lowmem.units import parse_bytes
+from lowmem.config.checks import config_problems
+from lowmem.config.schema import RunConfig
+from lowmem.planning.predict import Prediction, described, predict_peak
+from lowmem.system.units import format_bytes, parse_bytes
 
 MARGIN = 0.03  # of a budget, for what a prediction misses; see profiling/README.md
 
@@ -98,3 +98,34 @@ def _changes(config: RunConfig, candidate: Lever) -> bool:
 def sizes(limit: int) -> Iterator[int]:
     """Divisors of `limit`, largest first."""
     return (size for size in range(limit, 0, -1) if limit % size == 0)
+
+
+def refusal(prediction: Prediction, world_size: int = 1, local_ranks: int = 0, margin: float = 0.0) -> str:
+    """Empty if the run fits.
+
+    Args:
+        world_size, local_ranks: see `predict_peak`.
+        margin: share of the budget that is to stay free.
+    """
+    missing = missing_bytes(prediction, margin)
+    if not missing:
+        return ""
+    budget = prediction.config.budget
+    parts = []
+    for name, peaks in (("ram", prediction.host), ("vram", prediction.cuda_reserved)):
+        if name in missing:
+            parts.append(f"{described(peaks)} of {name.upper()}, the budget is {getattr(budget, name)}")
+    saving = _largest_saving(prediction, world_size, local_ranks, next(iter(missing)))
+    return f"the run needs {' and '.join(parts)}. {saving}See: lowmem plan"
+
+
+def _largest_saving(prediction: Prediction, world_size: int, local_ranks: int, which: str) -> str:
+    def need(other: Prediction) -> int:
+        return other.host.peak_bytes if which == "ram" else other.cuda_reserved.peak_bytes
+
+    best, saved = None, 0
+    for lever in levers(prediction.config):
+        saving = need(prediction) - need(predict_peak(changed(prediction.config, lever), world_size, local_ranks, prediction.base))
+        if saving > saved:
+            best, saved = lever, saving
+    return f"Largest saving: {best.text} (-{format_bytes(saved)}). " if best else ""

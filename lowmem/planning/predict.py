@@ -4,24 +4,40 @@ import copy
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lowmem.config import RunConfig
-from lowmem.data.storage import compiled_root
-from lowmem.devices import cuda_problem, resolve_precision
-from lowmem.engine.build import chosen_device, keeps_documents_apart
-from lowmem.engine.deepspeed_config import build_deepspeed_config, zero_stage
-from lowmem.errors import ConfigError
-from lowmem.memory.block_cache import block_cache_library
+from lowmem.config.schema import RunConfig
+from lowmem.engine.deepspeed.ds_config import BUCKET_ELEMENTS, build_deepspeed_config, offloads_optimizer, zero_stage
+from lowmem.engine.resolve import chosen_device, resolve
+from lowmem.memory.allocator import block_cache_library
 from lowmem.models.base import LanguageModel
 from lowmem.nn.quantized import stored_bytes
+from lowmem.optim.kernels.formats import state_bytes
+from lowmem.planning.allocators import CudaAllocator, HostAllocator, Peaks, live_peaks, replay
 from lowmem.planning.base_cost import Base, data_bytes, measured_base, tokenizer_rows
-from lowmem.planning.cuda_allocator import CudaAllocator
-from lowmem.planning.host_allocator import HostAllocator
-from lowmem.planning.replay import Peaks, live_peaks, replay
-from lowmem.planning.speed import step_seconds
-from lowmem.planning.step import trace_run
-from lowmem.planning.trace import Trace
-from lowmem.planning.zero import zero_peaks
-from lowmem.units import format_bytes, parse_bytes
+from lowmem.planning.hardware import Rates, rates_for
+from lowmem.planning.trace import Trace, trace_run
+from lowmem.system.errors import ConfigError
+from lowmem.system.files import compiled_root
+from lowmem.system.units import format_bytes, parse_bytes
+
+
+def step_seconds(config: RunConfig, trace: Trace, model: LanguageModel, world_size: int) -> float:
+    """Seconds of one steady step of the whole run.
+
+    Args:
+        config: resolved.
+        trace: of one rank's share of it.
+    """
+    return trace_seconds(config, trace, model, rates_for(config), world_size)
+
+
+def trace_seconds(config: RunConfig, trace: Trace, model: LanguageModel, rates: Rates, world_size: int = 1) -> float:
+    """As `step_seconds`, with rates that are given."""
+    cost = trace.costs["steady_steps"]
+    products = sum(flops / rates.flops_per_s(dtype) for dtype, flops in cost.matmul_flops.items())
+    traffic = cost.moved_bytes / rates.bytes_per_s
+    update = model.num_parameters() / rates.updates_per_s(config)
+    return (products + traffic + cost.calls * rates.call_s) * (world_size if config.device == "cpu" else 1) + update
+
 
 CUBLAS_WORKSPACE_BYTES = 8_519_680  # PyTorch's default, CUBLAS_WORKSPACE_CONFIG=:4096:2:16:8; 32 MiB from Hopper on
 FRAGMENTATION = 0.5  # of what passes through the heap of small blocks: small objects outlive tensors and keep them apart
@@ -128,16 +144,8 @@ def resolve_without_data(config: RunConfig) -> RunConfig:
     Raises:
         ConfigError: see `predict_peak`.
     """
-    config = copy.deepcopy(config)
     device = chosen_device(config, check=False)
-    if config.train.precision == "auto":
-        known = device.type == "cpu" or not cuda_problem()
-        config.train.precision = resolve_precision("auto", device) if known else _cuda_precision(config)
-    config.device = device.type  # type: ignore[assignment]
-    config.data.document_mask = keeps_documents_apart(config, device)
-    config.model.vocab_size = config.model.vocab_size or _vocab_size(config)
-    config.model.max_seq_len = config.max_seq_len()
-    return config
+    return resolve(config, device, vocab_size=config.model.vocab_size or _vocab_size(config))
 
 
 def _host_tensors(config: RunConfig, world_size: int) -> int:
@@ -194,10 +202,6 @@ def _as_computed(config: RunConfig) -> RunConfig:
     return config
 
 
-def _cuda_precision(config: RunConfig) -> Any:
-    return config.train.weight_dtype if config.train.weight_dtype != "fp32" else "bf16"
-
-
 def _vocab_size(config: RunConfig) -> int:
     """Rows the tokenizer will have."""
     rows = tokenizer_rows(config.data)
@@ -206,3 +210,84 @@ def _vocab_size(config: RunConfig) -> int:
     raise ConfigError(
         f"data.tokenizer={config.data.tokenizer} has a size that only the text or the file tells; set model.vocab_size for a dry run"
     )
+
+
+_STATES = {"adamw": 2, "lion": 1}
+_DYNAMIC = {"activations", "boundaries", "logits", "workspace"}
+_PERSISTENT_ELEMENTS = 10_000  # stage 3 keeps smaller parameters whole: stage3_param_persistence_threshold
+_LIVE_ELEMENTS = 4 * BUCKET_ELEMENTS  # stage 3 gathers so many ahead: stage3_max_live_parameters
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Bytes of one rank by component; `host` is what offload keeps in host memory."""
+
+    weights: int
+    master: int
+    states: int
+    gradients: int
+    update: int  # what the update itself needs on top
+    buffers: int
+
+
+def zero_peaks(config: RunConfig, trace: Trace, model: LanguageModel, world_size: int) -> tuple[Peaks, Peaks]:
+    """Peaks of one rank: what is where the model computes, and what offload keeps in host memory.
+
+    Args:
+        config: resolved, with engine.name=deepspeed.
+        trace: of this rank's share of the batch, by the local engine.
+        world_size: ranks.
+    """
+    document = build_deepspeed_config(config, world_size=world_size, micro_batch_size=1)
+    stage, offload = zero_stage(document), offloads_optimizer(document)
+    parts = _parts(config, model, world_size, stage, offload)
+    dynamic = live_peaks(trace, _DYNAMIC)
+    largest = max(parameter.numel() for parameter in model.parameters()) * _computed_itemsize(config)
+    transient = largest if stage >= 2 else 0
+    here = parts.weights + parts.buffers + transient
+    away = parts.master + parts.states + parts.gradients
+    step = max(dynamic.get("steady_steps", 0), parts.update)
+    components = {
+        "weights": parts.weights + parts.master,
+        "optimizer_states": parts.states,
+        "gradients": parts.gradients + transient,
+        "activations": step,
+        "workspace": parts.buffers,
+    }
+    phases = {"load": here + away - parts.gradients + parts.weights, "first_step": here + away + step, "steady_steps": here + away + step}
+    after = step if config.device == "cpu" else 0  # the blocks of a step are kept
+    phases |= {"evaluation": here + away + max(dynamic.get("evaluation", 0), after), "save": here + away + after}
+    whole = Peaks(phases, components)
+    if not offload or config.device == "cpu":
+        return whole, Peaks()
+    there = Peaks(dict.fromkeys(phases, away), {"weights": parts.master, "optimizer_states": parts.states, "gradients": parts.gradients})
+    left = {"weights": parts.weights, "gradients": transient, "activations": step, "workspace": parts.buffers}
+    return Peaks({name: size - away for name, size in phases.items()}, left), there
+
+
+def _parts(config: RunConfig, model: LanguageModel, world_size: int, stage: int, offload: bool) -> _Parts:
+    numbers = model.num_parameters()
+    share = -(-numbers // world_size)
+    itemsize = _computed_itemsize(config)
+    bucket = BUCKET_ELEMENTS * itemsize
+    pieces, bits = (world_size if stage else 1), config.optim.state_bits
+    states = sum(state_bytes(parameter.shape, bits, ranks=pieces) for parameter in model.parameters()) * _STATES[config.optim.name]
+    if stage == 0:
+        stored = 4 if config.train.weight_dtype == "fp32" else 2
+        flattened = numbers * stored if world_size > 1 else 0  # gradients are averaged in one flat copy
+        return _Parts(numbers * stored, 0, states, numbers * stored, flattened, 0)
+    summed = share * 4
+    if offload:  # the share is summed in one host buffer and handed to the update in another
+        summed *= 2
+    if stage == 1:  # summed whole in fp32 beside the 16-bit gradients, then once more as this rank's share
+        whole = numbers * (itemsize + 4) + summed
+        return _Parts(numbers * itemsize, share * 4, states // world_size, whole, 2 * share * 4, bucket)
+    if stage == 2:
+        return _Parts(numbers * itemsize, share * 4, states // world_size, summed, share * 4, bucket)
+    small = sum(p.numel() for p in model.parameters() if p.numel() <= _PERSISTENT_ELEMENTS)
+    gathered = min(_LIVE_ELEMENTS + max(p.numel() for p in model.parameters()), numbers)
+    return _Parts((share + small) * itemsize, share * 4, states // world_size, summed, share * 4, bucket + gathered * itemsize)
+
+
+def _computed_itemsize(config: RunConfig) -> int:
+    return 4 if config.train.precision == "fp32" else 2

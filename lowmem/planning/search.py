@@ -1,16 +1,128 @@
-"""The fastest settings that fit a budget: levers in the order of what they cost the user (D10)."""
+"""Plans: the fastest settings that fit a budget, and the largest model that does."""
 
 import copy
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import dropwhile
+from typing import Literal
 
-from lowmem.config import STATE_WIDTHS, RunConfig
-from lowmem.config_check import config_problems
-from lowmem.errors import ConfigError
-from lowmem.planning.estimate import Estimate, Estimator, with_settings
-from lowmem.planning.levers import MARGIN, missing_bytes, sizes
+import torch
+
+from lowmem.config.checks import config_problems
+from lowmem.config.schema import STATE_WIDTHS, RunConfig
+from lowmem.engine.from_config import build_configured_model
+from lowmem.models.base import LanguageModel
+from lowmem.nn.layers import default_hidden_dim
+from lowmem.optim.from_config import allocate_states, build_optimizer
+from lowmem.planning.levers import MARGIN, get_key, missing_bytes, set_key, sizes
 from lowmem.planning.predict import Prediction, predict_peak, resolve_without_data
-from lowmem.units import parse_bytes
+from lowmem.system.errors import ConfigError
+from lowmem.system.units import parse_bytes
+
+_LAYERS = (2, 3)
+_MICRO_BATCHES = (1, 2)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes and seconds."""
+
+    host_bytes: float
+    cuda_bytes: float
+    step_s: float
+
+
+class Estimator:
+    """Estimates for configurations that differ from `config` in anything; traces are shared where they can be.
+
+    Args:
+        config: resolved.
+    """
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+        self._short = cache(self._short_trace)
+        self._model: LanguageModel | None = None
+
+    def estimate(self, settings: tuple[tuple[str, object], ...], micro_batch_size: int) -> Estimate:
+        """What a run with these settings and this micro-batch will need.
+
+        Args:
+            settings: dotted keys and values.
+        """
+        if ("optim.state_bits", 4) in settings:
+            wide = tuple((key, 8 if key == "optim.state_bits" else value) for key, value in settings)
+            other = self.estimate(wide, micro_batch_size)
+            saved = self._state_bytes(8) - self._state_bytes(4)
+            if self.config.device == "cuda":
+                return replace(other, cuda_bytes=other.cuda_bytes - saved)
+            return replace(other, host_bytes=other.host_bytes - saved)
+        if micro_batch_size == self.config.train.global_batch_size:  # gradients of a first micro-batch never meet a second one
+            return Estimate(*self._all_layers(settings, micro_batch_size, whole=True))
+        points = {m: self._all_layers(settings, m) for m in _MICRO_BATCHES if self.config.train.global_batch_size % m == 0}
+        return _at(points, micro_batch_size)
+
+    def _all_layers(
+        self, settings: tuple[tuple[str, object], ...], micro_batch_size: int, whole: bool = False
+    ) -> tuple[float, float, float]:
+        """Host bytes, device bytes and seconds of the whole model.
+
+        Args:
+            whole: the micro-batch is the global batch.
+        """
+        layers = self.config.model.num_layers
+        if layers <= max(_LAYERS) or self.config.model.name == "i3":
+            return self._measures(settings, layers, micro_batch_size, whole)
+        low, high = (self._measures(settings, few, micro_batch_size, whole) for few in _LAYERS)
+        more = (layers - _LAYERS[0]) / (_LAYERS[1] - _LAYERS[0])
+        host, cuda, seconds = (a + (b - a) * more for a, b in zip(low, high, strict=True))
+        return host, cuda, seconds
+
+    def _state_bytes(self, bits: Literal[8, 4]) -> int:
+        """Of the optimizer of the whole model."""
+        with torch.device("meta"):
+            model = self._model = self._model or build_configured_model(self.config)
+            optimizer = build_optimizer(model, replace(self.config.optim, state_bits=bits, backend="lowmem"), partial=True)
+            allocate_states(optimizer)
+        values = (value for state in optimizer.state.values() for value in state.values())
+        return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+
+    def _measures(
+        self, settings: tuple[tuple[str, object], ...], layers: int, micro_batch_size: int, whole: bool
+    ) -> tuple[float, float, float]:
+        prediction = self._short(settings, layers, micro_batch_size, whole)
+        return prediction.host.peak_bytes, prediction.cuda_reserved.peak_bytes, prediction.step_s
+
+    def _short_trace(self, settings: tuple[tuple[str, object], ...], layers: int, micro_batch_size: int, whole: bool) -> Prediction:
+        config = with_settings(self.config, settings, micro_batch_size)
+        if whole:
+            config.train.global_batch_size = micro_batch_size
+        config.model.num_layers = layers
+        config.model.lorpt.ranks = {}  # patterns may name layers that are not there
+        return predict_peak(config)
+
+
+def with_settings(config: RunConfig, settings: tuple[tuple[str, object], ...], micro_batch_size: int) -> RunConfig:
+    """A copy with the settings in force."""
+    config = copy.deepcopy(config)
+    for key, value in settings:
+        set_key(config, key, value)
+    config.train.micro_batch_size = micro_batch_size
+    return config
+
+
+def _at(points: dict[int, tuple[float, float, float]], micro_batch_size: int) -> Estimate:
+    """Memory is linear in the micro-batch, time in its inverse."""
+    host, cuda, seconds = points[1]
+    if len(points) == 1 or micro_batch_size == 1:
+        return Estimate(host, cuda, seconds)
+    host_2, cuda_2, seconds_2 = points[2]
+    more = micro_batch_size - 1
+    overhead = (seconds - seconds_2) * 2  # of all micro-batches of one sequence, whatever is in them
+    return Estimate(host + (host_2 - host) * more, cuda + (cuda_2 - cuda) * more, seconds - overhead * (1 - 1 / micro_batch_size))
+
 
 MAX_MICRO_BATCH_TOKENS = 8192  # beyond that a step gets no faster
 WORTH = 1.1  # how much faster a plan must be to be preferred to one that changes less of what is learned
@@ -153,3 +265,112 @@ def _verified(config: RunConfig, candidate: Candidate, margin: float) -> Predict
         if not missing_bytes(prediction, margin):
             return prediction
     return None
+
+
+_STEPS = {"model.num_layers": 1, "data.seq_len": 64, "model.lorpt.rank": 8}
+_LIMITS = {"model.dim": 16384, "model.num_layers": 512, "data.seq_len": 131072, "model.lorpt.rank": 8192}
+SOLVABLE = ("model.dim", "model.num_layers", "data.seq_len", "train.micro_batch_size", "model.lorpt.rank")
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The largest value that fits and the next one, which does not.
+
+    Attributes:
+        value: 0 if not even the smallest fits.
+        prediction: for `value`, or for the smallest.
+        beyond: the next value; 0 if there is none.
+    """
+
+    key: str
+    value: int
+    prediction: Prediction
+    beyond: int
+
+
+def solve(config: RunConfig, key: str, *, margin: float = MARGIN) -> Solution:
+    """The largest value of `key` with which `config`, otherwise as it is, fits its budget.
+
+    Args:
+        key: one of `SOLVABLE`. model.dim moves in multiples of 64 that the heads divide, with hidden_dim at its default;
+            data.seq_len in multiples of 64; model.lorpt.rank in multiples of 8 that save parameters.
+    Raises:
+        ConfigError: another key, or no budget.
+    """
+    if key not in SOLVABLE:
+        raise ConfigError(f"--solve is {key!r}; allowed: {', '.join(SOLVABLE)}")
+    if not (config.budget.ram or config.budget.vram):
+        raise ConfigError("--solve needs a budget; give --budget.ram, --budget.vram or both")
+    config = resolve_without_data(config)
+    values = list(dropwhile(lambda value: not _is_valid(config, key, value), _values(config, key)))
+    if not values:
+        raise ConfigError(f"--solve={key} has no value that this configuration allows")
+    fits: dict[int, Prediction | None] = {}
+
+    def check(index: int) -> bool:
+        prediction = predict_peak(_with(config, key, values[index]))
+        fits[index] = prediction
+        return not missing_bytes(prediction, margin)
+
+    if not check(0):
+        smallest = fits[0]
+        assert smallest is not None
+        return Solution(key, 0, smallest, values[0])
+    low, high = 0, 1
+    while high < len(values) and check(high):  # doubling: large candidates are slow to trace
+        low, high = high, high * 2
+    high = min(high, len(values))
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if check(middle) else (low, middle)
+    best = fits[low]
+    assert best is not None
+    return Solution(key, values[low], best, values[high] if high < len(values) else 0)
+
+
+def _values(config: RunConfig, key: str) -> list[int]:
+    if key == "train.micro_batch_size":
+        return sorted(sizes(config.train.global_batch_size))
+    if key == "model.dim":
+        heads = config.model.num_heads
+        step = math.lcm(64, 2 * heads)
+        return list(range(step, _LIMITS[key] + 1, step))
+    step = _STEPS[key]
+    values = list(range(step, _LIMITS[key] + 1, step))
+    if key == "model.lorpt.rank":
+        values = [value for value in values if _saves(config, value)]
+    return values
+
+
+def _saves(config: RunConfig, rank: int) -> bool:
+    """Whether the factors of every layer are smaller than it; the narrowest layer decides."""
+    dim = config.model.dim
+    default = 4 * dim if config.model.name == "i3" else default_hidden_dim(config.model.activation, dim)
+    hidden = config.model.hidden_dim or default
+    shapes = [(dim, dim)] if "attention" in config.model.lorpt.targets else []
+    shapes += [(dim, hidden)] if "mlp" in config.model.lorpt.targets else []
+    shapes += [(dim, config.model.vocab_size)] if "head" in config.model.lorpt.targets else []
+    return all(rank * (a + b) < a * b for a, b in shapes)
+
+
+def _is_valid(config: RunConfig, key: str, value: int) -> bool:
+    """Whether a model of that size exists: small ones may be narrower than their ranks."""
+    try:
+        with torch.device("meta"):
+            build_configured_model(_with(config, key, value))
+    except ConfigError:
+        return False
+    return True
+
+
+def _with(config: RunConfig, key: str, value: int) -> RunConfig:
+    config = copy.deepcopy(config)
+    set_key(config, key, value)
+    if key == "model.dim":
+        config.model.hidden_dim = 0
+    if key == "data.seq_len":
+        config.model.max_seq_len = max(config.model.max_seq_len, value)
+    problems = config_problems(config)
+    if problems:
+        raise ConfigError(f"--solve={key} tried {get_key(config, key)}: {'; '.join(problems)}")
+    return config

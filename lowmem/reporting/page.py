@@ -1,11 +1,53 @@
-"""One self-contained HTML page: no scripts, nothing from the network, dark and light, readable on a phone. All text is escaped."""
+"""Reports as a page, as Markdown, and as files."""
 
+import json
 from html import escape
+from pathlib import Path
 from typing import Any
 
-from lowmem.reporting.markdown import HEADER, cells
-from lowmem.reporting.rows import PeakRow
-from lowmem.units import format_bytes
+from lowmem.reporting import figures
+from lowmem.reporting.figures import slug, svg_file, timeline_svg
+from lowmem.reporting.results import PeakRow, peak_rows
+from lowmem.system.errors import StorageError
+from lowmem.system.files import replace_file
+from lowmem.system.units import format_bytes
+
+HEADER = ("config", "memory", "budget", "predicted", "measured", "predicted is", "tokens/s")
+
+
+def cells(row: PeakRow) -> list[str]:
+    """One line of the table; a failed run says so instead of what was measured."""
+    predicted = format_bytes(row.predicted_bytes) if row.predicted_bytes else "no prediction"
+    start = [row.name, row.place, format_bytes(row.budget_bytes) if row.budget_bytes else "none", predicted]
+    if row.failure:
+        return [*start, f"failed, {row.failure.partition(':')[0]}", "", ""]
+    difference = row.difference_percent
+    return [
+        *start,
+        format_bytes(row.measured_bytes) if row.measured_bytes else "not measured",
+        f"{difference:+.1f} %" if difference is not None else "",
+        f"{row.tokens_per_s:,.0f}" if row.tokens_per_s else "",
+    ]
+
+
+def table(rows: list[PeakRow]) -> str:
+    """The whole table, and below it why runs failed; ends with a newline."""
+    lines = [[_escape(cell) for cell in line] for line in ([*HEADER], *(cells(row) for row in rows))]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
+    rule = ["-" * (width - (column > 1)) + (":" if column > 1 else "") for column, width in enumerate(widths)]
+    text = []
+    for line in (lines[0], rule, *lines[1:]):
+        cut = [cell.ljust(width) for cell, width in zip(line[:2], widths, strict=False)]
+        cut += [cell.rjust(width) for cell, width in zip(line[2:], widths[2:], strict=True)]
+        text.append(f"| {' | '.join(cut)} |")
+    reasons = {f"- {_escape(row.name)} failed, {_escape(row.failure)}": None for row in rows if row.failure}
+    return "\n".join([*text, *([""] if reasons else []), *reasons]) + "\n"
+
+
+def _escape(cell: str) -> str:
+    """No cell may end the cell or the line it stands in."""
+    return " ".join(cell.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())
+
 
 _CSS = """
 :root { color-scheme: light dark; --ink: #1f2328; --paper: #ffffff; --line: #d0d7de; --soft: #f6f8fa; --bad: #b3261e; }
@@ -117,3 +159,71 @@ def _machine_section(machine: dict[str, Any]) -> str:
         facts["GPUs"] = "; ".join(machine["devices"])
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items()) or "unknown"
     return facts_section("Machine and versions", facts)
+
+
+def write_configs(folder: Path, results: list[dict[str, Any]], machine: dict[str, Any]) -> None:
+    """The report on configurations: NAME.json, profile.md, profile.html, peaks.svg, speed.svg and NAME-timeline.svg.
+
+    Args:
+        results: as `lowmem.cli.profile` makes them.
+        machine: as `environment.describe` returns it.
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    rows = peak_rows(results)
+    peaks, speed = figures.peaks_svg(rows), figures.speed_svg(results)
+    files = {"peaks.svg": svg_file(peaks), "speed.svg": svg_file(speed), "profile.md": table(rows)}
+    timelines = []
+    for result in results:
+        predicted, budget = result.get("predicted") or {}, result.get("budget") or {}
+        svg = timeline_svg(result, budget_bytes=budget.get("ram_bytes"), predicted_bytes=predicted.get("host_peak_bytes"))
+        timelines.append((result["name"], svg, result.get("phases") or {}))
+        files[f"{slug(result['name'])}-timeline.svg"] = svg_file(svg)
+        files[f"{slug(result['name'])}.json"] = _json({**result, "machine": machine})
+    sections = [peaks_section(rows, peaks), figure_section("Speed", speed), timelines_section(timelines)]
+    files["profile.html"] = page("Memory: predicted and measured", sections, machine)
+    _write(folder, files)
+
+
+def write_command(folder: Path, result: dict[str, Any], machine: dict[str, Any]) -> None:
+    """The report on one command: command.json, command-timeline.svg and profile.html.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    svg = timeline_svg(result)
+    sections = [facts_section("Result", command_facts(result)), timelines_section([(result["name"], svg, {})])]
+    files = {
+        "command.json": _json({**result, "machine": machine}),
+        "command-timeline.svg": svg_file(svg),
+        "profile.html": page(f"Memory of {result['name']}", sections, machine),
+    }
+    _write(folder, files)
+
+
+def command_facts(result: dict[str, Any]) -> dict[str, str]:
+    """What is said about a command, in words."""
+    return {
+        "command": result["command"],
+        "peak host memory": format_bytes(result["host_peak_bytes"]),
+        "duration": f"{result['duration_s']:.2f} s",
+        "samples": str(result["samples"]),
+        "exit code": str(result["exit_code"]),
+    }
+
+
+def _json(value: dict[str, Any]) -> str:
+    """One key a line, except the many short objects of a timeline, one of which fills a line."""
+    timeline = value.get("timeline", [])
+    text = json.dumps({**value, "timeline": "@"} if timeline else value, indent=1)
+    lines = ",\n  ".join(json.dumps(sample) for sample in timeline)
+    return text.replace('"timeline": "@"', f'"timeline": [\n  {lines}\n ]', 1) + "\n"
+
+
+def _write(folder: Path, files: dict[str, str]) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            replace_file(folder / name, text)
+    except OSError as error:
+        raise StorageError(f"{folder}: {error.strerror or error}; choose another --out") from error

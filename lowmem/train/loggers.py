@@ -17,9 +17,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lowmem.config import RunConfig
-from lowmem.data.storage import replace_file, storage_errors
-from lowmem.errors import ConfigError, StorageError
+from lowmem.config.schema import RunConfig
+from lowmem.system.errors import ConfigError, StorageError
+from lowmem.system.files import replace_file, storage_errors
 
 LOGGER_NAMES = ("tensorboard", "wandb", "trackio")
 _WANDB_ID_FILE = "wandb_id.txt"

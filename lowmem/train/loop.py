@@ -6,14 +6,19 @@ from typing import Any
 
 from lowmem.data.batch import Batch
 from lowmem.engine.base import StepResult
-from lowmem.errors import EXIT_INTERRUPTED, DivergedError, StoppedBySignal
-from lowmem.memory.measure import cuda_allocated_bytes, host_peak_bytes
-from lowmem.nn.rank_change import following_layers
-from lowmem.optim.kernels.scalars import mix_key
-from lowmem.train.phase_steps import count_speed, describe_speed, end_of_data, enter_next_phase, next_batch, phase_learning_rate
-from lowmem.train.rank_schedule import count_evaluation, next_rank
+from lowmem.system.errors import EXIT_INTERRUPTED, DivergedError, StoppedBySignal
+from lowmem.system.process import StopRequest
 from lowmem.train.run import Run, are_finite
-from lowmem.train.signals import StopRequest
+from lowmem.train.stages import (
+    count_evaluation,
+    count_speed,
+    describe_speed,
+    end_of_data,
+    enter_next_phase,
+    follow_rank_schedule,
+    next_batch,
+    phase_learning_rate,
+)
 
 
 def train(run: Run) -> None:
@@ -32,19 +37,19 @@ def train(run: Run) -> None:
         return
     _show_messages(run)
     run.display.start(total, state.step)
-    phase = "first_step"  # of this process: it is the one that makes room for gradients and optimizer states
+    part = "first_step"  # of this process: it is the one that makes room for gradients and optimizer states
     with StopRequest() as stop:
         while not run.is_complete():
             started = time.perf_counter()
-            _follow_rank_schedule(run)
-            with run.phases(phase):
+            follow_rank_schedule(run)
+            with run.peaks(part):
                 batch = next_batch(run)
                 if batch is None:
                     end_of_data(run, evaluate=_evaluate, save=_save_end)
                     continue
                 lr = phase_learning_rate(run)
                 result = engine.step(batch, lr)
-            phase = "steady_steps"
+            part = "steady_steps"
             _show_messages(run)
             _count(run, batch, result)
             _report_step(run, batch, result, lr, time.perf_counter() - started)
@@ -80,7 +85,7 @@ def save(run: Run) -> None:
     """Write a checkpoint of the current state; every rank calls it."""
     run.state.data = run.data.train.state_dict()
     state = run.state
-    with run.phases("save"):
+    with run.peaks("save"):
         run.checkpoints.save(state.step, run.engine, state.to_json(), best_step=state.best_step, keep=state.phase_ends)
 
 
@@ -153,8 +158,7 @@ def _report_step(run: Run, batch: Batch, result: StepResult, lr: float, seconds:
         "micro_batch_size": run.engine.micro_batch_size,
         "step_time_s": round(seconds, 6),
         "tokens_per_s": round(batch.inputs.size / seconds, 2),
-        "host_peak_bytes": host_peak_bytes(),
-        "cuda_allocated_bytes": cuda_allocated_bytes(),
+        **run.peaks.now(),
     }
     if run.config.phases:
         record["phase"] = run.phase.name
@@ -173,7 +177,7 @@ def _evaluate(run: Run) -> bool:
     validation = run.data.validation
     if validation is None:
         return False
-    with run.phases("evaluation"):
+    with run.peaks("evaluation"):
         loss = run.engine.evaluate(validation.batches(run.config.train.eval_sequences))
     state = run.state
     run.last_evaluation = (state.step, loss)
@@ -188,22 +192,6 @@ def _evaluate(run: Run) -> bool:
         return False
     state.best_val_loss, state.best_step = loss, state.step
     return True
-
-
-def _follow_rank_schedule(run: Run) -> None:
-    """Change the rank before the coming step, if it is time."""
-    lorpt, state = run.config.model.lorpt, run.state
-    if not lorpt.largest_rank():
-        return
-    current = state.rank or max((layer.rank for _, layer in following_layers(run.engine.model, lorpt.ranks)), default=0)
-    rank = next_rank(lorpt, state, current)
-    if not rank:
-        return
-    before = run.engine.model.num_parameters()
-    run.engine.set_rank(rank, lorpt.ranks, seed=mix_key(run.config.train.seed, state.step))
-    state.rank, state.flat_evaluations = rank, 0
-    after = run.engine.model.num_parameters()
-    run.display.message(f"rank {current} -> {rank} after step {state.step}; parameters {before:,} -> {after:,}")
 
 
 def _json_number(value: float) -> float | None:

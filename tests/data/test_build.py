@@ -10,14 +10,12 @@ import time
 import numpy as np
 import pytest
 
-from lowmem.config import SourceConfig
-from lowmem.data.build import build_shards
-from lowmem.data.shard_writer import PROGRESS_FILE, ShardWriter
-from lowmem.data.shards import INDEX_FILE, VERIFIED_FILE, TokenShards
-from lowmem.data.simple_tokenizers import ByteTokenizer
-from lowmem.data.sources import open_source
-from lowmem.data.tokenizers import Tokenizer
-from lowmem.errors import DataError, StorageError
+from lowmem.config.schema import SourceConfig
+from lowmem.data.prepare import build_shards
+from lowmem.data.shards import INDEX_FILE, PROGRESS_FILE, VERIFIED_FILE, ShardWriter, TokenShards
+from lowmem.data.text import open_source
+from lowmem.data.tokenizers import ByteTokenizer, Tokenizer
+from lowmem.system.errors import DataError, StorageError
 
 SHARD_TOKENS = 50_000
 

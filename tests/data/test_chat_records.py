@@ -6,7 +6,7 @@ import json
 import pytest
 
 from lowmem.data.chat_records import parse_record, read_conversations
-from lowmem.errors import DataError
+from lowmem.system.errors import DataError
 
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 SYSTEM = {"role": "system", "content": "be kind"}

@@ -5,14 +5,13 @@ import json
 import numpy as np
 import pytest
 
-from lowmem.config import SourceConfig
-from lowmem.data.chat_source import ChatSource, build_chat_tokens
-from lowmem.data.chat_stream import ChatStream, ChatValidation, Conversations
+from lowmem.config.schema import SourceConfig
+from lowmem.data.chat import ChatSource, ChatStream, ChatValidation, Conversations, build_chat_tokens
 from lowmem.data.chat_template import DEFAULT_TEMPLATE, ChatTemplate
-from lowmem.data.mixture import EndOfData
-from lowmem.data.progress import ignore_progress
-from lowmem.data.simple_tokenizers import ByteTokenizer
-from lowmem.errors import CheckpointError, DataError
+from lowmem.data.stream import EndOfData
+from lowmem.data.text_source import ignore_progress
+from lowmem.data.tokenizers import ByteTokenizer
+from lowmem.system.errors import CheckpointError, DataError
 
 SEQ_LEN = 48
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from lowmem.data.chat_template import DEFAULT_TEMPLATE, ChatTemplate, load_chat_template, save_chat_template
-from lowmem.data.simple_tokenizers import ByteTokenizer
-from lowmem.errors import DataError
+from lowmem.data.tokenizers import ByteTokenizer
+from lowmem.system.errors import DataError
 
 TALK = [
     {"role": "system", "content": "Be brief."},

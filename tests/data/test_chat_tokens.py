@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from lowmem.data.chat_template import DEFAULT_TEMPLATE, ChatTemplate
-from lowmem.data.chunk_tokenizer import ChunkTokenizer
-from lowmem.data.simple_tokenizers import ByteTokenizer, CharTokenizer
+from lowmem.data.tokenizers import ByteTokenizer, CharTokenizer, ChunkTokenizer
 from lowmem.generation.chat import Chat
 from tests.reference.conversations import CHATML, MARKED, TALK, VICUNA, check_ids_of_the_whole_conversation
 from tests.reference.tiny_tokenizers import KINDS, TEXTS, tokenizer_of

@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
-from lowmem.data.chunk_tokenizer import TRIGRAMS, ChunkTokenizer, chunk_text
-from lowmem.errors import DataError
+from lowmem.data.tokenizers import TRIGRAMS, ChunkTokenizer, chunk_text
+from lowmem.system.errors import DataError
 from tests.reference import chunk_rule
 
 

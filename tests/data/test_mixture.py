@@ -4,9 +4,9 @@ from collections import Counter
 
 import pytest
 
-from lowmem.config import SourceConfig
-from lowmem.data.mixture import EndOfData, Mixture
-from lowmem.errors import CheckpointError
+from lowmem.config.schema import SourceConfig
+from lowmem.data.stream import EndOfData, Mixture
+from lowmem.system.errors import CheckpointError
 
 
 def draw(mixture: Mixture, count: int, step: int = 0) -> list[int]:

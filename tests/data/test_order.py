@@ -2,7 +2,7 @@
 
 import pytest
 
-from lowmem.data.order import KeyedPermutation, keyed_hash
+from lowmem.data.shards import KeyedPermutation, keyed_hash
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 15, 16, 17, 63, 64, 65, 1000, 4097])

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from lowmem.data.batch import IGNORE_INDEX
-from lowmem.data.packing import Packer, PackingCounts, pack_conversations, truncated
-from lowmem.errors import DataError
+from lowmem.data.chat import Packer, PackingCounts, pack_conversations, truncated
+from lowmem.system.errors import DataError
 
 SEQ_LEN = 12
 

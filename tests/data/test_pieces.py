@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from lowmem.data.pieces import PIECE_CHARS, Piece, PieceCutter, document_pieces, limit_bytes, utf8_size
+from lowmem.data.text_source import PIECE_CHARS, Piece, PieceCutter, document_pieces, limit_bytes, utf8_size
 
 TEXT = "some words, and\n\n\tan indented line; naïve 日本語 text 🙂 " * 2000  # about 50 000 characters: four pieces
 

@@ -9,9 +9,9 @@ import datasets
 import numpy as np
 import pytest
 
-from lowmem.config import DataConfig, SourceConfig
+from lowmem.config.schema import DataConfig, SourceConfig
 from lowmem.data.prepare import prepare_data
-from lowmem.errors import ConfigError, DataError
+from lowmem.system.errors import ConfigError, DataError
 
 SEQ_LEN = 16
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lowmem.data.split import split_tokens
+from lowmem.data.shards import split_tokens
 
 
 def as_set(regions: np.ndarray) -> set[int]:

@@ -1,6 +1,6 @@
 """The standard library as a corpus."""
 
-from lowmem.data.stdlib_source import StdlibSource
+from lowmem.data.text import StdlibSource
 from lowmem.data.text_source import ReadCounters
 
 

@@ -8,13 +8,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from lowmem.config import SourceConfig
-from lowmem.data.hub import load_hub_dataset
-from lowmem.data.simple_tokenizers import ByteTokenizer
-from lowmem.data.sources import open_source
-from lowmem.data.streaming import HeldOutDocuments, StreamedWindows, is_held_out
+from lowmem.config.schema import SourceConfig
+from lowmem.data.hub import HeldOutDocuments, StreamedWindows, is_held_out, load_hub_dataset
+from lowmem.data.text import open_source
 from lowmem.data.text_source import ReadCounters
-from lowmem.errors import CheckpointError, DataError
+from lowmem.data.tokenizers import ByteTokenizer
+from lowmem.system.errors import CheckpointError, DataError
 
 SEQ_LEN = 32
 EOS = ByteTokenizer.eos_id

@@ -11,10 +11,10 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from lowmem.config import SourceConfig
-from lowmem.data.sources import open_source
+from lowmem.config.schema import SourceConfig
+from lowmem.data.text import open_source
 from lowmem.data.text_source import ReadCounters
-from lowmem.errors import ConfigError, DataError
+from lowmem.system.errors import ConfigError, DataError
 from tests.reference.text import documents
 
 COMPRESS = {
@@ -181,9 +181,9 @@ def test_a_missing_package_names_its_extra(tmp_path, monkeypatch, package, name,
     [
         ({}, "no source; set exactly one"),
         ({"path": "x", "stdlib": True}, "path and stdlib; set exactly one"),
-        ({"path": "x", "subset": "en", "streaming": True}, "subset and streaming of a source has no effect on path"),
-        ({"stdlib": True, "text_field": "body"}, "text_field of a source has no effect on stdlib"),
-        ({"stdlib": True, "max_bytes": -1}, "max_bytes of a source is -1"),
+        ({"path": "x", "subset": "en", "streaming": True}, r"data.sources\[0\] has subset and streaming, which has no effect on path"),
+        ({"stdlib": True, "text_field": "body"}, r"data.sources\[0\] has text_field, which has no effect on stdlib"),
+        ({"stdlib": True, "max_bytes": -1}, "max_bytes is -1"),
     ],
 )
 def test_contradictory_source_settings(settings, message):

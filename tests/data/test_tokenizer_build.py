@@ -3,12 +3,12 @@
 import pytest
 import tokenizers
 
-from lowmem.config import DataConfig, SourceConfig
-from lowmem.data.progress import ignore_progress
-from lowmem.data.sources import open_source
-from lowmem.data.storage import cache_root
-from lowmem.data.tokenizer_build import MIN_SAMPLE_BYTES, prepare_tokenizer, sample_texts
-from lowmem.errors import ConfigError, DataError
+from lowmem.config.schema import DataConfig, SourceConfig
+from lowmem.data.text import open_source
+from lowmem.data.text_source import ignore_progress
+from lowmem.data.tokenizer_loading import MIN_SAMPLE_BYTES, prepare_tokenizer, sample_texts
+from lowmem.system.errors import ConfigError, DataError
+from lowmem.system.files import cache_root
 
 TEXT = "the cat sat on the mat; naïve Ünï\n" * 40
 

@@ -9,12 +9,17 @@ import sys
 import pytest
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from lowmem.data.chunk_tokenizer import ChunkTokenizer
 from lowmem.data.hf_tokenizer import HuggingFaceTokenizer
-from lowmem.data.simple_tokenizers import ByteTokenizer, CharTokenizer
-from lowmem.data.stream_decoder import TokenStreamDecoder
-from lowmem.data.tokenizers import END_OF_TEXT, check_vocab, load_tokenizer
-from lowmem.errors import ConfigError, DataError
+from lowmem.data.tokenizer_loading import load_tokenizer
+from lowmem.data.tokenizers import (
+    END_OF_TEXT,
+    ByteTokenizer,
+    CharTokenizer,
+    ChunkTokenizer,
+    TokenStreamDecoder,
+    check_vocab,
+)
+from lowmem.system.errors import ConfigError, DataError
 
 CORPUS = ["the cat sat on the mat. " * 20, "Naïve café, ÄÖÜ ß; the thing was there.\r\n\ttabs\n" * 5]
 ODD = (

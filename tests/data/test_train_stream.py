@@ -5,10 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from lowmem.data.mixture import EndOfData
-from lowmem.data.train_stream import TrainStream
-from lowmem.data.windows import StoredWindows
-from lowmem.errors import CheckpointError
+from lowmem.data.shards import StoredWindows
+from lowmem.data.stream import EndOfData, TrainStream
+from lowmem.system.errors import CheckpointError
 from tests.data.fake_shards import CountingShards
 
 SEQ_LEN = 8

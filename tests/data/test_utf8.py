@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from lowmem.data.utf8 import Utf8Reader, replace_surrogates
-from lowmem.errors import DataError
+from lowmem.data.decoding import Utf8Reader, replace_surrogates
+from lowmem.system.errors import DataError
 
 
 def decode_in_portions(data: bytes, rng: random.Random, errors: str) -> tuple[str, int]:

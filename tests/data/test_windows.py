@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 
-from lowmem.data.split import split_tokens
-from lowmem.data.validation import ValidationSet
-from lowmem.data.windows import StoredWindows
-from lowmem.errors import DataError
+from lowmem.data.shards import StoredWindows, split_tokens
+from lowmem.data.stream import ValidationSet
+from lowmem.system.errors import DataError
 from tests.data.fake_shards import CountingShards
 
 SEQ_LEN = 16

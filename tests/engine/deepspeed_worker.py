@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lowmem.config import DataConfig, EngineConfig, OptimConfig, RunConfig, TrainConfig
+from lowmem.config.schema import DataConfig, EngineConfig, OptimConfig, RunConfig, TrainConfig
 from lowmem.data.batch import IGNORE_INDEX, Batch
-from lowmem.errors import MemoryBudgetError
+from lowmem.system.errors import MemoryBudgetError
 
 VOCAB, DIM, SEQ_LEN, GLOBAL_BATCH = 67, 24, 6, 8
 
@@ -78,7 +78,7 @@ def run_config(case: dict[str, Any]) -> RunConfig:
 def make_model(case: dict[str, Any]) -> Any:
     if "model" not in case:
         return TinyModel(case.get("dim", DIM))
-    from lowmem.config import LorptConfig, ModelConfig
+    from lowmem.config.schema import LorptConfig, ModelConfig
     from lowmem.models.registry import build_model
 
     shape = {**case["model"], "lorpt": LorptConfig(**case["model"].get("lorpt", {}))}
@@ -88,7 +88,7 @@ def make_model(case: dict[str, Any]) -> Any:
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
-    from lowmem.engine.deepspeed import DeepSpeedEngine
+    from lowmem.engine.deepspeed.engine import DeepSpeedEngine
 
     config = run_config(case)
     model = make_model(case).to(torch.bfloat16 if config.train.weight_dtype == "bf16" else torch.float32)
@@ -196,7 +196,7 @@ def main() -> None:
     flags = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    from lowmem.engine.distributed import destroy_process_group, rank
+    from lowmem.engine.deepspeed.processes import destroy_process_group, rank
 
     for case in json.loads(flags.cases.read_text()):
         found = run_case(case)

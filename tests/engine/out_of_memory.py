@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lowmem.engine.local import LocalEngine
-from lowmem.engine.optimizer_state import optimizer_tensors
+from lowmem.engine.state import optimizer_tensors
 
 MESSAGE = "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
 

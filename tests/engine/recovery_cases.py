@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lowmem.config import LorptConfig, ModelConfig, OptimConfig, TrainConfig
+from lowmem.config.schema import LorptConfig, ModelConfig, OptimConfig, TrainConfig
 from lowmem.data.batch import IGNORE_INDEX, Batch
 from lowmem.engine.layerwise import LayerwiseEngine
 from lowmem.engine.local import LocalEngine

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from lowmem.engine.boundaries import Boundaries
-from lowmem.engine.loss_scale import LossScale
+from lowmem.engine.layerwise import Boundaries, LossScale
 
 CPU = torch.device("cpu")
 

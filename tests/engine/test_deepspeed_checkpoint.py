@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowmem.engine.deepspeed_checkpoint import load_state, save_state
-from lowmem.errors import CheckpointError
+from lowmem.engine.deepspeed.saving import load_state, save_state
+from lowmem.system.errors import CheckpointError
 
 
 class Stage(IntEnum):

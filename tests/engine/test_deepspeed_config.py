@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from lowmem.config import EngineConfig, OptimConfig, RunConfig, TrainConfig
-from lowmem.engine import deepspeed_config
-from lowmem.engine.deepspeed_config import build_deepspeed_config, default_document, offloads_optimizer, zero_stage
-from lowmem.errors import ConfigError
+from lowmem.config.schema import EngineConfig, OptimConfig, RunConfig, TrainConfig
+from lowmem.engine.deepspeed import ds_config
+from lowmem.engine.deepspeed.ds_config import build_deepspeed_config, default_document, offloads_optimizer, zero_stage
+from lowmem.system.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "deepspeed"
 
@@ -132,10 +132,10 @@ def test_the_known_keys_are_those_of_the_installed_deepspeed() -> None:
     def keys(cls: Any) -> set[str]:
         return {item.alias or name for name, item in cls.model_fields.items()}
 
-    zero = deepspeed_config._KNOWN["zero_optimization"]
-    assert set(zero) == keys(DeepSpeedZeroConfig) - set(deepspeed_config._REFUSED_ZERO) - {"cpu_offload_param"}
+    zero = ds_config._KNOWN["zero_optimization"]
+    assert set(zero) == keys(DeepSpeedZeroConfig) - set(ds_config._REFUSED_ZERO) - {"cpu_offload_param"}
     assert set(zero["offload_param"]) == keys(DeepSpeedZeroOffloadParamConfig)
     assert set(zero["offload_optimizer"]) == keys(DeepSpeedZeroOffloadOptimizerConfig)
-    assert set(deepspeed_config._KNOWN["bf16"]) == keys(DeepSpeedBF16Config)
-    assert set(deepspeed_config._KNOWN["fp16"]) == keys(DeepSpeedFP16Config)
-    assert set(deepspeed_config._KNOWN) == deepspeed_config._PASSED_ON
+    assert set(ds_config._KNOWN["bf16"]) == keys(DeepSpeedBF16Config)
+    assert set(ds_config._KNOWN["fp16"]) == keys(DeepSpeedFP16Config)
+    assert set(ds_config._KNOWN) == ds_config._PASSED_ON

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from lowmem.engine.deepspeed_build import put_ninja_on_path
-from lowmem.engine.deepspeed_optimizers import prepare_optimizer, separate_by_state_width
-from lowmem.engine.distributed import import_deepspeed
+from lowmem.engine.deepspeed.engine import prepare_optimizer, separate_by_state_width
+from lowmem.engine.deepspeed.operators import put_ninja_on_path
+from lowmem.engine.deepspeed.processes import import_deepspeed
 from lowmem.optim import AdamW
 
 pytestmark = [

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from lowmem.engine.distributed import launched_by_deepspeed, local_rank, local_world_size, rank, rank_device, world_size
+from lowmem.engine.deepspeed.processes import launched_by_deepspeed, local_rank, local_world_size, rank, rank_device, world_size
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE")
 
@@ -34,5 +34,5 @@ def test_launcher_variables_name_the_rank_and_its_gpu(monkeypatch: pytest.Monkey
 
 
 def test_engine_modules_do_not_import_deepspeed() -> None:
-    code = "import sys, lowmem.engine.deepspeed, lowmem.engine.deepspeed_build; sys.exit('deepspeed' in sys.modules)"
+    code = "import sys, lowmem.engine.deepspeed.engine, lowmem.engine.deepspeed.operators; sys.exit('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-W", "error", "-c", code]).returncode == 0

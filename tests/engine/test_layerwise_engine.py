@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from lowmem.config import LorptConfig, ModelConfig, OptimConfig, TrainConfig
+from lowmem.config.schema import LorptConfig, ModelConfig, OptimConfig, TrainConfig
 from lowmem.data.batch import IGNORE_INDEX, Batch
 from lowmem.engine.layerwise import LayerwiseEngine
 from lowmem.engine.local import LocalEngine
-from lowmem.engine.optimizer_state import optimizer_tensors
-from lowmem.errors import MemoryBudgetError
+from lowmem.engine.state import optimizer_tensors
 from lowmem.models.base import LossOptions
 from lowmem.models.registry import build_model
-from lowmem.nn import loss_by_rows
+from lowmem.nn import loss
+from lowmem.system.errors import MemoryBudgetError
 
 VOCAB, SEQ_LEN, GLOBAL_BATCH, LR = 67, 16, 8, 1e-2
 CPU = torch.device("cpu")
@@ -104,7 +104,7 @@ def make_rows(engine: LocalEngine) -> LocalEngine:
 
 
 def test_a_head_in_rows_gets_the_same_gradients(monkeypatch):
-    monkeypatch.setattr(loss_by_rows, "GRAD_BLOCK_ROWS", 16)  # 16 rows of 32 numbers are four blocks of states
+    monkeypatch.setattr(loss, "GRAD_BLOCK_ROWS", 16)  # 16 rows of 32 numbers are four blocks of states
     reference, engine = make_rows(accumulate()), make_rows(layerwise(micro=3))
     reference._accumulate(make_batch(0))
     expected = reference.model.head.weight.grad

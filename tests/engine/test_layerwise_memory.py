@@ -14,7 +14,7 @@ pytestmark = pytest.mark.memory
 SCRIPT = """
 import json, sys
 import numpy as np, torch
-from lowmem.config import ModelConfig, OptimConfig, TrainConfig
+from lowmem.config.schema import ModelConfig, OptimConfig, TrainConfig
 from lowmem.data.batch import Batch
 from lowmem.engine.layerwise import LayerwiseEngine
 from lowmem.engine.local import LocalEngine

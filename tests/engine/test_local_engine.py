@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from lowmem.config import ModelConfig, OptimConfig
+from lowmem.config.schema import ModelConfig, OptimConfig
 from lowmem.data.batch import IGNORE_INDEX, Batch
-from lowmem.devices import Precision
 from lowmem.engine.local import LocalEngine
-from lowmem.engine.optimizer_state import optimizer_tensors
+from lowmem.engine.state import optimizer_tensors
 from lowmem.models.registry import build_model
+from lowmem.system.devices import Precision
 
 VOCAB, SEQ_LEN, GLOBAL_BATCH, LR = 67, 16, 8, 1e-2
 KINDS = [("adamw", 32), ("lion", 32), ("adamw", 8), ("lion", 8)]

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem.config import OptimConfig
-from lowmem.engine.optimizer_state import load_optimizer_tensors, optimizer_tensors
-from lowmem.engine.tensor_file import read_tensors, write_tensors
-from lowmem.errors import CheckpointError
+from lowmem.config.schema import OptimConfig
+from lowmem.engine.state import load_optimizer_tensors, optimizer_tensors
 from lowmem.optim import AdamW
-from lowmem.optim.build import build_optimizer
+from lowmem.optim.from_config import build_optimizer
 from lowmem.optim.kernels.formats import BLOCK, FORMATS
 from lowmem.optim.kernels.reference import decode_signed
+from lowmem.system.errors import CheckpointError
+from lowmem.system.tensors import read_tensors, write_tensors
 
 WIDTH = 96  # 9,216 weights: above the 4,096 from which bitsandbytes keeps 8-bit states; the bias stays below
 KINDS = [("adamw", 32), ("lion", 32), ("adamw", 8), ("lion", 8)]

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from lowmem.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
-from lowmem.config_check import config_problems
-from lowmem.config_data import DataConfig, SourceConfig
+from lowmem.config.checks import config_problems
+from lowmem.config.schema import DataConfig, ModelConfig, OptimConfig, RunConfig, SourceConfig, TrainConfig
 from lowmem.data.batch import Batch
-from lowmem.engine.build import build_configured_model, build_local_engine
+from lowmem.engine.from_config import build_configured_model, build_local_engine
 from tests.reference.markdown import table
 
 UPDATES = ("accumulate", "layerwise")

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from lowmem.config import LorptConfig, ModelConfig, OptimConfig, TrainConfig
+from lowmem.config.schema import LorptConfig, ModelConfig, OptimConfig, TrainConfig
 from lowmem.data.batch import Batch
 from lowmem.engine.layerwise import LayerwiseEngine
 from lowmem.engine.local import LocalEngine
-from lowmem.errors import ConfigError
 from lowmem.models.registry import build_model
+from lowmem.system.errors import ConfigError
 
 VOCAB, SEQ_LEN = 61, 16
 CPU = torch.device("cpu")
@@ -43,10 +43,10 @@ def test_growing_leaves_the_loss_and_shrinking_back_nearly(update, name, bottlen
         engine.step(batch(seed), 1e-2)
     held_out = [batch(99)]
     before = engine.evaluate(held_out)
-    engine.set_rank(12, lorpt.ranks, seed=1)
+    engine.set_rank(12, lorpt.ranks, seed=1, step=0)
     # zeros are added to sums of the same numbers, which vectorised kernels group otherwise: 64 roundings of a loss of about 4
     assert engine.evaluate(held_out) == pytest.approx(before, abs=64 * 4 * 2**-24)
-    engine.set_rank(4, lorpt.ranks, seed=2)
+    engine.set_rank(4, lorpt.ranks, seed=2, step=0)
     # the same product from other factors (linear), or the same factors again (silu: added columns have no weight)
     assert engine.evaluate(held_out) == pytest.approx(before, abs=2000 * 4 * 2**-24)
     for seed in range(4, 8):
@@ -60,7 +60,7 @@ def test_a_grown_model_ends_below_one_that_was_not():
         engine, lorpt = make_engine(1, name="spectron", state_bits=32)
         for seed in range(200):
             if grown and seed == 60:
-                engine.set_rank(12, lorpt.ranks, seed=1)
+                engine.set_rank(12, lorpt.ranks, seed=1, step=0)
             engine.step(batch(seed), 2e-2)
         losses[grown] = engine.evaluate([batch(1000 + n) for n in range(4)])
     assert losses[True] < losses[False] - 0.5
@@ -70,7 +70,7 @@ def test_growing_is_a_function_of_its_seed():
     weights = []
     for seed in (1, 1, 2):
         engine, lorpt = make_engine()
-        engine.set_rank(8, lorpt.ranks, seed)
+        engine.set_rank(8, lorpt.ranks, seed=seed, step=0)
         weights.append(engine.model.blocks[0].attention.out.down.detach().clone())
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
@@ -79,7 +79,7 @@ def test_growing_is_a_function_of_its_seed():
 def test_a_checkpoint_brings_its_ranks(tmp_path):
     engine, lorpt = make_engine()
     engine.step(batch(0), 1e-2)
-    engine.set_rank(8, lorpt.ranks, seed=1)
+    engine.set_rank(8, lorpt.ranks, seed=1, step=0)
     engine.step(batch(1), 1e-2)
     state = engine.save(tmp_path)
     other, _ = make_engine()
@@ -92,5 +92,5 @@ def test_a_rank_that_saves_nothing_is_refused_and_nothing_changes():
     engine, lorpt = make_engine()
     before = engine.evaluate([batch(0)])
     with pytest.raises(ConfigError, match=r"asks for 16, layer blocks\.0\.attention\.qkv\.q .* below .* 16\.0"):
-        engine.set_rank(16, lorpt.ranks, seed=1)
+        engine.set_rank(16, lorpt.ranks, seed=1, step=0)
     assert engine.evaluate([batch(0)]) == before

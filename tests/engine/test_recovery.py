@@ -9,7 +9,7 @@ import pytest
 from lowmem.engine import layerwise_head
 from lowmem.engine.layerwise import LayerwiseEngine
 from lowmem.engine.local import LocalEngine
-from lowmem.nn import loss_by_rows
+from lowmem.nn import loss
 from tests.engine.out_of_memory import MemoryRunsOut, bits
 from tests.engine.recovery_cases import CASES, LR, MICRO, STEPS, make_batch, make_engine
 
@@ -19,7 +19,7 @@ FITS = layerwise_head.fits
 
 @pytest.fixture(autouse=True)
 def _small_blocks_of_rows(monkeypatch):
-    monkeypatch.setattr(loss_by_rows, "GRAD_BLOCK_ROWS", 32)  # three blocks of rows
+    monkeypatch.setattr(loss, "GRAD_BLOCK_ROWS", 32)  # three blocks of rows
 
 
 def run_with_failure(case: str, step: int, at: int, monkeypatch) -> tuple[LocalEngine, list[Any], MemoryRunsOut, list[bool]]:

@@ -10,8 +10,8 @@ from lowmem.engine import layerwise_head, local
 from lowmem.engine.layerwise import LayerwiseEngine
 from lowmem.engine.local import LocalEngine
 from lowmem.engine.recovery import smaller_micro_batch
-from lowmem.errors import MemoryBudgetError
-from lowmem.nn import loss_by_rows
+from lowmem.nn import loss
+from lowmem.system.errors import MemoryBudgetError
 from tests.engine.out_of_memory import MESSAGE, MemoryRunsOut, NothingLargerThan, bits
 from tests.engine.recovery_cases import CASES, GLOBAL_BATCH, LR, MICRO, make_batch, make_engine
 
@@ -254,7 +254,7 @@ def test_a_rehearsal_leaves_no_trace(case):
 
 @pytest.mark.parametrize("case", ["dense", "dense in rows, layerwise"])
 def test_a_rehearsal_finds_the_micro_batch_that_steps_then_use(case, monkeypatch):
-    monkeypatch.setattr(loss_by_rows, "GRAD_BLOCK_ROWS", 32)
+    monkeypatch.setattr(loss, "GRAD_BLOCK_ROWS", 32)
     engine, other = make_engine(case), make_engine(case, micro=MICRO // 2)
     # The MLP's activation has 128 numbers for each of 16 tokens, 49,152 bytes for 6 sequences and half for 3; the gradient of its
     # largest matrix has 32,768 bytes.

@@ -20,11 +20,11 @@ pytestmark = [
 SCRIPT = """
 import json, sys
 import numpy as np, torch
-from lowmem.config import ModelConfig, OptimConfig, TrainConfig
+from lowmem.config.schema import ModelConfig, OptimConfig, TrainConfig
 from lowmem.data.batch import Batch
 from lowmem.engine.layerwise import LayerwiseEngine
 from lowmem.engine.local import LocalEngine
-from lowmem.memory.budget import CODE_BYTES, RESERVE_BYTES, limit_host_memory
+from lowmem.memory.limits import CODE_BYTES, RESERVE_BYTES, limit_host_memory
 from lowmem.memory.procfs import status_bytes
 from lowmem.models.registry import build_model
 

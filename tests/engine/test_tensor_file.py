@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lowmem.engine.tensor_file import LazyTensor, load_into, read_tensors, write_tensors
-from lowmem.errors import CheckpointError
+from lowmem.system.errors import CheckpointError
+from lowmem.system.tensors import LazyTensor, load_into, read_tensors, write_tensors
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -89,7 +89,7 @@ def test_writing_needs_no_second_copy(tmp_path):
     code = f"""
 import torch
 from pathlib import Path
-from lowmem.engine.tensor_file import write_tensors
+from lowmem.system.tensors import write_tensors
 from lowmem.memory.measure import measure_peak, host_rss_bytes
 tensors = {{str(i): torch.ones(2_500_000) for i in range(20)}}
 write_tensors(Path({str(tmp_path / "warm.safetensors")!r}), {{"0": tensors["0"]}})

@@ -7,12 +7,11 @@ import sys
 import pytest
 import torch
 
-from lowmem.data.chunk_tokenizer import ChunkTokenizer
 from lowmem.data.hf_tokenizer import HuggingFaceTokenizer
-from lowmem.data.simple_tokenizers import ByteTokenizer, CharTokenizer
-from lowmem.errors import ConfigError
+from lowmem.data.tokenizers import ByteTokenizer, CharTokenizer, ChunkTokenizer
+from lowmem.engine.run_model import RunModel
 from lowmem.export.hf import export_run_model, hf_model
-from lowmem.run_model import RunModel
+from lowmem.system.errors import ConfigError
 from tests.reference.random_models import SHAPES, make_run, tolerance
 
 TEXT = "The ship sails with them; héllo wörld 42.\n\n  <|endoftext|> ends"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lowmem.cli import main
+from lowmem.cli.main import main
 from tests.reference.random_models import read_header
 
 

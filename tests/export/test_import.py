@@ -6,12 +6,12 @@ import shutil
 import pytest
 import torch
 
-from lowmem.cli import main
-from lowmem.config import LorptConfig
-from lowmem.errors import CheckpointError, ConfigError
+from lowmem.cli.main import main
+from lowmem.config.schema import LorptConfig
+from lowmem.engine.run_model import load_run_model
 from lowmem.export.hf import export_run_model
 from lowmem.export.import_hf import import_directory
-from lowmem.run_model import load_run_model
+from lowmem.system.errors import CheckpointError, ConfigError
 from tests.reference.random_models import read_header, save_theirs, tolerance
 from tests.train.tiny_run import tiny_arguments, write_text
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lowmem.data.packing import pack_conversations
-from lowmem.errors import CheckpointError
+from lowmem.data.chat import pack_conversations
 from lowmem.finetune.base_model import load_base
 from lowmem.finetune.families import FAMILIES, ONE_PER_ROW, one_conversation_per_row
 from lowmem.finetune.step import batch_loss
+from lowmem.system.errors import CheckpointError
 from tests.reference.tiny_families import SHAPES, save_tiny
 
 CPU = torch.device("cpu")

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from lowmem.cli import main
-from lowmem.data.packing import pack_conversations
-from lowmem.errors import ConfigError, MemoryBudgetError
+from lowmem.cli.main import main
+from lowmem.data.chat import pack_conversations
 from lowmem.finetune.base_model import load_base
 from lowmem.finetune.memory import predict_memory
 from lowmem.finetune.methods import apply_method, parameter_groups
 from lowmem.finetune.save import swap_adapter
 from lowmem.finetune.step import batch_loss
 from lowmem.finetune.train import finetune
-from lowmem.train.progress import NullDisplay
+from lowmem.system.errors import ConfigError, MemoryBudgetError
+from lowmem.train.display import NullDisplay
 from tests.finetune.tiny import CPU, logits, make_config
 from tests.reference.random_models import SHAPES, make_run, save_theirs, tolerance
 

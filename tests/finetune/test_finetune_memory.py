@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem.config_finetune import FinetuneConfig
-from lowmem.errors import ConfigError
+from lowmem.config.finetune import FinetuneConfig
 from lowmem.finetune.base_model import load_base
 from lowmem.finetune.hidden import plain_head
 from lowmem.finetune.memory import predict_memory
 from lowmem.finetune.methods import apply_method, parameter_groups
 from lowmem.finetune.step import Stepper, batch_loss
 from lowmem.finetune.write import write_model
+from lowmem.system.errors import ConfigError
 from tests.finetune.tiny import CPU, TOKENS, logits, make_config, packed
 from tests.reference.random_models import SHAPES, make_run, save_theirs, tolerance
 
@@ -144,11 +144,11 @@ def test_a_4_bit_base_is_merged_as_it_is_written(new_tokens, base, chat, tmp_pat
 MEASURE = """
 import sys
 from pathlib import Path
-from lowmem.errors import ConfigError
+from lowmem.system.errors import ConfigError
 from lowmem.finetune.base_model import load_base
-from lowmem.memory.block_cache import set_up_host_memory
+from lowmem.memory.allocator import set_up_host_memory
 from lowmem.memory.measure import host_rss_bytes, measure_peak
-from lowmem.data.storage import compiled_root
+from lowmem.system.files import compiled_root
 import bitsandbytes, transformers
 from transformers import LlamaForCausalLM
 set_up_host_memory(compiled_root())
@@ -180,7 +180,7 @@ def test_a_4_bit_base_is_never_whole_in_memory(tmp_path):
 def test_a_run_takes_what_is_predicted(method, chat, tmp_path):
     save_theirs(tmp_path / "base", "llama", hidden_size=512, intermediate_size=2048, num_hidden_layers=4)
     command = [
-        sys.executable, "-m", "lowmem.cli", "finetune", "--quiet", f"--base={tmp_path / 'base'}", f"--data={chat}",
+        sys.executable, "-m", "lowmem", "finetune", "--quiet", f"--base={tmp_path / 'base'}", f"--data={chat}",
         f"--out={tmp_path / 'out'}", f"--method={method}", "--steps=3", "--seq_len=256", "--batch_size=4", "--micro_batch_size=4",
         "--save_every=0",
     ]  # fmt: skip

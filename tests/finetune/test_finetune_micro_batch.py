@@ -7,15 +7,15 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lowmem.config_finetune import FinetuneConfig, finetune_problems, micro_batch_sizes
-from lowmem.config_load import load_config
-from lowmem.errors import ConfigError, MemoryBudgetError
+from lowmem.config.finetune import FinetuneConfig, finetune_problems, micro_batch_sizes
+from lowmem.config.load import load_config
 from lowmem.finetune.base_model import enable_checkpointing, load_base
 from lowmem.finetune.methods import apply_method, parameter_groups
 from lowmem.finetune.settle import choose_micro_batch, earlier_micro_batch
 from lowmem.finetune.step import Stepper
 from lowmem.finetune.train import finetune
-from lowmem.train.progress import NullDisplay
+from lowmem.system.errors import ConfigError, MemoryBudgetError
+from lowmem.train.display import NullDisplay
 from tests.engine.out_of_memory import MESSAGE, MemoryRunsOut, NothingLargerThan
 from tests.finetune.tiny import CPU, make_config, packed
 

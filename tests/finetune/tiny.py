@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lowmem.config_finetune import FinetuneConfig, finetune_problems
-from lowmem.config_load import load_config
-from lowmem.data.packing import pack_conversations
+from lowmem.config.finetune import FinetuneConfig, finetune_problems
+from lowmem.config.load import load_config
+from lowmem.data.chat import pack_conversations
 
 CPU = torch.device("cpu")
 TOKENS = torch.arange(40).view(1, 40) * 7 % 300

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowmem.devices import cuda_problem
 from lowmem.finetune.base_model import load_base
 from lowmem.finetune.train import finetune
-from lowmem.train.progress import NullDisplay
+from lowmem.system.devices import cuda_problem
+from lowmem.train.display import NullDisplay
 from tests.finetune.tiny import TOKENS, make_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(cuda_problem()), reason=f"no CUDA device to use: {cuda_problem()}")]

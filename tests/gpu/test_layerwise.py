@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from lowmem.config import ModelConfig, OptimConfig, TrainConfig
+from lowmem.config.schema import ModelConfig, OptimConfig, TrainConfig
 from lowmem.data.batch import Batch
-from lowmem.devices import cuda_has_native_bf16, cuda_problem
 from lowmem.engine.layerwise import LayerwiseEngine
 from lowmem.engine.local import LocalEngine
-from lowmem.engine.optimizer_state import optimizer_tensors
+from lowmem.engine.state import optimizer_tensors
 from lowmem.memory.measure import measure_peak
 from lowmem.models.registry import build_model
+from lowmem.system.devices import cuda_has_native_bf16, cuda_problem
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(cuda_problem()), reason=f"no CUDA device to use: {cuda_problem()}")]
 

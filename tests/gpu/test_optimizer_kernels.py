@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem.devices import cuda_problem
 from lowmem.optim import AdamW, Lion
 from lowmem.optim.kernels import reference
 from lowmem.optim.kernels import triton as kernels
-from lowmem.optim.kernels.formats import BLOCK
-from lowmem.optim.kernels.scalars import StepScalars
+from lowmem.optim.kernels.formats import BLOCK, StepScalars
+from lowmem.system.devices import cuda_problem
 from tests.optim.kernels.cases import EVERY_FORM, gradient, new_states, random_weights
 from tests.optim.kernels.triton_cases import DTYPES, any_codes, decaying_case, huge_case, make_scalars, subnormal_case, weights_at_the_edges
 

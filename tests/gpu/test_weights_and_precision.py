@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowmem.cli import main
-from lowmem.devices import cuda_has_native_bf16, cuda_has_native_fp8, cuda_problem
+from lowmem.cli.main import main
+from lowmem.system.devices import cuda_has_native_bf16, cuda_has_native_fp8, cuda_problem
 from tests.nn.tensors import gradients, numbers
 from tests.train.tiny_run import metrics, tiny_arguments, write_text
 

@@ -9,9 +9,9 @@ from collections import OrderedDict
 
 import pytest
 
-from lowmem.data.storage import compiled_root
-from lowmem.devices import cxx_compiler
-from lowmem.memory.block_cache import block_cache_library
+from lowmem.memory.allocator import block_cache_library
+from lowmem.system.devices import cxx_compiler
+from lowmem.system.files import compiled_root
 from tests.train.tiny_run import ROOT
 
 MIB = 1 << 20
@@ -21,7 +21,7 @@ needs_compiler = pytest.mark.skipif(sys.platform != "linux" or not cxx_compiler(
 SET_UP = """
 import json, sys, torch
 from pathlib import Path
-from lowmem.memory.block_cache import block_counts, release_host_memory, set_up_host_memory
+from lowmem.memory.allocator import block_counts, release_host_memory, set_up_host_memory
 from lowmem.memory.procfs import rollup_bytes, status_bytes
 torch.set_num_threads(1)
 def install():

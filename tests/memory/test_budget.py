@@ -26,8 +26,8 @@ def python(code: str, *arguments: object) -> str:
 def test_a_limit_below_what_is_used_is_refused_and_not_set():
     code = """
 import resource
-from lowmem.errors import MemoryBudgetError
-from lowmem.memory.budget import limit_host_memory
+from lowmem.system.errors import MemoryBudgetError
+from lowmem.memory.limits import limit_host_memory
 ballast = b"x" * (100 << 20)
 before = resource.getrlimit(resource.RLIMIT_DATA)
 try:
@@ -45,7 +45,7 @@ assert resource.getrlimit(resource.RLIMIT_DATA) == before
 def test_allocations_past_the_limit_raise_out_of_memory_and_the_process_lives_on():
     code = """
 import numpy, torch
-from lowmem.memory.budget import is_out_of_memory, limit_host_memory
+from lowmem.memory.limits import is_out_of_memory, limit_host_memory
 from lowmem.memory.procfs import status_bytes
 limit_host_memory(status_bytes()["VmRSS"] + (220 << 20))
 size = 400 << 20
@@ -64,9 +64,9 @@ print(is_out_of_memory(RuntimeError("shapes differ")), is_out_of_memory(ValueErr
 
 SET_UP = """
 import sys
-from lowmem.config_load import load_run_config
+from lowmem.config.load import load_run_config
 from lowmem.memory.procfs import status_bytes
-from lowmem.train.progress import make_display
+from lowmem.train.display import make_display
 from lowmem.train.setup import set_up
 run = set_up(load_run_config("", sys.argv[1:]), make_display(quiet=True))
 print(status_bytes()["VmHWM"])

@@ -1,6 +1,6 @@
 import pytest
 
-from lowmem.memory.cgroup import cgroup_bytes, cgroup_limit_bytes, cgroup_room_bytes
+from lowmem.memory.procfs import cgroup_bytes, cgroup_limit_bytes, cgroup_room_bytes
 
 
 def write(path, text):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lowmem.memory.malloc import MAP_FROM_BYTES, fix_malloc_thresholds
+from lowmem.memory.allocator import MAP_FROM_BYTES, fix_malloc_thresholds
 from tests.train.tiny_run import ROOT
 
 pytestmark = [
@@ -18,7 +18,7 @@ MIB = 1 << 20
 # Blocks of 1 to 32 MiB, each beside a small one that stays, as activations lie beside what Python makes meanwhile.
 BLOCKS = """
 import json, sys, torch
-from lowmem.memory.malloc import fix_malloc_thresholds
+from lowmem.memory.allocator import fix_malloc_thresholds
 from lowmem.memory.procfs import status_bytes
 torch.set_num_threads(1)
 torch.empty(40 << 20, dtype=torch.uint8).fill_(1)  # a freed block of more than 32 MiB: glibc would map such ones all the same

@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from lowmem.memory import nvml
+from lowmem.memory import measure
 
 
 class NVMLError(Exception):
@@ -41,7 +41,7 @@ def driver(devices, *, fails: str = "") -> types.SimpleNamespace:
     ],
 )
 def test_bytes_of_processes_over_all_devices(library, expected, monkeypatch):
-    monkeypatch.setattr(nvml, "_library", None)
+    monkeypatch.setattr(measure, "_library", None)
     monkeypatch.setitem(sys.modules, "pynvml", library)
-    assert nvml.process_bytes([5, 6]) == expected
-    assert nvml.process_bytes([5, 6]) == expected  # initialised once, or known not to work
+    assert measure.process_bytes([5, 6]) == expected
+    assert measure.process_bytes([5, 6]) == expected  # initialised once, or known not to work

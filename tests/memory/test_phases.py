@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.config_load import load_run_config
+from lowmem.config.load import load_run_config
 from lowmem.memory import host
-from lowmem.memory.measure import measure_peak
-from lowmem.memory.phases import PHASES, PhasePeaks
+from lowmem.memory.measure import PHASES, PeakRecorder, measure_peak
+from lowmem.train.display import make_display
 from lowmem.train.loop import train
-from lowmem.train.progress import make_display
 from lowmem.train.setup import set_up
 from tests.memory.fresh_process import TOLERANCE_MIB, linux_only, run_and_read_mib
 from tests.train.tiny_run import tiny_arguments, write_text
@@ -21,8 +20,8 @@ from tests.train.tiny_run import tiny_arguments, write_text
 @pytest.mark.memory
 def test_the_largest_visit_counts_and_not_what_happened_outside():
     first, second = run_and_read_mib("""
-        from lowmem.memory.phases import PhasePeaks
-        phases = PhasePeaks()
+        from lowmem.memory.measure import PeakRecorder
+        phases = PeakRecorder()
         with measure_peak():
             start = host_rss_bytes()
             for mib in (50, 120, 80):
@@ -41,8 +40,8 @@ def test_the_largest_visit_counts_and_not_what_happened_outside():
 @pytest.mark.memory
 def test_children_count_as_the_surrounding_measurement_saw_them():
     (added,) = run_and_read_mib("""
-        from lowmem.memory.phases import PhasePeaks
-        phases = PhasePeaks()
+        from lowmem.memory.measure import PeakRecorder
+        phases = PeakRecorder()
         with measure_peak():
             with phases("alone"): pass
             code = "block = bytearray(150 << 20); print(1, flush=True); input()"
@@ -58,7 +57,7 @@ def test_children_count_as_the_surrounding_measurement_saw_them():
 
 
 def test_a_visit_that_ends_with_an_error_is_recorded():
-    phases = PhasePeaks()
+    phases = PeakRecorder()
     with pytest.raises(RuntimeError), phases("evaluation"):
         raise RuntimeError
     assert phases.as_dict()["evaluation"]["host_peak_bytes"] > 2**20
@@ -73,7 +72,7 @@ def test_children_are_asked_by_a_visit_only_where_nobody_else_does(monkeypatch):
         return 0, 0
 
     monkeypatch.setattr(host.ChildMemory, "sample", sample)
-    phases = PhasePeaks()
+    phases = PeakRecorder()
     with measure_peak():
         asked.clear()
         with phases("save"):
@@ -86,7 +85,7 @@ def test_children_are_asked_by_a_visit_only_where_nobody_else_does(monkeypatch):
 
 
 def test_a_visit_takes_well_under_a_millisecond():
-    phases, times = PhasePeaks(), []
+    phases, times = PeakRecorder(), []
     with measure_peak():
         for _ in range(50):
             started = time.perf_counter()
@@ -103,4 +102,4 @@ def test_a_run_marks_its_phases(tmp_path: Path):
     train(run)
     assert run.run_dir is not None
     run.run_dir.close()
-    assert list(run.phases.as_dict()) == list(PHASES[1:])
+    assert list(run.peaks.as_dict()) == list(PHASES[1:])

@@ -13,7 +13,7 @@ import pytest
 from lowmem.memory import watch
 from lowmem.memory.procfs import start_time, status_bytes
 from lowmem.memory.watch import TreeMemory
-from lowmem.memory.watcher import Watcher
+from lowmem.memory.watched import Watcher
 from tests.memory.fresh_process import TOLERANCE_MIB, linux_only
 
 pytestmark = linux_only
@@ -108,7 +108,7 @@ def test_the_watcher_is_thin_frugal_and_ends_with_what_it_watches(tmp_path):
 def test_a_process_that_watches_itself_does_not_see_the_watcher(tmp_path):
     code = """
 import os, sys, time
-from lowmem.memory.watcher import Watcher
+from lowmem.memory.watched import Watcher
 with Watcher(os.getpid(), sys.argv[1], interval_s=0.02) as watcher:
     while len(watcher.timeline()) < 5:
         time.sleep(0.02)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowmem.config import LorptConfig, ModelConfig
+from lowmem.config.schema import LorptConfig, ModelConfig
 from lowmem.models.registry import build_model
 
 TRAINED, LONGER = 12, 30

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowmem.config import LorptConfig, ModelConfig
-from lowmem.errors import ConfigError
+from lowmem.config.schema import LorptConfig, ModelConfig
 from lowmem.models.base import LossOptions
 from lowmem.models.registry import build_model
+from lowmem.system.errors import ConfigError
 
 V, T = 29, 12
 

@@ -2,10 +2,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lowmem.config import LorptConfig, ModelConfig
-from lowmem.errors import ConfigError
+from lowmem.config.schema import LorptConfig, ModelConfig
 from lowmem.models.i3 import resolve_i3
 from lowmem.models.registry import build_model
+from lowmem.system.errors import ConfigError
 
 V, T = 29, 40
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowmem.config import ModelConfig
+from lowmem.config.schema import ModelConfig
 from lowmem.models.registry import build_model
 
 transformers = pytest.importorskip("transformers")

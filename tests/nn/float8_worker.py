@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import torch
 
-from lowmem.config import ModelConfig, OptimConfig
+from lowmem.config.schema import ModelConfig, OptimConfig
 from lowmem.data.batch import Batch
 from lowmem.engine.local import LocalEngine
 from lowmem.models.registry import build_model

@@ -2,14 +2,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowmem.config import LorptConfig
-from lowmem.errors import ConfigError
+from lowmem.config.schema import LorptConfig
 from lowmem.nn import causal_attention as module
-from lowmem.nn.attention import Attention, LowRankAttention
+from lowmem.nn.attention import Attention, LayerCache, LowRankAttention
 from lowmem.nn.causal_attention import blocked_attention, cached_attention, causal_attention
-from lowmem.nn.factory import LinearFactory
-from lowmem.nn.kv_cache import LayerCache
+from lowmem.nn.lorpt import LinearFactory
 from lowmem.nn.positions import RotaryTable, alibi_slopes
+from lowmem.system.errors import ConfigError
 from tests.reference import model_oracles as oracles
 
 

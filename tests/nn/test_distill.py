@@ -2,8 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lowmem.nn.distill import SoftTargets
-from lowmem.nn.loss import IGNORE_INDEX, CrossEntropyOptions, chunked_cross_entropy
+from lowmem.nn.loss import IGNORE_INDEX, CrossEntropyOptions, SoftTargets, chunked_cross_entropy
 
 N, C, V = 13, 6, 11
 

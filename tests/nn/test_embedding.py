@@ -2,9 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem.nn import embedding as module
-from lowmem.nn.embedding import Embedding, embedding, embedding_gradient
-from lowmem.nn.exact import use_exact_gradients
+from lowmem.nn import layers as module
+from lowmem.nn.layers import Embedding, embedding, embedding_gradient, use_exact_gradients
 
 
 @pytest.fixture

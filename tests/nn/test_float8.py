@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowmem import devices
-from lowmem.config_load import load_run_config
-from lowmem.engine.build import build_configured_model, build_local_engine
-from lowmem.errors import ConfigError
+from lowmem.config.load import load_run_config
+from lowmem.engine.from_config import build_configured_model, build_local_engine
 from lowmem.nn.float8 import fits_float8, use_float8
 from lowmem.nn.linear import Linear
 from lowmem.nn.lorpt import LoRPtLinear
 from lowmem.planning.levers import levers
-from lowmem.planning.step import trace_run
+from lowmem.planning.trace import trace_run
+from lowmem.system import devices
+from lowmem.system.errors import ConfigError
 
 HALF_ULP = 2.0**-8  # of bf16, relative
 WORKER = Path(__file__).with_name("float8_worker.py")

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from lowmem.config import LorptConfig, ModelConfig, RunConfig
-from lowmem.config_check import config_problems
-from lowmem.errors import ConfigError
+from lowmem.config.checks import config_problems
+from lowmem.config.schema import LorptConfig, ModelConfig, RunConfig
 from lowmem.models.registry import build_model
+from lowmem.system.errors import ConfigError
 
 SHAPE = {"dim": 32, "num_layers": 2, "num_heads": 4, "hidden_dim": 48}
 

@@ -3,11 +3,10 @@ import re
 import pytest
 import torch
 
-from lowmem.config import LorptConfig
-from lowmem.errors import ConfigError
-from lowmem.nn.factory import LinearFactory, lorpt_rank, make_linear
+from lowmem.config.schema import LorptConfig
 from lowmem.nn.linear import Linear
-from lowmem.nn.lorpt import LoRPtLinear
+from lowmem.nn.lorpt import LinearFactory, LoRPtLinear, lorpt_rank, make_linear
+from lowmem.system.errors import ConfigError
 
 
 @pytest.mark.parametrize("shape", [(5, 9, 3), (512, 2048, 64)])

@@ -3,10 +3,10 @@ import torch
 from torch import nn
 
 from lowmem import lorptize, merge_lorpt
-from lowmem.config import LorptConfig, ModelConfig
-from lowmem.errors import ConfigError
+from lowmem.config.schema import LorptConfig, ModelConfig
 from lowmem.models.registry import build_model
 from lowmem.nn.lorpt import LoRPtLinear
+from lowmem.system.errors import ConfigError
 
 transformers = pytest.importorskip("transformers")
 TOKENS = torch.arange(24).view(2, 12) % 50

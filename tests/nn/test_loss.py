@@ -6,9 +6,9 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowmem.config import LorptConfig
-from lowmem.nn import head
-from lowmem.nn.factory import LinearFactory
+from lowmem.config.schema import LorptConfig
+from lowmem.nn import layers
+from lowmem.nn.lorpt import LinearFactory
 from lowmem.nn.loss import CrossEntropyOptions, auto_chunk_tokens, chunked_cross_entropy
 from tests.reference import model_oracles as oracles
 
@@ -172,11 +172,11 @@ def test_every_head_computes_the_loss_of_its_logits(kind):
     targets[0, :3] = -100
     weights = ()
     if kind == "tied":
-        module, weights = head.TiedHead(), (torch.randn(V, 16, dtype=torch.float64, requires_grad=True),)
+        module, weights = layers.TiedHead(), (torch.randn(V, 16, dtype=torch.float64, requires_grad=True),)
     else:
         rank = 5 if kind in ("lorpt", "silu") else 0
         lorpt = LorptConfig(rank=rank, targets=["head"], bottleneck="silu" if kind == "silu" else "linear")
-        module = head.make_head(16, V, kind != "dense", LinearFactory(lorpt)).double()
+        module = layers.make_head(16, V, kind != "dense", LinearFactory(lorpt)).double()
     wanted = [hidden, *weights, *module.parameters()]
     loss = module(hidden, *weights, targets, 5.0, CrossEntropyOptions(chunk_tokens=4))
     logits = module(hidden, *weights).flatten(0, 1)

@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lowmem.nn.loss import GRAD_BLOCK_ROWS, IGNORE_INDEX, CrossEntropyOptions
-from lowmem.nn.loss_by_rows import CrossEntropyByRows
+from lowmem.nn.loss import GRAD_BLOCK_ROWS, IGNORE_INDEX, CrossEntropyByRows, CrossEntropyOptions
 
 TOKENS, DIM, VOCAB = GRAD_BLOCK_ROWS + 5, 6, 2 * GRAD_BLOCK_ROWS + 37  # two chunks of tokens, three of rows, none of them even
 

@@ -2,11 +2,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lowmem.config import LorptConfig
-from lowmem.nn.factory import LinearFactory
+from lowmem.config.schema import LorptConfig
 from lowmem.nn.linear import Linear
-from lowmem.nn.lorpt import LoRPtLinear, LoRPtSplit, auto_rank, break_even_rank, product_wins
-from lowmem.nn.low_rank import Factors, low_rank
+from lowmem.nn.lorpt import Factors, LinearFactory, LoRPtLinear, LoRPtSplit, auto_rank, break_even_rank, low_rank, product_wins
 
 
 def factors(out, rank, splits=None, silu=False, bias=True, in_features=6):

@@ -1,8 +1,8 @@
 import torch
 
-from lowmem.config import LorptConfig
-from lowmem.nn.factory import LinearFactory
-from lowmem.nn.mlp import GELUMLP, SwiGLU, default_hidden_dim, swiglu
+from lowmem.config.schema import LorptConfig
+from lowmem.nn.layers import GELUMLP, SwiGLU, default_hidden_dim, swiglu
+from lowmem.nn.lorpt import LinearFactory
 from tests.reference import model_oracles as oracles
 
 

@@ -1,18 +1,18 @@
 import pytest
 import torch
 
-from lowmem.nn import norm
+from lowmem.nn import layers
 from tests.reference import model_oracles as oracles
 
 
 @pytest.fixture(autouse=True)
 def two_row_blocks(monkeypatch):
     """Blocks of two rows, so that five rows need three."""
-    monkeypatch.setattr(norm, "BLOCK_ELEMENTS", 14)
+    monkeypatch.setattr(layers, "BLOCK_ELEMENTS", 14)
 
 
 def test_rms_norm_equals_its_definition():
-    layer = norm.RMSNorm(7).double()
+    layer = layers.RMSNorm(7).double()
     with torch.no_grad():
         layer.weight.copy_(torch.randn(7))
     x = torch.randn(5, 7, dtype=torch.float64)
@@ -21,7 +21,7 @@ def test_rms_norm_equals_its_definition():
 
 
 def test_gradcheck():
-    layer = norm.RMSNorm(7).double()
+    layer = layers.RMSNorm(7).double()
     with torch.no_grad():
         layer.weight.copy_(torch.randn(7))
     x = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
@@ -29,7 +29,7 @@ def test_gradcheck():
 
 
 def test_bf16_is_computed_in_fp32_and_rounded_once():
-    layer = norm.RMSNorm(7).bfloat16()
+    layer = layers.RMSNorm(7).bfloat16()
     x = torch.randn(5, 7).bfloat16()
     exact = oracles.rms_norm(x.double(), torch.ones(7), layer.eps)
     # half a unit in the last place of 8 bits: 2^-8, and 1e-6 for fp32 on the way
@@ -38,7 +38,7 @@ def test_bf16_is_computed_in_fp32_and_rounded_once():
 
 @pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
 def test_autocast_returns_the_narrow_dtype_and_wide_gradients(kind):
-    layer = norm.make_norm(kind, 8)
+    layer = layers.make_norm(kind, 8)
     x = torch.randn(2, 3, 8, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
@@ -49,7 +49,7 @@ def test_autocast_returns_the_narrow_dtype_and_wide_gradients(kind):
 
 
 def test_rms_norm_saves_its_input_and_one_number_per_row():
-    layer = norm.RMSNorm(8)
+    layer = layers.RMSNorm(8)
     x = torch.randn(5, 8, requires_grad=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -58,7 +58,7 @@ def test_rms_norm_saves_its_input_and_one_number_per_row():
 
 
 def test_layer_norm_equals_torch():
-    layer = norm.LayerNorm(8)
+    layer = layers.LayerNorm(8)
     reference = torch.nn.LayerNorm(8)
     x = torch.randn(5, 8)
     assert torch.equal(layer(x), reference(x))
@@ -76,7 +76,7 @@ def test_layer_norm_in_bf16_has_the_gradients_of_its_definition(parts):
         output = function(*padded)
         return output, torch.autograd.grad(output, leaves, grad.to(dtype))
 
-    output, found = gradients(torch.bfloat16, lambda x, w, b: norm.layer_norm(x, w, b, 1e-5))
+    output, found = gradients(torch.bfloat16, lambda x, w, b: layers.layer_norm(x, w, b, 1e-5))
     expected, exact = gradients(torch.float64, lambda x, w, b: torch.nn.functional.layer_norm(x, (7,), w, b, 1e-5))
     for ours, theirs in zip([output, *found], [expected, *exact], strict=True):
         assert ours.dtype == torch.bfloat16

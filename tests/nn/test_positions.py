@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from lowmem.errors import ConfigError
 from lowmem.nn.positions import LearnedPositions, RotaryTable, alibi_bias, alibi_slopes, rotate
+from lowmem.system.errors import ConfigError
 from tests.reference import model_oracles as oracles
 
 

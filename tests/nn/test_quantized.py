@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lowmem.nn.linear import split_linear
-from lowmem.nn.low_rank import Factors, low_rank
-from lowmem.nn.quantized import QuantizedWeight, quantize, stored_bytes, stored_tensors
-from lowmem.nn.weight_codes import BLOCK, LARGEST_CODE, decode, encode
+from lowmem.nn.lorpt import Factors, low_rank
+from lowmem.nn.quantized import BLOCK, LARGEST_CODE, QuantizedWeight, decode, encode, quantize, stored_bytes, stored_tensors
 from lowmem.optim import AdamW, Lion
 from lowmem.optim.kernels.formats import BLOCK as STATE_BLOCK
 from lowmem.optim.kernels.reference import random_bits

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from lowmem.errors import ConfigError
 from lowmem.nn.lorpt import LoRPtLinear
-from lowmem.nn.rank_change import adopt_ranks, change_rank, check_rank, following_layers
+from lowmem.nn.lorptize import adopt_ranks, change_rank, check_rank, following_layers
+from lowmem.system.errors import ConfigError
 
 
 def generator():

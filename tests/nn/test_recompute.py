@@ -4,9 +4,9 @@ import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowmem.config import LorptConfig, ModelConfig
+from lowmem.config.schema import LorptConfig, ModelConfig
 from lowmem.models.registry import build_model
-from lowmem.nn import low_rank
+from lowmem.nn import lorpt
 from lowmem.nn.recompute import cheap, run_block
 
 
@@ -114,8 +114,8 @@ def test_low_rank_computes_each_upward_product_once_more(monkeypatch):
     block = low_rank_block(16, 48, 4)
     hidden = torch.randn(2, 32, 16, requires_grad=True)
     calls = []
-    expand = low_rank._expand
-    monkeypatch.setattr(low_rank, "_expand", lambda *a: calls.append(1) or expand(*a))
+    expand = lorpt._expand
+    monkeypatch.setattr(lorpt, "_expand", lambda *a: calls.append(1) or expand(*a))
     out = run_block(block, hidden, "low_rank")
     assert len(calls) == 7
     out.sum().backward()

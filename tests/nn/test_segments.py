@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from lowmem.config import LorptConfig, ModelConfig
-from lowmem.data.packing import pack_conversations
+from lowmem.config.schema import LorptConfig, ModelConfig
+from lowmem.data.chat import pack_conversations
 from lowmem.models.registry import build_model
 from lowmem.nn.positions import segment_positions
 

@@ -3,12 +3,10 @@
 import pytest
 import torch
 
-from lowmem.nn.distill import SoftTargets
+from lowmem.nn.layers import RMSNorm
 from lowmem.nn.linear import split_linear
-from lowmem.nn.loss import CrossEntropyOptions, chunked_cross_entropy
-from lowmem.nn.loss_by_rows import CrossEntropyByRows
-from lowmem.nn.low_rank import Factors, low_rank
-from lowmem.nn.norm import RMSNorm
+from lowmem.nn.lorpt import Factors, low_rank
+from lowmem.nn.loss import CrossEntropyByRows, CrossEntropyOptions, SoftTargets, chunked_cross_entropy
 from lowmem.nn.quantized import quantize
 from lowmem.nn.recurrent import hybrid_scan
 

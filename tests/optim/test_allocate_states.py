@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem.config import OptimConfig
-from lowmem.optim.build import allocate_states, build_optimizer
+from lowmem.config.schema import OptimConfig
+from lowmem.optim.from_config import allocate_states, build_optimizer
 
 CHOICES = [
     # name, bits, dtype of the weights, backend, the library it needs

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem.config import LorptConfig, ModelConfig, OptimConfig
-from lowmem.errors import ConfigError
+from lowmem.config.schema import LorptConfig, ModelConfig, OptimConfig
 from lowmem.models.registry import build_model
 from lowmem.optim import AdamW, Lion
-from lowmem.optim.build import build_optimizer, decay_groups
-from lowmem.optim.clip import clip_gradients, global_norm
+from lowmem.optim.clipping import clip_gradients, global_norm
+from lowmem.optim.from_config import build_optimizer, decay_groups
 from lowmem.optim.low_bit import LowBitOptimizer
+from lowmem.system.errors import ConfigError
 
 
 class Tiny(nn.Module):

@@ -1,14 +1,13 @@
 import pytest
 import torch
 
-from lowmem.config import STATE_WIDTHS
+from lowmem.config.schema import STATE_WIDTHS
 from lowmem.nn.lorpt import LoRPtLinear
-from lowmem.nn.rank_change import change_rank
+from lowmem.nn.lorptize import change_rank
 from lowmem.optim.adamw import AdamW
-from lowmem.optim.build import allocate_states
+from lowmem.optim.from_config import allocate_states
 from lowmem.optim.lion import Lion
-from lowmem.optim.low_bit import LowBitOptimizer
-from lowmem.optim.resize import _decoded, resize_states
+from lowmem.optim.low_bit import LowBitOptimizer, _decoded, resize_states
 from lowmem.optim.spectron import Spectron
 
 IN, OUT, RANK = 256, 128, 40

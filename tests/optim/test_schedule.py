@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lowmem.config import OptimConfig
+from lowmem.config.schema import OptimConfig
 from lowmem.optim.schedule import learning_rate
 
 

@@ -3,11 +3,10 @@ import copy
 import pytest
 import torch
 
-from lowmem.config import LorptConfig, ModelConfig, OptimConfig
+from lowmem.config.schema import LorptConfig, ModelConfig, OptimConfig
 from lowmem.models.registry import build_model
-from lowmem.optim.build import allocate_states, build_optimizer, set_learning_rate, spectron_groups
-from lowmem.optim.spectral import orthogonalize, spectral_norm
-from lowmem.optim.spectron import UPDATE_RMS, Spectron
+from lowmem.optim.from_config import allocate_states, build_optimizer, set_learning_rate, spectron_groups
+from lowmem.optim.spectron import UPDATE_RMS, Spectron, orthogonalize, spectral_norm
 
 
 def test_orthogonalised_matrices_keep_their_vectors_and_lose_their_scale():

@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from lowmem.config import RunConfig
-from lowmem.config_load import load_run_config
+from lowmem.config.load import load_run_config
+from lowmem.config.schema import RunConfig
 from lowmem.planning.base_cost import Base
+from lowmem.planning.hardware import Rates
 from lowmem.planning.predict import Prediction, predict_peak
-from lowmem.planning.probe import Rates
 
 TINY = [
     "device=cpu", "data.tokenizer=bytes", "data.seq_len=32", "model.dim=64", "model.num_layers=1", "model.num_heads=2", "optim.clip=1.0",
@@ -31,7 +31,7 @@ def stub_measurements(patch: pytest.MonkeyPatch) -> None:
     """No process is started and nothing is timed: a base cost of 50 MiB, round rates."""
     patch.setattr("lowmem.planning.predict.measured_base", lambda *arguments: Base(BASE_BYTES, "measured"))
     patch.setattr("lowmem.planning.base_cost.UNSEEN_BYTES", 0)
-    patch.setattr("lowmem.planning.speed.rates_for", lambda config: RATES)
+    patch.setattr("lowmem.planning.predict.rates_for", lambda config: RATES)
 
 
 def remember_predictions(patch: pytest.MonkeyPatch) -> None:
@@ -48,5 +48,5 @@ def remember_predictions(patch: pytest.MonkeyPatch) -> None:
         resolved.budget = type(resolved.budget)(**budget)
         return dataclasses.replace(known[key], config=resolved)
 
-    for module in ("estimate", "search", "solve", "refusal"):
+    for module in ("search", "levers"):
         patch.setattr(f"lowmem.planning.{module}.predict_peak", predict)

@@ -13,12 +13,14 @@ import pytest
 from tokenizers import Tokenizer as Library
 from tokenizers import models
 
-from lowmem.config_dump import dump_config
-from lowmem.config_load import load_run_config
-from lowmem.data.simple_tokenizers import ByteTokenizer
-from lowmem.errors import ConfigError, MemoryBudgetError
+from lowmem.config.dump import dump_config
+from lowmem.config.load import load_run_config
+from lowmem.data.tokenizers import ByteTokenizer
+from lowmem.memory.allocator import block_cache_library
 from lowmem.planning import base_cost
 from lowmem.planning.base_cost import CUDA_HOST_BYTES, data_bytes, measured_base
+from lowmem.system.errors import ConfigError, MemoryBudgetError
+from lowmem.system.files import compiled_root
 from tests.planning.small import small_config
 
 MEASURED, TENSORS = 300_000_000, 7_000_000
@@ -38,6 +40,7 @@ def runs(monkeypatch) -> list[list[str]]:
         (folder / "config.yaml").write_text(dump_config(load_run_config(overrides=overrides)))
         return subprocess.CompletedProcess(command, 0, "", "")
 
+    block_cache_library(compiled_root())  # its compiler is a process too
     monkeypatch.setattr(platform, "processor", lambda: "a processor")  # asks `uname`, a process too
     monkeypatch.setattr(subprocess, "run", run)
     return commands

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.config_load import load_run_config
-from lowmem.errors import ConfigError, MemoryBudgetError
+from lowmem.config.load import load_run_config
 from lowmem.planning import check
 from lowmem.planning.check import check_run, config_from
-from lowmem.units import format_bytes
+from lowmem.system.errors import ConfigError, MemoryBudgetError
+from lowmem.system.units import format_bytes
 from tests.planning.small import small_config
 from tests.train.tiny_run import ROOT
 
@@ -29,8 +29,8 @@ def answering(code: int, stdout: str = "", stderr: str = ""):
 
 
 def test_a_prediction_that_fails_is_reported_with_its_last_line(monkeypatch):
-    monkeypatch.setattr(check.subprocess, "run", answering(1, stderr="Traceback\nlowmem.errors.ConfigError: no such thing\n"))
-    with pytest.raises(ConfigError, match="could not be predicted: lowmem.errors.ConfigError: no such thing"):
+    monkeypatch.setattr(check.subprocess, "run", answering(1, stderr="Traceback\nlowmem.system.errors.ConfigError: no such thing\n"))
+    with pytest.raises(ConfigError, match="could not be predicted: lowmem.system.errors.ConfigError: no such thing"):
         check_run(small_config())
     monkeypatch.setattr(check.subprocess, "run", answering(9))
     with pytest.raises(ConfigError, match="exit code 9"):
@@ -89,7 +89,7 @@ def test_a_vocabulary_that_only_the_text_tells_cannot_be_predicted(cache):
 def test_this_process_is_not_made_larger(cache):
     code = """
 import sys
-from lowmem.config_load import load_run_config
+from lowmem.config.load import load_run_config
 from lowmem.planning.check import check_run
 check_run(load_run_config(overrides=sys.argv[1:]))
 print("torch" in sys.modules)

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from lowmem.planning.cuda_allocator import CudaAllocator
+from lowmem.planning.allocators import CudaAllocator
 
 MIB = 1 << 20
 

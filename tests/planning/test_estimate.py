@@ -2,8 +2,8 @@
 
 import pytest
 
-from lowmem.planning.estimate import Estimate, Estimator, with_settings
 from lowmem.planning.predict import predict_peak, resolve_without_data
+from lowmem.planning.search import Estimate, Estimator, with_settings
 from tests.planning.small import BASE_BYTES, LAYERWISE, small_config, stub_measurements
 
 
@@ -49,7 +49,7 @@ def test_models_of_three_layers_are_traced_as_they_are():
 
 def test_traces_are_shared(monkeypatch):
     calls = []
-    monkeypatch.setattr("lowmem.planning.estimate.predict_peak", lambda config: calls.append(config) or predict_peak(config))
+    monkeypatch.setattr("lowmem.planning.search.predict_peak", lambda config: calls.append(config) or predict_peak(config))
     estimator = Estimator(resolve_without_data(small_config("model.num_layers=4", "train.global_batch_size=8")))
     sizes = [estimator.estimate((), size).host_bytes for size in (1, 2, 4, 8)]
     assert len(calls) == 6  # the batch as a whole is traced as it is

@@ -8,11 +8,11 @@ import sys
 import pytest
 import torch
 
-from lowmem.config import LorptConfig, ModelConfig
+from lowmem.config.schema import LorptConfig, ModelConfig
 from lowmem.models.registry import build_model
 from lowmem.planning.generation_memory import generation_memory, generation_refusal
 from lowmem.planning.hardware import Hardware
-from lowmem.units import format_bytes
+from lowmem.system.units import format_bytes
 
 MODELS = {
     "decoder": {"num_heads": 4}, "low_rank": {"num_heads": 4, "attention_rank": 8},
@@ -71,14 +71,14 @@ def test_what_fits_is_not_refused_and_what_does_not_names_the_batch_that_does():
 
 MEASURE = """
 import json, torch
-from lowmem.config import ModelConfig
-from lowmem.data.simple_tokenizers import ByteTokenizer
+from lowmem.config.schema import ModelConfig
+from lowmem.data.tokenizers import ByteTokenizer
 from lowmem.generation import PREFILL_TOKENS, generate_batch
-from lowmem.memory.malloc import fix_malloc_thresholds
+from lowmem.memory.allocator import fix_malloc_thresholds
 from lowmem.memory.measure import host_rss_bytes, measure_peak
 from lowmem.models.registry import build_model
 from lowmem.planning.generation_memory import generation_memory
-from lowmem.sampling import SamplingOptions
+from lowmem.generation.sampling import SamplingOptions
 
 def build(**fields):
     return build_model(ModelConfig(num_layers=4, num_heads=8, **fields), vocab_size=8000, max_seq_len=512, seed=0)

@@ -8,11 +8,10 @@ from itertools import pairwise
 
 import pytest
 
-from lowmem.data.storage import compiled_root
-from lowmem.devices import cxx_compiler
-from lowmem.memory.block_cache import KEEP_FROM_BYTES
-from lowmem.memory.malloc import TOP_PAD_BYTES, TRIM_FROM_BYTES
-from lowmem.planning.host_allocator import HostAllocator
+from lowmem.memory.allocator import KEEP_FROM_BYTES, TOP_PAD_BYTES, TRIM_FROM_BYTES
+from lowmem.planning.allocators import HostAllocator
+from lowmem.system.devices import cxx_compiler
+from lowmem.system.files import compiled_root
 from tests.train.tiny_run import ROOT
 
 MIB = 1 << 20
@@ -165,7 +164,7 @@ def test_random_sequences_equal_the_brute_force(seed):
 REPLAY = """
 import json, sys, torch
 from pathlib import Path
-from lowmem.memory.block_cache import release_host_memory, set_up_host_memory
+from lowmem.memory.allocator import release_host_memory, set_up_host_memory
 from lowmem.memory.procfs import status_bytes
 torch.set_num_threads(1)
 steps, alive, seen = json.load(sys.stdin), {}, []

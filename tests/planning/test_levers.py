@@ -2,13 +2,12 @@
 
 import pytest
 
-from lowmem.config_check import config_problems
-from lowmem.errors import ConfigError
+from lowmem.config.checks import config_problems
 from lowmem.planning.hardware import GIB, NAMED, Hardware, describe, named_hardware, this_hardware
-from lowmem.planning.levers import changed, get_key, lever, levers, missing_bytes, set_key, sizes
+from lowmem.planning.levers import changed, get_key, lever, levers, missing_bytes, refusal, set_key, sizes
 from lowmem.planning.predict import predict_peak
-from lowmem.planning.refusal import refusal
-from lowmem.units import format_bytes
+from lowmem.system.errors import ConfigError
+from lowmem.system.units import format_bytes
 from tests.planning.small import BASE_BYTES, small_config, stub_measurements
 
 

@@ -34,13 +34,13 @@ CONFIGS = {
 }  # fmt: skip
 PREPARE = """
 import sys
-from lowmem.config_load import load_run_config
+from lowmem.config.load import load_run_config
 from lowmem.data.prepare import prepare_data
 prepare_data(load_run_config(overrides=sys.argv[1:]).data, seed=0)
 """
 PREDICT = """
 import json, sys
-from lowmem.config_load import load_run_config
+from lowmem.config.load import load_run_config
 from lowmem.planning.predict import predict_peak
 prediction = predict_peak(load_run_config(overrides=sys.argv[1:]))
 print(json.dumps(prediction.as_dict() | {"parameters": prediction.parameters}))
@@ -72,7 +72,7 @@ def test_the_peak_is_predicted(folder, name):
         f"run_dir={run_dir}",
     ]
     python("-c", PREPARE, *settings)  # the peak is to be the training's
-    python("-m", "lowmem.cli", "pretrain", "--quiet", *(f"--{setting}" for setting in settings))
+    python("-m", "lowmem", "pretrain", "--quiet", *(f"--{setting}" for setting in settings))
     measured = json.loads((run_dir / "memory.json").read_text())["measured"]
     predicted = json.loads(python("-c", PREDICT, *settings))
     assert 15e6 < predicted["parameters"] < 60e6

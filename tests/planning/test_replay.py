@@ -4,12 +4,9 @@ import sys
 
 import pytest
 
-from lowmem.planning.cuda_allocator import CudaAllocator
-from lowmem.planning.host_allocator import HostAllocator
+from lowmem.planning.allocators import CudaAllocator, HostAllocator, Peaks, live_peaks, replay
 from lowmem.planning.predict import resolve_without_data
-from lowmem.planning.replay import Peaks, live_peaks, replay
-from lowmem.planning.step import trace_run
-from lowmem.planning.trace import Storage, Trace
+from lowmem.planning.trace import Storage, Trace, trace_run
 from tests.planning.small import I3, LAYERWISE, small_config
 
 MIB = 1 << 20
@@ -115,7 +112,7 @@ def test_loops_cut_short_have_the_peak_and_the_work_of_whole_ones(monkeypatch, s
     settings = ["train.global_batch_size=8", "train.eval_every=3", "train.eval_sequences=8", *settings]  # four micro-batches
     short = peaks_and_work(settings)
     for name, module in list(sys.modules.items()):
-        if name.startswith("lowmem.") and name != "lowmem.fake" and hasattr(module, "representative"):
+        if name.startswith("lowmem.") and name != "lowmem.system.dry_run" and hasattr(module, "representative"):
             monkeypatch.setattr(module, "representative", everything)
     whole = peaks_and_work(settings)
     assert short[0] < whole[0]

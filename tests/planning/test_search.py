@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from lowmem.config_check import config_problems
+from lowmem.config.checks import config_problems
 from lowmem.planning import plan as plan_for
 from lowmem.planning.levers import missing_bytes
 from lowmem.planning.predict import predict_peak

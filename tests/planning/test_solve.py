@@ -4,10 +4,10 @@ import copy
 
 import pytest
 
-from lowmem.errors import ConfigError
 from lowmem.planning.levers import set_key
 from lowmem.planning.predict import predict_peak
-from lowmem.planning.solve import SOLVABLE, solve
+from lowmem.planning.search import SOLVABLE, solve
+from lowmem.system.errors import ConfigError
 from tests.planning.small import BASE_BYTES, remember_predictions, small_config, stub_measurements
 
 MIB = 1 << 20

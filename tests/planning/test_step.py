@@ -7,11 +7,11 @@ import sys
 import pytest
 import torch
 
-from lowmem.errors import ConfigError
-from lowmem.fake import autocast_kind, device_kind, is_fake, pretend_device, repeats, representative
+from lowmem.planning.allocators import live_peaks
 from lowmem.planning.predict import resolve_without_data
-from lowmem.planning.replay import live_peaks
-from lowmem.planning.step import trace_run
+from lowmem.planning.trace import trace_run
+from lowmem.system.dry_run import autocast_kind, device_kind, is_fake, pretend_device, repeats, representative
+from lowmem.system.errors import ConfigError
 from tests.planning.small import I3, LAYERWISE, small_config
 from tests.train.tiny_run import ROOT
 
@@ -95,10 +95,10 @@ def test_representative_passes_stand_for_the_others():
 
 MEASURE = """
 import json, sys, torch
-from lowmem.config_load import load_run_config
+from lowmem.config.load import load_run_config
 from lowmem.memory.procfs import status_bytes
 from lowmem.planning.predict import resolve_without_data
-from lowmem.planning.step import trace_run
+from lowmem.planning.trace import trace_run
 before = status_bytes()["VmHWM"]
 _, model = trace_run(resolve_without_data(load_run_config(sys.argv[1], sys.argv[2:])))
 print(json.dumps([model.num_parameters(), before, status_bytes()["VmHWM"]]))

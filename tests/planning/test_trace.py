@@ -10,13 +10,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowmem.config import RunConfig, resolve_micro_batch_size
+from lowmem.config.schema import RunConfig, resolve_micro_batch_size
 from lowmem.data.batch import Batch
-from lowmem.engine.build import build_configured_model, build_local_engine
+from lowmem.engine.from_config import build_configured_model, build_local_engine
+from lowmem.planning.allocators import live_peaks
 from lowmem.planning.predict import resolve_without_data
-from lowmem.planning.replay import live_peaks
-from lowmem.planning.step import trace_run
-from lowmem.planning.trace import Trace
+from lowmem.planning.trace import Trace, trace_run
 from tests.planning.small import I3, small_config
 
 SMALL = 8192

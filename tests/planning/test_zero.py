@@ -2,10 +2,9 @@
 
 import pytest
 
-from lowmem.planning.predict import Prediction, predict_peak, resolve_without_data
-from lowmem.planning.replay import live_peaks
-from lowmem.planning.step import trace_run
-from lowmem.planning.zero import zero_peaks
+from lowmem.planning.allocators import live_peaks
+from lowmem.planning.predict import Prediction, predict_peak, resolve_without_data, zero_peaks
+from lowmem.planning.trace import trace_run
 from tests.planning.small import BASE_BYTES, small_config, stub_measurements
 
 MATRICES = 2 * 257 * 64 + 4 * 64 * 64 + 3 * 64 * 192

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from lowmem.config import LorptConfig, ModelConfig, RunConfig
+from lowmem.config.schema import LorptConfig, ModelConfig, RunConfig
 from lowmem.data.hf_tokenizer import HuggingFaceTokenizer
-from lowmem.data.simple_tokenizers import ByteTokenizer
+from lowmem.data.tokenizers import ByteTokenizer
+from lowmem.engine.run_model import RunModel
 from lowmem.models.registry import build_model
-from lowmem.run_model import RunModel
 
 GPT2 = {"positions": "learned", "norm": "layernorm", "activation": "gelu_tanh"}
 LINEAR = LorptConfig(rank=4, bottleneck="linear")

@@ -1,7 +1,7 @@
 """Text as a source yields it, whole."""
 
-from lowmem.config import SourceConfig
-from lowmem.data.sources import open_source
+from lowmem.config.schema import SourceConfig
+from lowmem.data.text import open_source
 from lowmem.data.text_source import ReadCounters
 
 

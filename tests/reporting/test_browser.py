@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.reporting.rows import peak_rows
-from lowmem.reporting.style import slug
-from lowmem.reporting.write import write_configs
+from lowmem.reporting.figures import slug
+from lowmem.reporting.page import write_configs
+from lowmem.reporting.results import peak_rows
 from tests.reporting.results import MACHINE, all_results
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

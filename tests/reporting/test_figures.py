@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.errors import ConfigError, StorageError
-from lowmem.reporting import style
-from lowmem.reporting.figures import peaks_svg, speed_svg
-from lowmem.reporting.rows import peak_rows
-from lowmem.reporting.timeline import thinned, timeline_svg
-from lowmem.reporting.write import write_command, write_configs
+from lowmem.reporting import figures
+from lowmem.reporting.figures import peaks_svg, speed_svg, thinned, timeline_svg
+from lowmem.reporting.page import write_command, write_configs
+from lowmem.reporting.results import peak_rows
+from lowmem.system.errors import ConfigError, StorageError
 from tests.reporting.results import COUNTED, MACHINE, MIB, PARTS, all_results, result
 
 pytest.importorskip("matplotlib")
@@ -74,12 +73,12 @@ def test_figures_are_deterministic_take_the_page_s_colour_and_end_up_escaped():
         svg = make()
         assert svg == make()
         ElementTree.fromstring(svg)
-        assert style.INK not in svg
+        assert figures.INK not in svg
         assert "currentColor" in svg
         assert not external_urls(svg)
         assert "<metadata" not in svg
-    assert "prefers-color-scheme:dark" in style.svg_file(svg)
-    ElementTree.fromstring(style.svg_file(svg).encode())
+    assert "prefers-color-scheme:dark" in figures.svg_file(svg)
+    ElementTree.fromstring(figures.svg_file(svg).encode())
 
 
 def test_the_report_is_whole_self_contained_and_escaped(tmp_path: Path):
@@ -117,4 +116,4 @@ def test_a_folder_that_cannot_be_written_and_a_missing_library_are_said(tmp_path
         write_command(tmp_path / "file", {**result("x"), "command": "x", "samples": 1, "host_peak_bytes": 1}, MACHINE)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigError, match=r"need matplotlib.*pip install 'lowmem\[report\]'"):
-        style.require_matplotlib()
+        figures.require_matplotlib()

@@ -1,8 +1,7 @@
 import pytest
 
-from lowmem.reporting.environment import without_folders
-from lowmem.reporting.markdown import table
-from lowmem.reporting.rows import REST, peak_rows
+from lowmem.reporting.page import table
+from lowmem.reporting.results import REST, peak_rows, without_folders
 from tests.reporting.results import COUNTED, GPU_PARTS, MIB, PARTS, all_results, peaks, result
 
 

@@ -31,7 +31,7 @@ def on_audit(event: str, arguments: tuple) -> None:
 
 
 if __name__ == "__main__":
-    from lowmem.cli import main
+    from lowmem.cli.main import main
 
     sys.addaudithook(on_audit)
     code = main(sys.argv[4:])

@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from lowmem.engine.base import Engine
-from lowmem.errors import CheckpointError, StorageError
-from lowmem.train.checkpoint import CheckpointStore, damage
-from lowmem.train.state import TrainState
+from lowmem.system.errors import CheckpointError, StorageError
+from lowmem.train.run import TrainState
+from lowmem.train.run_dir import CheckpointStore, damage
 
 
 class FileEngine(Engine):
@@ -106,7 +106,7 @@ def test_a_full_disk_keeps_the_older_checkpoint(tmp_path, monkeypatch, code, fai
     real_open = open
 
     def full(path, *args, **kwargs):
-        if str(path).endswith(failing) and "step-00000002" in str(path):
+        if f"/{failing}" in str(path) and "step-00000002" in str(path):
             raise OSError(code, os.strerror(code), str(path))
         return real_open(path, *args, **kwargs)
 
@@ -140,6 +140,6 @@ def test_state_is_plain_json():
 
 def test_loading_imports_nothing_that_unpickles():
     """The modules that read checkpoints never call pickle or torch.load."""
-    code = "import inspect, lowmem.train.checkpoint as a, lowmem.engine.tensor_file as b, lowmem.engine.optimizer_state as c\n"
+    code = "import inspect, lowmem.train.run_dir as a, lowmem.system.tensors as b, lowmem.engine.state as c\n"
     code += "print(any(word in inspect.getsource(m) for m in (a, b, c) for word in ('pickle', 'torch.load', 'eval(', 'exec(')))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.cli import main
+from lowmem.cli.main import main
 from lowmem.optim.kernels.formats import state_bytes
 from tests.planning.small import stub_measurements
 from tests.train.tiny_run import final_bits, metrics, tiny_arguments, write_text

@@ -5,8 +5,8 @@ import types
 
 import pytest
 
-from lowmem.config import RunConfig
-from lowmem.errors import ConfigError, StorageError
+from lowmem.config.schema import RunConfig
+from lowmem.system.errors import ConfigError, StorageError
 from lowmem.train.loggers import TensorBoardLogger, open_loggers
 
 METRICS = {"step": 3, "loss": 2.5, "lr": None, "grad_norm": math.inf, "host_peak_bytes": 2**33, "skipped": "nonfinite", "flag": True}

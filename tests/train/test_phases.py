@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.config_load import load_run_config
-from lowmem.errors import ConfigError
-from lowmem.train.pretrain import _parse
+from lowmem.cli.pretrain import _parse
+from lowmem.config.load import load_run_config
+from lowmem.system.errors import ConfigError
 from tests.train.tiny_run import ROOT, final_bits, lowmem, metrics, tiny_arguments, write_text
 
 
@@ -63,7 +63,7 @@ def test_killed_in_either_phase_ends_bit_equal(tmp_path):
 
 
 def run(run_dir: Path, *arguments: str) -> list[dict]:
-    from lowmem.cli import main
+    from lowmem.cli.main import main
 
     assert main(["pretrain", "--quiet", *arguments]) == 0
     return [line for line in metrics(run_dir) if "loss" in line]

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowmem.cli import main
-from lowmem.engine.tensor_file import read_tensors
-from lowmem.train.checkpoint import CheckpointStore, damage
+from lowmem.cli.main import main
+from lowmem.system.tensors import read_tensors
+from lowmem.train.run_dir import CheckpointStore, damage
 from tests.planning.small import stub_measurements
 from tests.train.tiny_run import final_bits, lowmem, metrics, tiny_arguments, write_text
 
@@ -173,7 +173,7 @@ def test_a_full_disk_ends_with_7_and_the_older_checkpoint_is_intact(workplace):
     import sys
 
     result = subprocess.run(
-        [sys.executable, "-m", "lowmem.cli", "pretrain", *arguments, "--optim.schedule=constant"],
+        [sys.executable, "-m", "lowmem", "pretrain", *arguments, "--optim.schedule=constant"],
         capture_output=True, text=True, timeout=120,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2)),
     )  # fmt: skip

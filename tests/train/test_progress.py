@@ -5,9 +5,17 @@ import sys
 import pytest
 from rich.console import Console
 
-from lowmem.data.progress import DataProgress
-from lowmem.train.progress import NullDisplay, PlainDisplay, StepRate, describe_data, describe_step, make_display
-from lowmem.train.progress_bar import BarDisplay, is_capable_terminal
+from lowmem.data.text_source import DataProgress
+from lowmem.train.display import (
+    BarDisplay,
+    NullDisplay,
+    PlainDisplay,
+    StepRate,
+    describe_data,
+    describe_step,
+    is_capable_terminal,
+    make_display,
+)
 
 METRICS = {
     "step": 7, "tokens": 7000, "loss": 3.14159, "lr": 1e-3, "grad_norm": 0.5, "seq_len": 10, "micro_batch_size": 2,
@@ -156,7 +164,7 @@ def test_the_right_display_for_a_stream(monkeypatch):
 
 def test_progress_goes_to_stderr_only():
     code = (
-        "from lowmem.train.progress import make_display\n"
+        "from lowmem.train.display import make_display\n"
         "d = make_display(); d.start(2, 0); d.on_step({'step': 2, 'loss': 1.0}); d.message('hello'); d.close()"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

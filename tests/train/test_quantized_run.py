@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowmem.cli import main
-from lowmem.engine.tensor_file import read_tensors
-from lowmem.nn.weight_codes import BLOCK
-from lowmem.run_model import load_run_model
+from lowmem.cli.main import main
+from lowmem.engine.run_model import load_run_model
+from lowmem.nn.quantized import BLOCK
+from lowmem.system.tensors import read_tensors
 from tests.planning.small import stub_measurements
 from tests.train.tiny_run import final_bits, metrics, tiny_arguments, write_text
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.cli import main
-from lowmem.config import LorptConfig
-from lowmem.run_model import load_run_model
-from lowmem.train.rank_schedule import count_evaluation, next_rank
-from lowmem.train.state import TrainState
+from lowmem.cli.main import main
+from lowmem.config.schema import LorptConfig
+from lowmem.engine.run_model import load_run_model
+from lowmem.train.run import TrainState
+from lowmem.train.stages import count_evaluation, next_rank
 from tests.reference.read_only import read_only
 from tests.train.tiny_run import final_bits, metrics, tiny_arguments, write_text
 

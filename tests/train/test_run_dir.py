@@ -6,8 +6,8 @@ from copy import deepcopy
 
 import pytest
 
-from lowmem.config_load import load_run_config
-from lowmem.errors import CheckpointError, ConfigError, StorageError
+from lowmem.config.load import load_run_config
+from lowmem.system.errors import CheckpointError, ConfigError, StorageError
 from lowmem.train.run_dir import FREE_KEYS, RESOLVED_KEYS, RunDir, _flat
 
 

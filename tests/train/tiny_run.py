@@ -47,7 +47,7 @@ def write_text(path: Path, lines: int = 600) -> Path:
 def lowmem(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
     """Run the `lowmem` command in a fresh process."""
     return subprocess.run(
-        [sys.executable, "-m", "lowmem.cli", *map(str, arguments)],
+        [sys.executable, "-m", "lowmem", *map(str, arguments)],
         capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}, timeout=300,
     )  # fmt: skip
 

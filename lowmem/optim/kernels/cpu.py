@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from lowmem.optim.kernels import reference
-from lowmem.optim.kernels.scalars import StepScalars
+from lowmem.optim.kernels.formats import StepScalars
 
 ABI = 2  # of csrc/optim.cpp
 _OPENMP = ("libgomp.so.1", "libomp.so", "libomp.so.5")  # GCC's, and Clang's

@@ -1,21 +1,7 @@
-"""The formats of optimizer states, one per width: constants that the three kernel implementations share.
+"""What kernels and their definition share: the layout of narrow states, and the numbers of one step."""
 
-A tensor is cut into blocks of 128 elements in the order of its memory. Each block of a state has one fp32 scale and a code per element.
-
-    state        8 bits                              4 bits
-    exp_avg      c in [-127, 127], int8              c in [-7, 7], stored as c + 8
-                 value = scale * c * |c|             the same; scale = absmax / 127^2 or / 7^2
-    exp_avg_sq   c in [0, 255]                       c in [0, 15]
-                 the leading bits of an fp32 number in (0, 1]: 4 bits of exponent and 4, or 1, of mantissa;
-                 value = scale * number, scale = the block's largest; c = 255 or 15 is 1, c = 0 is 1.6e-5 or 5.9e-3, never zero
-
-Both are rounded up or down at random so that their mean is exact, each with random bits of its own: an average over steps changes by far
-less than the distance of two codes, and rounded to the nearest it would stay where it is. Values below the smallest code of exp_avg_sq
-become it.
-
-Two 4-bit codes share a byte: byte i of a block holds element i in its low half and element i + 64 in its high half.
-"""
-
+import ctypes
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -82,3 +68,98 @@ def state_bytes(shape: Sequence[int], bits: StateBits, *, ranks: int = 1) -> int
 
 
 FORMATS = {8: Format(bits=8, signed_max=127, unsigned_max=255, shift=19), 4: Format(bits=4, signed_max=7, unsigned_max=15, shift=22)}
+
+
+_MASK64 = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class StepScalars:
+    """Attributes are Python floats with fp32 values, in the names of the formulas.
+
+    Attributes:
+        step_size: AdamW: lr / (1 - beta1^step); Lion: lr.
+        decay: 1 - lr * weight_decay.
+        rsqrt_correction2: 1 / sqrt(1 - beta2^step); 1 for Lion.
+        grad_scale: what gradients are multiplied by when they are read: clipping, or a loss scale taken back.
+        key: 32 bits that make the random numbers of this tensor and step.
+        offset: position in its tensor of the first number that is updated.
+    """
+
+    step_size: float
+    decay: float
+    beta1: float
+    one_minus_beta1: float
+    beta2: float
+    one_minus_beta2: float
+    eps: float
+    rsqrt_correction2: float
+    grad_scale: float
+    key: int
+    offset: int = 0
+
+
+def adamw_scalars(
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float = 1.0,
+    key: int = 0,
+    offset: int = 0,
+) -> StepScalars:
+    """Scalars of AdamW's update number `step`, counted from 1."""
+    beta1, beta2 = betas
+    return StepScalars(
+        step_size=_fp32(lr / (1 - beta1**step)),
+        decay=_fp32(1 - lr * weight_decay),
+        beta1=_fp32(beta1),
+        one_minus_beta1=_fp32(1 - beta1),
+        beta2=_fp32(beta2),
+        one_minus_beta2=_fp32(1 - beta2),
+        eps=_fp32(eps),
+        rsqrt_correction2=_fp32(1 / math.sqrt(1 - beta2**step)),
+        grad_scale=_fp32(grad_scale),
+        key=key,
+        offset=offset,
+    )
+
+
+def lion_scalars(
+    *, lr: float, betas: tuple[float, float], weight_decay: float, grad_scale: float = 1.0, key: int = 0, offset: int = 0
+) -> StepScalars:
+    """Scalars of a Lion update."""
+    beta1, beta2 = betas
+    return StepScalars(
+        step_size=_fp32(lr),
+        decay=_fp32(1 - lr * weight_decay),
+        beta1=_fp32(beta1),
+        one_minus_beta1=_fp32(1 - beta1),
+        beta2=_fp32(beta2),
+        one_minus_beta2=_fp32(1 - beta2),
+        eps=0.0,
+        rsqrt_correction2=1.0,
+        grad_scale=_fp32(grad_scale),
+        key=key,
+        offset=offset,
+    )
+
+
+def mix_key(*parts: int) -> int:
+    """32 well-mixed bits of several integers.
+
+    Source: Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators" (SplitMix64).
+    """
+    state = 0
+    for part in parts:
+        state = (state + part + 0x9E3779B97F4A7C15) & _MASK64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
+        state ^= state >> 31
+    return state >> 32
+
+
+def _fp32(value: float) -> float:
+    return ctypes.c_float(value).value

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lowmem.optim.kernels import cpu, reference
-from lowmem.optim.kernels.scalars import StepScalars
+from lowmem.optim.kernels.formats import StepScalars
 
 _LIBRARY = torch.library.Library("lowmem", "FRAGMENT")
 _LIBRARY.define(

@@ -7,9 +7,8 @@ position of a number and a key, so that every implementation draws the same ones
 
 import torch
 
-from lowmem.nn.weight_codes import WeightBits, decode, encode, pack, unpack
-from lowmem.optim.kernels.formats import BLOCK, FORMATS, Format, scale_count
-from lowmem.optim.kernels.scalars import StepScalars
+from lowmem.nn.quantized import WeightBits, decode, encode, pack, unpack
+from lowmem.optim.kernels.formats import BLOCK, FORMATS, Format, StepScalars, scale_count
 
 _MASK = 0xFFFFFFFF
 _SMALLEST_NORMAL = 2.0**-126
@@ -162,7 +161,7 @@ def step_(
     """One step of AdamW, or of Lion if there is no `exp_avg_sq`, in place.
 
     Args:
-        param: (n,) fp32, bf16 or fp16, contiguous; or codes as in `lowmem.nn.weight_codes`, which are decoded, updated and rounded at
+        param: (n,) fp32, bf16 or fp16, contiguous; or codes as in `lowmem.nn.quantized`, which are decoded, updated and rounded at
             random.
         grad: (n,) fp32, bf16 or fp16, contiguous; read only.
         exp_avg, exp_avg_sq: codes as in `formats`, or (n,) fp32 for 32 bits.

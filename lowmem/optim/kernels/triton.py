@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from lowmem.optim.kernels import reference
-from lowmem.optim.kernels.formats import FORMATS, scale_count
-from lowmem.optim.kernels.scalars import StepScalars
+from lowmem.optim.kernels.formats import FORMATS, StepScalars, scale_count
 
 try:
     import triton

@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from lowmem.optim.kernels.formats import BLOCK, FORMATS, scale_count
-from lowmem.optim.kernels.scalars import StepScalars, adamw_scalars, lion_scalars
+from lowmem.optim.kernels.formats import BLOCK, FORMATS, StepScalars, adamw_scalars, lion_scalars, scale_count
 
 BAD = [math.nan, math.inf, -math.inf, 1e30]  # 1e30 squared is no fp32 number
 EVERY_FORM = pytest.mark.parametrize("name, bits", [(name, bits) for name in ("adamw", "lion") for bits in (32, 8, 4)])

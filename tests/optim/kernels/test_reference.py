@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from lowmem.optim.kernels import reference
-from lowmem.optim.kernels.formats import BLOCK, FORMATS
-from lowmem.optim.kernels.scalars import adamw_scalars, lion_scalars
+from lowmem.optim.kernels.formats import BLOCK, FORMATS, adamw_scalars, lion_scalars
 
 U = 2.0**-24
 WIDTHS = [8, 4]

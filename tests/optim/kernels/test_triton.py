@@ -199,7 +199,7 @@ def test_the_definition_runs_without_triton():
         sys.modules["triton"] = None
         import torch, warnings
         from lowmem.optim.kernels import triton as kernels
-        from lowmem.optim.kernels.scalars import lion_scalars
+        from lowmem.optim.kernels.formats import lion_scalars
         scalars = lion_scalars(lr=1, betas=(0.9, 0.9), weight_decay=0)
         with warnings.catch_warnings(record=True) as found:
             for _ in range(2):

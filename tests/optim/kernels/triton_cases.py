@@ -4,8 +4,7 @@ import math
 
 import torch
 
-from lowmem.optim.kernels.formats import BLOCK
-from lowmem.optim.kernels.scalars import StepScalars, adamw_scalars, lion_scalars
+from lowmem.optim.kernels.formats import BLOCK, StepScalars, adamw_scalars, lion_scalars
 from tests.optim.kernels.cases import new_states, random_weights
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

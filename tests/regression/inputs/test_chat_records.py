@@ -6,15 +6,14 @@ import json
 import numpy as np
 import pytest
 
-from lowmem.config import SourceConfig
+from lowmem.config.schema import SourceConfig
 from lowmem.data import chat_records
+from lowmem.data.chat import ChatSource, Conversations, build_chat_tokens
 from lowmem.data.chat_records import Conversation, parse_record, read_conversations
-from lowmem.data.chat_source import ChatSource, build_chat_tokens
-from lowmem.data.chat_stream import Conversations
 from lowmem.data.chat_template import DEFAULT_TEMPLATE, ChatTemplate
-from lowmem.data.progress import ignore_progress
-from lowmem.data.simple_tokenizers import ByteTokenizer
-from lowmem.errors import DataError
+from lowmem.data.text_source import ignore_progress
+from lowmem.data.tokenizers import ByteTokenizer
+from lowmem.system.errors import DataError
 
 USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 CALLS = [{"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}]

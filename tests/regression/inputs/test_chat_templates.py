@@ -9,10 +9,10 @@ import pytest
 from lowmem.data import template_worker
 from lowmem.data.chat_records import parse_record
 from lowmem.data.chat_template import DEFAULT_TEMPLATE, ChatTemplate, choose_chat_template, load_chat_template
-from lowmem.data.simple_tokenizers import ByteTokenizer
-from lowmem.data.tokenizers import load_tokenizer
-from lowmem.errors import DataError
+from lowmem.data.tokenizer_loading import load_tokenizer
+from lowmem.data.tokenizers import ByteTokenizer
 from lowmem.generation.chat import Chat
+from lowmem.system.errors import DataError
 from tests.reference.conversations import CHATML, MARKED, TALK, VICUNA, check_ids_of_the_whole_conversation
 from tests.reference.tiny_tokenizers import KINDS, library, tokenizer_of
 

@@ -8,9 +8,9 @@ import shutil
 import pytest
 import torch
 
-from lowmem.cli import main
+from lowmem.cli.main import main
 from lowmem.engine.manifest import damage, file_hashes
-from lowmem.engine.tensor_file import read_tensors, write_tensors
+from lowmem.system.tensors import read_tensors, write_tensors
 from tests.train.tiny_run import tiny_arguments, write_text
 
 

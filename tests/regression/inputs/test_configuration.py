@@ -5,10 +5,10 @@ import time
 
 import pytest
 
-from lowmem.cli import main
-from lowmem.config_finetune import FinetuneConfig, finetune_problems
-from lowmem.config_load import load_config, load_run_config
-from lowmem.errors import ConfigError
+from lowmem.cli.main import main
+from lowmem.config.finetune import FinetuneConfig, finetune_problems
+from lowmem.config.load import load_config, load_run_config
+from lowmem.system.errors import ConfigError
 
 STEPS = "train.steps=3"
 
@@ -131,7 +131,7 @@ def test_messages_name_no_class(tmp_path):
 
 def test_wsd_decays_in_a_share_of_all_steps():
     """It was a share of those after the warm-up: 9 steps of 50 after 5 for the 10 that a fifth of 50 are."""
-    from lowmem.config import OptimConfig
+    from lowmem.config.schema import OptimConfig
     from lowmem.optim.schedule import learning_rate
 
     optim = OptimConfig(schedule="wsd", lr=1.0, warmup_steps=5, decay_fraction=0.2, min_lr_ratio=0.0)
@@ -140,7 +140,7 @@ def test_wsd_decays_in_a_share_of_all_steps():
 
 
 def test_checkpoints_of_nine_digits_are_found(tmp_path):
-    from lowmem.train.checkpoint import CheckpointStore
+    from lowmem.train.run_dir import CheckpointStore
 
     store = CheckpointStore(tmp_path, 2)
     for step in (99_999_999, 100_000_000, 2_000_000_000):
@@ -162,7 +162,7 @@ def test_checkpoints_of_nine_digits_are_found(tmp_path):
         ('{"zero_optimization": {"stage": 2, "reduce_bucket_size": [1]}}', "reduce_bucket_size is [1], must be a whole number"),
         ('{"zero_optimization": {"stage": "auto"}}', "zero_optimization.stage is 'auto', must be 0 | 1 | 2 | 3"),
         ('{"zero_optimization": {"stage": 1, "overlap_comm": 1}}', "overlap_comm is 1, must be true or false"),
-        ('{"zero_optimization": {"stage": 1}, "zero_optimization": {"stage": 2}}', "the key 'zero_optimization' stands twice"),
+        ('{"zero_optimization": {"stage": 1}, "zero_optimization": {"stage": 2}}', "'zero_optimization' occurs twice in one object"),
         ('{"gradient_clipping": NaN}', "it has NaN, which is no JSON"),
         ('{"fp16": {"loss_scale": "high"}}', "fp16.loss_scale is 'high', must be a number"),
         ("[" * 100000, "it is nested too deeply"),
@@ -278,7 +278,7 @@ def test_a_dry_run_names_packages_that_are_missing(tmp_path, monkeypatch, capsys
 
     monkeypatch.delitem(sys.modules, package, raising=False)
     monkeypatch.setattr(
-        "lowmem.train.setup.find_spec", lambda name: None if name == package else importlib.util.find_spec(name), raising=False
+        "lowmem.train.preflight.find_spec", lambda name: None if name == package else importlib.util.find_spec(name), raising=False
     )
     assert dry_run(tmp_path, *settings) == 2
     assert f"has {package}, which is not installed; run: pip install 'lowmem[{package}]'" in capsys.readouterr().err

@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowmem.cli import main
-from lowmem.engine.tensor_file import meta_tensors, weight_files
-from lowmem.errors import CheckpointError
+from lowmem.cli.main import main
+from lowmem.engine.run_model import load_run_model
 from lowmem.export.import_hf import import_directory
 from lowmem.finetune.base_model import load_base
-from lowmem.run_model import load_run_model
+from lowmem.system.errors import CheckpointError
+from lowmem.system.tensors import meta_tensors, weight_files
 from tests.reference.tiny_families import save_tiny
 
 TOKENS = torch.arange(20)[None] * 7 % 300
@@ -324,7 +324,7 @@ def test_import_refuses_null_where_transformers_does(key, tmp_path, capsys):
 
 @pytest.mark.parametrize("values", [{"num_key_value_heads": None, "head_dim": None, "rope_theta": None}, {"partial_rotary_factor": None}])
 def test_null_is_a_missing_key_where_transformers_takes_it_so(values, tmp_path):
-    from lowmem.export.import_config import read_model_config
+    from lowmem.export.import_hf import read_model_config
 
     save_tiny(tmp_path / "base", "llama", num_key_value_heads=4)
     expected = read_model_config(tmp_path / "base")

@@ -21,18 +21,18 @@ import pytest
 import torch
 import zstandard
 
-from lowmem.config import DataConfig, ModelConfig, RunConfig, SourceConfig
-from lowmem.data import json_lines, parquet_files
-from lowmem.data.build import build_shards
-from lowmem.data.prepare import prepare_data
-from lowmem.data.shard_writer import FinishedShard
-from lowmem.data.simple_tokenizers import ByteTokenizer
-from lowmem.data.sources import open_source
-from lowmem.data.storage import cache_root
+from lowmem.config.schema import DataConfig, ModelConfig, RunConfig, SourceConfig
+from lowmem.data import records
+from lowmem.data.prepare import build_shards, prepare_data
+from lowmem.data.shards import FinishedShard
+from lowmem.data.text import open_source
 from lowmem.data.text_source import ReadCounters
-from lowmem.engine.build import build_configured_model, keeps_documents_apart
-from lowmem.errors import DataError, StorageError
-from lowmem.generation.prompts import read_prompts
+from lowmem.data.tokenizers import ByteTokenizer
+from lowmem.engine.from_config import build_configured_model
+from lowmem.engine.resolve import keeps_documents_apart
+from lowmem.generation.settings import read_prompts
+from lowmem.system.errors import DataError, StorageError
+from lowmem.system.files import cache_root
 from tests.reference.text import documents
 
 MIB = 1024**2
@@ -209,7 +209,7 @@ def test_long_numbers_in_other_fields_do_not_matter(tmp_path):
 
 
 def test_a_line_without_end_is_refused_in_little_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_lines, "MAX_LINE_BYTES", 8 * MIB)
+    monkeypatch.setattr(records, "MAX_LINE_BYTES", 8 * MIB)
     path = tmp_path / "a.jsonl.gz"
     with gzip.open(path, "wb", compresslevel=1) as file:
         file.write(b'{"text": "')
@@ -259,7 +259,7 @@ def test_parquet_with_two_columns_of_the_name(tmp_path):
 
 
 def test_a_row_that_unpacks_to_more_than_a_document_may_have(tmp_path, monkeypatch):
-    monkeypatch.setattr(parquet_files, "MAX_LINE_BYTES", MIB)
+    monkeypatch.setattr(records, "MAX_LINE_BYTES", MIB)
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a" * 2 * MIB]}), path, use_dictionary=False, compression="zstd")
     with pytest.raises(DataError, match="row 1 has 2 MiB of text, allowed are 1 MiB; divide it"):
@@ -267,7 +267,7 @@ def test_a_row_that_unpacks_to_more_than_a_document_may_have(tmp_path, monkeypat
 
 
 def test_parquet_that_was_made_to_fill_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(parquet_files, "_MAX_RATIO_BYTES", MIB)
+    monkeypatch.setattr(records, "_MAX_RATIO_BYTES", MIB)
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a" * MIB] * 8}), path, use_dictionary=False, compression="zstd")
     with pytest.raises(DataError, match="unpacks from .* to 8 MiB, allowed is a ratio of 1000"):

@@ -6,13 +6,12 @@ import os
 import pytest
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from lowmem.config import DataConfig, SourceConfig
-from lowmem.data.build import build_shards
-from lowmem.data.progress import ignore_progress
-from lowmem.data.sources import open_source
-from lowmem.data.tokenizer_build import prepare_tokenizer
-from lowmem.data.tokenizers import load_tokenizer
-from lowmem.errors import DataError
+from lowmem.config.schema import DataConfig, SourceConfig
+from lowmem.data.prepare import build_shards
+from lowmem.data.text import open_source
+from lowmem.data.text_source import ignore_progress
+from lowmem.data.tokenizer_loading import load_tokenizer, prepare_tokenizer
+from lowmem.system.errors import DataError
 
 
 def bpe() -> Tokenizer:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem.config import ModelConfig, OptimConfig, TrainConfig
-from lowmem.config_finetune import FinetuneConfig
+from lowmem.config.finetune import FinetuneConfig
+from lowmem.config.schema import ModelConfig, OptimConfig, TrainConfig
 from lowmem.data.batch import Batch
 from lowmem.engine.layerwise import LayerwiseEngine
 from lowmem.engine.local import LocalEngine

@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem.config import LorptConfig, ModelConfig, OptimConfig, TrainConfig
+from lowmem.config.schema import LorptConfig, ModelConfig, OptimConfig, TrainConfig
 from lowmem.data.batch import Batch
 from lowmem.engine.layerwise import LayerwiseEngine
 from lowmem.models.registry import build_model
 from lowmem.nn.causal_attention import causal_attention
-from lowmem.nn.norm import LayerNorm
+from lowmem.nn.layers import LayerNorm
 from lowmem.nn.positions import LearnedPositions, alibi_slopes
 from lowmem.nn.quantized import WeightFormat
 

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lowmem import generate as command
-from lowmem.config import DataConfig, LorptConfig, ModelConfig, RunConfig
-from lowmem.data.simple_tokenizers import ByteTokenizer
+from lowmem.cli import generate as command
+from lowmem.config.schema import DataConfig, LorptConfig, ModelConfig, RunConfig
+from lowmem.data.tokenizers import ByteTokenizer
+from lowmem.engine.run_model import RunModel
 from lowmem.models.registry import build_model
 from lowmem.nn.lorpt import LoRPtLinear
-from lowmem.nn.rank_change import change_rank
-from lowmem.run_model import RunModel
+from lowmem.nn.lorptize import change_rank
 
 
 def small(positions: str = "rope", **choices):

@@ -8,16 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem.cli import main
-from lowmem.config import OptimConfig, RunConfig, SourceConfig
+from lowmem.cli.main import main
+from lowmem.config.schema import OptimConfig, RunConfig, SourceConfig
 from lowmem.nn.lorpt import LoRPtLinear
 from lowmem.nn.quantized import QuantizedWeight, quantize
 from lowmem.optim import AdamW, Lion
-from lowmem.optim.build import build_optimizer
+from lowmem.optim.from_config import build_optimizer
 from lowmem.optim.kernels import cpu
 from lowmem.optim.low_bit import LowBitOptimizer
-from lowmem.optim.spectral import spectral_norm
-from lowmem.optim.spectron import Spectron
+from lowmem.optim.spectron import Spectron, spectral_norm
 
 BLOCK = 128
 TURNS = {AdamW: (0.33, -0.3), Lion: (0.155, -0.1)}

@@ -9,16 +9,16 @@ import sys
 
 import pytest
 
-from lowmem.cli import main
-from lowmem.config_load import load_run_config
-from lowmem.errors import MemoryBudgetError
+from lowmem.cli.main import main
+from lowmem.config.load import load_run_config
 from lowmem.memory.measure import read_memory
-from lowmem.planning import base_cost, check, probe
+from lowmem.planning import base_cost, check, hardware
+from lowmem.system.errors import MemoryBudgetError
 
 STEP_WITH_BLOCK_RECOMPUTATION = """
 import sys
 import torch
-from lowmem.config import ModelConfig
+from lowmem.config.schema import ModelConfig
 from lowmem.models.registry import build_model
 model = build_model(ModelConfig(dim=32, num_layers=2, num_heads=2), vocab_size=50, max_seq_len=8, seed=0)
 model.activation_checkpointing = "block"
@@ -82,13 +82,13 @@ NO_RATES = ["", "[]", "{}"] + [
 
 @pytest.mark.parametrize("damaged", NO_RATES, ids=range(len(NO_RATES)))
 def test_damaged_rates_are_measured_anew(tmp_path, monkeypatch, damaged):
-    monkeypatch.setattr(probe, "measure_rates", lambda: probe.Rates(**RATES))
-    monkeypatch.setattr(probe, "_is_busy", lambda: False)
+    monkeypatch.setattr(hardware, "measure_rates", lambda: hardware.Rates(**RATES))
+    monkeypatch.setattr(hardware, "_is_busy", lambda: False)
     config = config_of(f"data.cache_dir={tmp_path}")
-    probe.rates_for(config)
+    hardware.rates_for(config)
     (path,) = (tmp_path / "rates").iterdir()
     path.write_text(damaged)
-    assert probe.rates_for(config) == probe.Rates(**RATES)
+    assert hardware.rates_for(config) == hardware.Rates(**RATES)
     assert json.loads(path.read_text()) == RATES
 
 
@@ -133,7 +133,7 @@ def test_a_prediction_that_the_system_kills_is_a_refusal(monkeypatch):
 
 MODULES = """
 import json, sys
-from lowmem.cli import main
+from lowmem.cli.main import main
 code = main(["pretrain", "--quiet", *sys.argv[2:]])
 open(sys.argv[1], "w").write(json.dumps(sorted(sys.modules)))
 sys.exit(code)

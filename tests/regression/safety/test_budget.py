@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.cli import main
-from lowmem.config import BudgetConfig
-from lowmem.config_finetune import FinetuneConfig
-from lowmem.data.storage import compiled_root
-from lowmem.devices import cxx_compiler
-from lowmem.errors import StorageError
+from lowmem.cli.main import main
+from lowmem.config.finetune import FinetuneConfig
+from lowmem.config.schema import BudgetConfig
 from lowmem.finetune.settle import within_container
 from lowmem.memory import host
-from lowmem.memory.block_cache import block_cache_library
-from lowmem.memory.budget import is_out_of_memory
+from lowmem.memory.allocator import block_cache_library
+from lowmem.memory.limits import is_out_of_memory
 from lowmem.planning import check
+from lowmem.system.devices import cxx_compiler
+from lowmem.system.errors import StorageError
+from lowmem.system.files import compiled_root
 from tests.train.tiny_run import ROOT, lowmem, tiny_arguments, write_text
 
 MIB = 1 << 20
@@ -29,8 +29,8 @@ LIMITED = """
 import sys, ctypes, json, mmap, os, signal
 from pathlib import Path
 import torch
-from lowmem.memory.block_cache import set_up_host_memory
-from lowmem.memory.budget import limit_host_memory
+from lowmem.memory.allocator import set_up_host_memory
+from lowmem.memory.limits import limit_host_memory
 from lowmem.memory.host import own_memory
 torch.set_num_threads(1)
 if sys.argv[1] == "cache":

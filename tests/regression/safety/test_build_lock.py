@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from lowmem.engine import deepspeed_build
-from lowmem.errors import ConfigError
+from lowmem.engine.deepspeed import operators
+from lowmem.system.errors import ConfigError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux")
 HOLD = "import os, sys, time; os.open(sys.argv[1], os.O_CREAT | os.O_EXCL); print('held', flush=True); "
@@ -17,10 +17,10 @@ HOLD = "import os, sys, time; os.open(sys.argv[1], os.O_CREAT | os.O_EXCL); prin
 def test_a_lock_that_nobody_holds_is_removed(tmp_path):
     (tmp_path / "lock").touch()
     lines = []
-    deepspeed_build.wait_for_build(tmp_path, lines.append)
+    operators.wait_for_build(tmp_path, lines.append)
     assert not (tmp_path / "lock").exists()
     assert lines == [f"{tmp_path.name}: removed {tmp_path / 'lock'}, which a build that was killed has left"]
-    deepspeed_build.wait_for_build(tmp_path, lines.append)
+    operators.wait_for_build(tmp_path, lines.append)
     assert len(lines) == 1
 
 
@@ -30,7 +30,7 @@ def test_a_lock_that_is_held_is_waited_for(tmp_path):
     with subprocess.Popen([sys.executable, "-S", "-c", code, str(lock)], stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"held\n"
         lines = []
-        deepspeed_build.wait_for_build(tmp_path, lines.append)
+        operators.wait_for_build(tmp_path, lines.append)
         assert lines == [f"{tmp_path.name}: waiting for process {process.pid}, which compiles it"]
         assert not lock.exists()
 
@@ -45,7 +45,7 @@ def test_a_holder_that_dies_leaves_nothing_to_wait_for(tmp_path):
             process.kill()
             process.wait()
 
-        deepspeed_build.wait_for_build(tmp_path, report)
+        operators.wait_for_build(tmp_path, report)
     assert not lock.exists()
 
 
@@ -54,6 +54,6 @@ def test_where_the_holder_cannot_be_known_the_file_is_named(tmp_path, monkeypatc
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     began = time.monotonic()
     with pytest.raises(ConfigError, match="remove that file") as caught:
-        deepspeed_build.wait_for_build(tmp_path, print)
+        operators.wait_for_build(tmp_path, print)
     assert str(tmp_path / "lock") in str(caught.value)
     assert time.monotonic() - began < 10

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from lowmem.cli import main
-from lowmem.errors import CheckpointError
+from lowmem.cli.main import main
 from lowmem.finetune.base_model import load_base
+from lowmem.system.errors import CheckpointError
 
 
 class _Unreadable:
@@ -49,7 +49,7 @@ def test_code_of_a_base_is_not_run(model_type, llama, trap, tmp_path, capsys):
 
 
 def test_code_of_a_tokenizer_is_not_run(llama, trap, tmp_path):
-    from lowmem.config_finetune import FinetuneConfig
+    from lowmem.config.finetune import FinetuneConfig
     from lowmem.finetune.data import tokenizer_folder
 
     mark, code = trap

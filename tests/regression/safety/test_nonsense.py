@@ -8,11 +8,11 @@ from dataclasses import fields, is_dataclass
 
 import pytest
 
-from lowmem.cli import main
-from lowmem.config import RunConfig
-from lowmem.config_finetune import FinetuneConfig, finetune_problems
-from lowmem.config_load import load_config, load_run_config
-from lowmem.errors import ConfigError
+from lowmem.cli.main import main
+from lowmem.config.finetune import FinetuneConfig, finetune_problems
+from lowmem.config.load import load_config, load_run_config
+from lowmem.config.schema import RunConfig
+from lowmem.system.errors import ConfigError
 
 UNIONS = (typing.Union, types.UnionType)
 
@@ -45,7 +45,7 @@ def with_every_number(cls, value, prefix=""):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -3, 10**40])
 def test_no_number_is_nonsense(cls, value):
     """Not a number, infinities, what is below every range, and what no machine or run has."""
-    from lowmem.config_values import value_problems
+    from lowmem.config.keys import value_problems
 
     config, keys = with_every_number(cls, value)
     assert len(keys) > 15

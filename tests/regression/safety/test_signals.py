@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.cli import main, run_command
-from lowmem.errors import StoppedBySignal
-from lowmem.train.signals import StopRequest
+from lowmem.cli.main import main, run_command
+from lowmem.system.errors import StoppedBySignal
+from lowmem.system.process import StopRequest
 from tests.train.tiny_run import ROOT, tiny_arguments, write_text
 
 FULL = Path("/dev/full")
@@ -151,7 +151,7 @@ def test_a_run_does_not_need_its_standard_error(stream, monkeypatch, capsys, tmp
 @needs_full
 @pytest.mark.parametrize("redirection", [">/dev/full", ">&-", "2>/dev/full >/dev/full", ">&- 2>&-", "| true"])
 def test_streams_of_a_process(redirection):
-    script = f"set -o pipefail; {sys.executable} -m lowmem.cli pretrain --print_config {redirection}"
+    script = f"set -o pipefail; {sys.executable} -m lowmem pretrain --print_config {redirection}"
     result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=120)
     if redirection == "| true":
         assert (result.returncode, result.stderr) in ((141, ""), (0, ""))
@@ -172,7 +172,7 @@ def test_five_interrupts_at_any_moment(tmp_path, delay_s):
     """Outside of the training itself, those that followed the first one ended the process by the signal, not with 130."""
     arguments = tiny_arguments(tmp_path / "run", write_text(tmp_path / "text.txt"), **{"train.steps": 100000, "train.save_every": 1})
     process = subprocess.Popen(
-        [sys.executable, "-m", "lowmem.cli", "pretrain", "--quiet", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "lowmem", "pretrain", "--quiet", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
     while not imports_torch(process.pid):
         time.sleep(0.01)
@@ -206,14 +206,14 @@ def gone(pid: int, within_s: float = 30.0) -> bool:
     "start",
     [
         "from lowmem.planning import check; subprocess.run = Run; check.check_run(load_run_config('', [], check=False))",
-        "from lowmem.memory.watcher import Watcher; watcher = Watcher(1, sys.argv[1]); tell(watcher._process.pid)",
+        "from lowmem.memory.watched import Watcher; watcher = Watcher(1, sys.argv[1]); tell(watcher._process.pid)",
     ],
     ids=["prediction", "watcher"],
 )
 def test_a_killed_parent_leaves_no_child(start, tmp_path):
     code = f"""
 import os, subprocess, sys, time
-from lowmem.config_load import load_run_config
+from lowmem.config.load import load_run_config
 def tell(pid):
     print(pid, flush=True)
     time.sleep(600)

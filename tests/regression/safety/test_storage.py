@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.cli import main
+from lowmem.cli.main import main
+from lowmem.engine.run_model import load_run_model
 from lowmem.export.hf import export_run_model
-from lowmem.run_model import load_run_model
 from tests.reference.read_only import content
 from tests.train.tiny_run import tiny_arguments, write_text
 
@@ -88,7 +88,7 @@ def test_a_run_leaves_no_half_of_a_file(tmp_path, capsys):
 
 
 def test_a_plan_that_cannot_be_written_is_whole_or_absent(tmp_path):
-    from lowmem.data.storage import replace_file
+    from lowmem.system.files import replace_file
 
     path = tmp_path / "plan.yaml"
     path.write_text("old")

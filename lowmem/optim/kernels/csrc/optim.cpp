@@ -16,7 +16,7 @@ enum Dtype { FP32 = 0, BF16 = 1, CODES8 = 2, CODES4 = 3 };  // codes: of a quant
 struct Bf16 { uint16_t bits; };
 struct State { uint8_t* codes; float* scale; };
 
-struct Scalars {  // as lowmem/optim/kernels/scalars.py names them
+struct Scalars {  // as lowmem/optim/kernels/formats.py names them
     float step_size, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, rsqrt_correction2, grad_scale;
     uint32_t key;
     int64_t offset;

@@ -1,0 +1,234 @@
+"""The `plan` command: the fastest settings that fit a memory budget, or the largest model that does."""
+
+import argparse
+import copy
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowmem.cli.options import OptionParser, dotted_overrides
+from lowmem.config.dump import dump_config
+from lowmem.config.load import load_run_config
+from lowmem.config.schema import ModelConfig, RunConfig
+from lowmem.system.errors import MemoryBudgetError, StorageError
+from lowmem.system.files import replace_file
+from lowmem.system.units import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from lowmem.planning.generation_memory import GenerationMemory
+    from lowmem.planning.hardware import Hardware
+    from lowmem.planning.predict import Prediction
+
+
+_CHOSEN = (
+    "train.micro_batch_size", "train.activation_checkpointing", "train.update", "optim.state_bits", "train.weight_dtype",
+    "train.precision",
+)  # fmt: skip
+_PROCESS_BYTES = 250_000_000  # of any process that has imported PyTorch
+# For those who name no model: the largest of these that fits. Width, MLP width, layers, heads, vocabulary, sequence.
+_SHAPES = {
+    "215M": (1024, 2688, 12, 16, 32000, 512),
+    "58M": (512, 1408, 8, 8, 32000, 512),
+    "13M": (384, 1024, 4, 6, 8192, 256),
+    "4M": (256, 704, 4, 4, 4096, 128),
+}
+
+
+def plan_main(argv: Sequence[str]) -> int:
+    """Run `lowmem plan`.
+
+    Args:
+        argv: without the program's name.
+    Returns:
+        0.
+    Raises:
+        MemoryBudgetError: nothing fits; the message has what is missing and the nearest plans.
+        LowmemError: every other failure that a user can cause.
+    """
+    flags, rest = _parse(argv)
+    overrides = dotted_overrides(rest, "lowmem plan")
+    if not flags.config and not any(override.startswith(("train.steps=", "train.tokens=")) for override in overrides):
+        overrides.insert(0, "train.tokens=100M")
+    config = load_run_config(flags.config, overrides)
+    if flags.write:
+        _check_target(Path(flags.write))
+    _set_budget(config, flags.hardware)
+    if flags.solve:
+        return _solve(config, flags)
+    found = _planned(config, flags.config)
+    if flags.json:
+        print(json.dumps(_as_json(found), indent=1))
+    if not found.fits:
+        raise MemoryBudgetError(_nothing_fits(found))
+    if not flags.json:
+        print("\n".join(_table([found.prediction, *found.alternatives])))
+        print(f"afterwards, {_writing(found.prediction.config)}")
+    if flags.write:
+        _write(flags.write, found.prediction)
+    return 0
+
+
+def _writing(config: RunConfig) -> "GenerationMemory":
+    """What `lowmem generate` will need for one text as long as the sequences of training."""
+    import torch
+
+    from lowmem.engine.from_config import build_configured_model
+    from lowmem.generation import PREFILL_TOKENS
+    from lowmem.planning.generation_memory import generation_memory
+
+    with torch.device("meta"):
+        model = build_configured_model(config).eval()
+    return generation_memory(model, 1, config.model.max_seq_len, PREFILL_TOKENS, config.device)
+
+
+def _planned(config: RunConfig, path: str) -> Any:
+    """The plan for the model that was given, or for the largest of a few that fits."""
+    from lowmem.planning.search import plan
+
+    if path or config.model != ModelConfig():
+        return plan(config)
+    for name, (dim, hidden_dim, layers, heads, vocab_size, seq_len) in _SHAPES.items():
+        shaped = copy.deepcopy(config)
+        shaped.model = ModelConfig(dim=dim, hidden_dim=hidden_dim, num_layers=layers, num_heads=heads)
+        shaped.data.tokenizer_vocab_size, shaped.data.seq_len = vocab_size, seq_len
+        if name != "4M" and _hopeless(shaped):
+            continue
+        found = plan(shaped)
+        if found.fits:
+            print(f"no model was given: planning for a {name} decoder; name yours with --config or --model.dim=...", file=sys.stderr)
+            break
+    return found
+
+
+def _hopeless(config: RunConfig) -> bool:
+    """Whether even narrow weights and states, with nothing else, exceed a budget."""
+    import torch
+
+    from lowmem.models.registry import build_model
+
+    with torch.device("meta"):
+        model = build_model(config.model, vocab_size=config.data.tokenizer_vocab_size, max_seq_len=config.data.seq_len, seed=0)
+    limits = [parse_bytes(limit) for limit in (config.budget.vram, config.budget.ram) if limit and parse_bytes(limit)]
+    return 3 * model.num_parameters() + _PROCESS_BYTES > min(limits)
+
+
+def _solve(config: RunConfig, flags: argparse.Namespace) -> int:
+    from lowmem.planning.search import solve
+
+    solution = solve(config, flags.solve)
+    answer = {"key": solution.key, "value": solution.value, "next": solution.beyond, **solution.prediction.report()}
+    if flags.json:
+        print(json.dumps(answer, indent=1))
+    if not solution.value:
+        raise MemoryBudgetError(
+            f"not even {solution.key}={solution.beyond} fits: {_needs(solution.prediction)}; other settings: lowmem plan"
+        )
+    if not flags.json:
+        print(f"{solution.key}={solution.value} is the largest that fits: {_needs(solution.prediction)}")
+        print(f"{solution.beyond} does not" if solution.beyond else "no larger value is allowed")
+    if flags.write:
+        _write(flags.write, solution.prediction)
+    return 0
+
+
+def _set_budget(config: RunConfig, hardware_name: str) -> None:
+    """The budget that was given, or what the named or this hardware has."""
+    from lowmem.planning.hardware import describe, named_hardware, this_hardware
+
+    if hardware_name:
+        hardware = named_hardware(hardware_name)
+    elif config.budget.ram or config.budget.vram:
+        _use_device(config, parse_bytes(config.budget.vram or "0") > 0)
+        return
+    else:
+        hardware = this_hardware()
+    print(f"planning for {describe(hardware)}", file=sys.stderr)
+    config.budget.ram = config.budget.ram or _mib(hardware.ram_bytes)
+    config.budget.vram = config.budget.vram or (_mib(hardware.vram_bytes) if hardware.vram_bytes else "0")
+    _use_device(config, hardware.vram_bytes > 0)
+    _use_precision(config, hardware)
+
+
+def _use_device(config: RunConfig, gpu: bool) -> None:
+    if config.device == "auto":
+        config.device = "cuda" if gpu else "cpu"
+
+
+def _use_precision(config: RunConfig, hardware: "Hardware") -> None:
+    if config.device == "cuda" and config.train.precision == "auto" and not hardware.bf16:
+        config.train.precision = "fp16"
+
+
+def _mib(size: int) -> str:
+    return f"{size >> 20}MiB"
+
+
+def _as_json(found: Any) -> dict[str, Any]:
+    return {
+        "fits": found.fits,
+        "missing_bytes": found.missing,
+        "plan": found.prediction.report(),
+        "alternatives": [other.report() for other in found.alternatives],
+    }
+
+
+def _settings(prediction: "Prediction") -> str:
+    from lowmem.planning.levers import get_key
+
+    return " ".join(f"{key.split('.')[1]}={get_key(prediction.config, key)}" for key in _CHOSEN)
+
+
+def _table(predictions: "Sequence[Prediction]") -> list[str]:
+    lines = [f"{'plan':8} {'RAM':>10} {'VRAM':>10} {'tokens/s':>9}  settings"]
+    for number, prediction in enumerate(predictions):
+        ram, vram = format_bytes(prediction.host.peak_bytes), format_bytes(prediction.cuda_reserved.peak_bytes)
+        name = "fastest" if not number else f"other {number}"
+        lines.append(f"{name:8} {ram:>10} {vram:>10} {prediction.tokens_per_s:>9,.0f}  {_settings(prediction)}")
+    return [f"{predictions[0].parameters:,} parameters", *lines, *predictions[0].lines()[1:]]
+
+
+def _needs(prediction: "Prediction") -> str:
+    ram, vram = prediction.host.peak_bytes, prediction.cuda_reserved.peak_bytes
+    return f"{format_bytes(ram)} of RAM" + (f" and {format_bytes(vram)} of VRAM" if vram else "")
+
+
+def _nothing_fits(found: Any) -> str:
+    budget = found.prediction.config.budget
+    lacks = [f"{format_bytes(size)} of {name.upper()} (budget {getattr(budget, name)})" for name, size in found.missing.items()]
+    nearest = "\n".join(f"  {_needs(other)}: {_settings(other)}" for other in [found.prediction, *found.alternatives])
+    parts = "\n".join(f"  {line}" for line in found.prediction.lines()[1:])
+    return (
+        f"nothing fits: the smallest plan lacks {' and '.join(lacks)}, a margin included. It needs\n{parts}\n"
+        f"The nearest plans:\n{nearest}\n"
+        "Use a larger budget, or a smaller model: lowmem plan --solve=model.dim, model.num_layers or data.seq_len"
+    )
+
+
+def _check_target(path: Path) -> None:
+    """Before a search that takes minutes: that the plan can be written."""
+    if path.is_dir() or not path.parent.is_dir():
+        why = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise StorageError(f"--write={path} cannot be written ({why}); name a file in a folder that is there")
+
+
+def _write(path: str, prediction: "Prediction") -> None:
+    comments = "\n".join(f"# {line}" for line in ["Written by lowmem plan.", *prediction.lines()])
+    try:
+        replace_file(Path(path), f"{comments}\n\n{dump_config(prediction.config)}")
+    except OSError as error:
+        raise StorageError(f"--write={path} cannot be written ({error.strerror}); name a file in a folder that is there") from error
+
+
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = OptionParser(
+        prog="lowmem plan",
+        description="The fastest settings that fit a memory budget. Any key of the configuration can be given as --section.key=value.",
+    )
+    parser.add_argument("--config", default="", metavar="FILE", help="YAML file with the model and the data")
+    parser.add_argument("--hardware", default="", metavar="NAME", help="plan for a device by its name, such as t4; default: this machine")
+    parser.add_argument("--solve", default="", metavar="KEY", help="the largest model.dim, model.num_layers, data.seq_len, ... that fits")
+    parser.add_argument("--write", default="", metavar="FILE", help="write the plan as a configuration that pretrain takes")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    return parser.parse_known_args(list(argv))

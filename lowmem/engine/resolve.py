@@ -1,0 +1,79 @@
+"""Everything that a configuration leaves to lowmem, decided: device, precision, masks, sizes."""
+
+import copy
+from pathlib import Path
+
+import torch
+
+from lowmem.config.load import load_run_config
+from lowmem.config.schema import RunConfig
+from lowmem.system.devices import cuda_problem, resolve_device, resolve_precision
+from lowmem.system.errors import ConfigError
+from lowmem.system.units import parse_bytes
+
+
+def resolve(config: RunConfig, device: torch.device, *, vocab_size: int) -> RunConfig:
+    """A copy in which everything "auto" or 0 is settled, as config.yaml records it.
+
+    Args:
+        device: from `chosen_device`; may be a GPU of another machine.
+        vocab_size: of the tokenizer.
+    Raises:
+        ConfigError: the device cannot compute in the precision asked for, or a setting is for another device.
+    """
+    config = copy.deepcopy(config)
+    train = config.train
+    config.data.document_mask = keeps_documents_apart(config, device)
+    config.model.vocab_size = config.model.vocab_size or vocab_size
+    config.model.max_seq_len = config.max_seq_len()
+    train.precision = _precision(config, device)  # type: ignore[assignment]
+    stored = train.weight_dtype
+    if stored in ("bf16", "fp16") and train.precision != stored and (stored, train.precision) != ("bf16", "fp8"):
+        raise ConfigError(
+            f"train.weight_dtype={stored} needs a device that computes in {stored}, {device.type} here resolves to "
+            f"{train.precision}; use train.weight_dtype=fp32, or train.precision={stored} to accept slow emulation"
+        )
+    if train.boundary_offload == "cpu" and device.type == "cpu":
+        raise ConfigError("train.boundary_offload is cpu, but the run computes on a CPU, where they are in host memory already; use none")
+    config.device = device.type  # type: ignore[assignment]
+    return config
+
+
+def _precision(config: RunConfig, device: torch.device) -> str:
+    """What is computed in; of a GPU that is not here what the weights are stored in, else bf16."""
+    train = config.train
+    if device.type == "cpu" or not cuda_problem():
+        return resolve_precision(train.precision, device)
+    if train.precision != "auto":
+        return train.precision
+    return "bf16" if train.weight_dtype in ("fp32", "int8", "int4") else train.weight_dtype
+
+
+def chosen_device(config: RunConfig, *, check: bool = True) -> torch.device:
+    """Where the run computes; budget.vram=0 says that there is no GPU.
+
+    Args:
+        check: that the device is here; false for a plan for another machine.
+    """
+    if config.device == "cuda" and not check:
+        return torch.device("cuda")
+    return resolve_device("cpu" if _is_zero(config.budget.vram) and config.device == "auto" else config.device)
+
+
+def keeps_documents_apart(config: RunConfig, device: torch.device) -> bool:
+    """What `data.document_mask` says; where it is auto: whether the model, and its teacher, can do so at no great cost.
+
+    Raises:
+        ConfigError: the teacher's configuration cannot be read.
+    """
+    if config.data.document_mask != "auto":
+        return config.data.document_mask
+    teacher = Path(config.train.distill.teacher) / "config.yaml"
+    names = {config.model.name}
+    if config.train.distill.teacher and teacher.is_file():  # where there is none is told when it is loaded
+        names.add(load_run_config(teacher, check=False).model.name)
+    return names == {"decoder"} and device.type == "cpu"
+
+
+def _is_zero(size: str) -> bool:
+    return bool(size) and parse_bytes(size) == 0

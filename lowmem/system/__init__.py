@@ -1,0 +1,1 @@
+"""What everything else stands on: errors, units, devices, files, tensors. Knows nothing of models or runs."""

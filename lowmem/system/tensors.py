@@ -1,0 +1,201 @@
+"""Tensors in safetensors files, written and read one at a time, so that a checkpoint needs no second copy in memory.
+
+The library's own writer wants every tensor's bytes at once; the format is simple enough to stream: eight bytes of header
+length, a JSON header, then the raw tensors. Reading goes through the library.
+Source: https://github.com/huggingface/safetensors, section Format.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lowmem.system.errors import CheckpointError
+
+_DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights that are no codes
+_WRITE_BYTES = 16 * 1024 * 1024
+INDEX_NAME = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that exists only while it is written, such as a parameter gathered from other ranks.
+
+    Attributes:
+        shape, dtype: known before it exists.
+        get: makes it; called once, in the order of the file.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    get: Callable[[], torch.Tensor]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor | LazyTensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file and flush it to the disk.
+
+    Args:
+        tensors: by name; any device, strides and shape. Lazy ones are made one by one, sorted by element size, then name.
+        metadata: for other readers; transformers asks for {"format": "pt"}.
+    Raises:
+        OSError: disk full or not writable.
+        TypeError: a dtype that safetensors has no name for.
+    Memory: one contiguous host copy of a tensor that is not already contiguous on the host.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # large elements first keeps all aligned
+    for name in order:
+        shape, dtype = tuple(tensors[name].shape), tensors[name].dtype
+        if dtype not in _DTYPE_NAMES:
+            raise TypeError(f"{name} has dtype {dtype}, which safetensors cannot hold")
+        size = dtype.itemsize * torch.Size(shape).numel()
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "wb", buffering=0) as file:
+        _write_all(file, memoryview(len(encoded).to_bytes(8, "little") + encoded))
+        for name in order:
+            value = tensors[name]
+            tensor = value.get() if isinstance(value, LazyTensor) else value
+            if tuple(tensor.shape) != tuple(value.shape) or tensor.dtype != value.dtype:
+                raise TypeError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced as {value.dtype} {tuple(value.shape)}")
+            if tensor.numel():
+                flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+                _write_all(file, memoryview(flat.view(torch.uint8).numpy().data))
+        os.fsync(file.fileno())
+
+
+def read_tensors(path: Path, only: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each tensor of a safetensors file in turn, on the host.
+
+    Args:
+        only: names of those that are read, where they are there; none is all of them.
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    Memory: one tensor.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+                if not only or name in only:
+                    yield name, file.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged or missing ({error}); restore the file, or use another checkpoint") from error
+
+
+def all_finite(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether no number of a tensor is NaN or infinite; with `dtype`, none once it is converted to that. Codes always are.
+
+    Memory: two numbers.
+    """
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(math.isfinite(bound.to(dtype or bound.dtype).item()) for bound in torch.aminmax(tensor.detach()))
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a safetensors file, by name; nothing else is read.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged or missing ({error}); restore the file, or use another checkpoint") from error
+
+
+def meta_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each tensor of a safetensors file on the meta device: its shape and dtype; nothing else is read.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    dtypes = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                dtype = dtypes.get(part.get_dtype())
+                if dtype is None:
+                    raise CheckpointError(f"{path}: {name} is {part.get_dtype()}, allowed: {', '.join(dtypes)}; save it in one of these")
+                yield name, torch.empty(part.get_shape(), dtype=dtype, device="meta")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged or missing ({error}); restore the file, or use another checkpoint") from error
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files with the weights of a directory of transformers: model.safetensors, else the shards that its index names; never others.
+
+    Raises:
+        CheckpointError: there are none, or the index is damaged or names what is not there.
+    """
+    index = directory / INDEX_NAME
+    if (directory / "model.safetensors").is_file():
+        return [directory / "model.safetensors"]
+    if index.is_file():
+        try:
+            names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{index} cannot be read ({error}); save the model again with save_pretrained") from error
+        if missing := [name for name in names if not _is_plain_file(directory, name)]:
+            raise CheckpointError(f"{index} names {missing[0][:80]!r}, which is not there; copy the whole directory")
+        if not names:
+            raise CheckpointError(f"{index} names no file; save the model again with save_pretrained")
+        return [directory / name for name in names]
+    suffixes = (".bin", ".pt", ".pth", ".safetensors", ".gguf", ".h5", ".msgpack")
+    found = ", ".join(sorted(path.name for path in directory.iterdir() if path.suffix in suffixes)[:5]) if directory.is_dir() else ""
+    raise CheckpointError(
+        f"{directory} has no model.safetensors (weights found: {found or 'none'}); save the model there with "
+        "save_pretrained(safe_serialization=True); other formats are not read, for some can carry code"
+    )
+
+
+def _is_plain_file(directory: Path, name: str) -> bool:
+    """Whether `name` is a safetensors file of that very folder."""
+    whole = name.endswith(".safetensors") and len(name.encode(errors="replace")) < 256 and "\0" not in name and Path(name).name == name
+    return whole and (directory / name).is_file()
+
+
+def load_into(path: Path, targets: Mapping[str, torch.Tensor]) -> None:
+    """Copy every tensor of a file into the target of the same name, in place.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or its names, shapes or dtypes are not those of `targets`.
+    Memory: one tensor.
+    """
+    missing = set(targets)
+    for name, tensor in read_tensors(path):
+        target = targets.get(name)
+        if target is None:
+            raise CheckpointError(f"{path} holds {name}, which this model does not have; was it saved with another configuration?")
+        if target.shape != tensor.shape or target.dtype != tensor.dtype:
+            raise CheckpointError(
+                f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, "
+                f"the model has {target.dtype} {tuple(target.shape)}; was it saved with another configuration?"
+            )
+        with torch.no_grad():
+            target.copy_(tensor)
+        missing.discard(name)
+    if missing:
+        raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}; was it saved with another configuration?")
+
+
+def _write_all(file, view: memoryview) -> None:
+    """Unbuffered files may write less than asked; a write beyond 2 GiB always does."""
+    position = 0
+    while position < len(view):
+        position += file.write(view[position : position + _WRITE_BYTES])
