@@ -116,6 +116,7 @@ QUANTIZED = ("int8", "int4")
 def config_problems(config: RunConfig) -> list[str]:
     """Every contradiction between fields, one line each; empty when the configuration is sound."""
     return [
+        *_path_problems(config),
         *_model_problems(config.model, config.data),
         *_data_problems(config.data),
         *_training_problems(config),
@@ -124,7 +125,35 @@ def config_problems(config: RunConfig) -> list[str]:
     ]
 
 
+_WITH_PATH = ("path", "revision", "vocab_size", "max_seq_len")  # of model.*: what may be set together with model.path
+
+
+def _path_problems(config: RunConfig) -> list[str]:
+    """What does not go with a model of transformers, whose shape is its own."""
+    model, train, default = config.model, config.train, ModelConfig()
+    if not model.path:
+        return [f"model.revision is {model.revision}, but model.path is empty; name the model, or remove it"] if model.revision else []
+    shaped = [f"model.{name}" for name, value in vars(model).items() if name not in _WITH_PATH and value != getattr(default, name)]
+    problems = []
+    if "model.lorpt" in shaped:
+        problems.append("model.lorpt factors lowmem's own layers and is not yet supported with model.path; drop one of the two")
+        shaped.remove("model.lorpt")
+    if shaped:
+        problems.append(f"model.path is {model.path}, whose shape is its own; remove {', '.join(shaped)}, or model.path")
+    plain = train.activation_checkpointing in ("auto", "none", "block")
+    wrong = (
+        (f"train.activation_checkpointing={train.activation_checkpointing}", not plain, "its blocks name nothing cheap; use block or none"),
+        (f"train.weight_dtype={train.weight_dtype}", train.weight_dtype in QUANTIZED, "it takes no codes yet; use fp32, bf16 or fp16"),
+        (f"train.precision={train.precision}", train.precision == "fp8", "its layers do not multiply fp8 yet; use bf16"),
+        (f"engine.name={config.engine.name}", config.engine.name == "deepspeed", "it is not partitioned yet; use local"),
+        (f"train.init_from={train.init_from}", bool(train.init_from), "it has weights of its own; drop one of the two"),
+    )
+    return [*problems, *(f"{what} does not work with model.path: {why}" for what, found, why in wrong if found)]
+
+
 def _model_problems(model: ModelConfig, data: DataConfig) -> list[str]:
+    if model.path:
+        return []
     problems = []
     if model.num_heads > 0 and model.dim % model.num_heads:
         problems.append(f"model.dim is {model.dim}, not a multiple of model.num_heads ({model.num_heads})")

@@ -146,6 +146,11 @@ class LorptConfig:
 class ModelConfig:
     """The shape of the model. Defaults are a Llama-like decoder."""
 
+    path: str = ""
+    """A directory of a causal language model of transformers, or its name on the hub; empty: lowmem's own model.name. Shape, vocabulary
+    and weights are then its own, and so is the tokenizer unless data.tokenizer names another than its default."""
+    revision: str = ""
+    """Branch, tag or commit of a model.path on the hub; empty is the newest."""
     name: Literal["decoder", "i3"] = "decoder"
     """decoder: a transformer. i3: the recurrent-hybrid model with low-rank attention (a reconstruction of i3-12m)."""
     dim: int = 256
@@ -265,9 +270,10 @@ class TrainConfig:
     """layerwise: what boundary activations are kept in; same is the dtype of the residual stream. bf16 rounds it at every block."""
     boundary_offload: Literal["none", "cpu"] = "none"
     """layerwise on a GPU: keep boundary activations in host memory, copied while the GPU computes."""
-    activation_checkpointing: Literal["none", "block", "selective", "low_rank"] = "selective"
+    activation_checkpointing: Literal["auto", "none", "block", "selective", "low_rank"] = "auto"
     """selective: compute norms and activation functions again instead of keeping them, at no measurable cost; low_rank: of LoRPt layers
-    keep only the rank-sized latents; block: keep only each block's input; none: keep everything. The result is the same to the bit."""
+    keep only the rank-sized latents; block: keep only each block's input; none: keep everything. The result is the same to the bit. auto:
+    selective for lowmem's own models, block for those of model.path, which have no selective and no low_rank."""
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
     """What is computed in. auto: bf16 where the device has it natively, else fp16 on a GPU and fp32 on a CPU. fp8: products of dense layers
     in fp8 on GPUs that have it, all else in bf16. See docs/precision.md."""

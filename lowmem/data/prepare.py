@@ -352,11 +352,13 @@ def _facts(label: str, shards: TokenShards, progress: ProgressCallback) -> dict[
     return facts
 
 
-def prepare_phases(config: RunConfig, progress: ProgressCallback | None = None) -> list[PreparedData]:
+def prepare_phases(config: RunConfig, progress: ProgressCallback | None = None, *, keeps_segments_apart: bool = True) -> list[PreparedData]:
     """The data of `config.all_phases()`, in their order, all of it before the first step.
 
     A tokenizer that is trained learns from the text of every phase.
 
+    Args:
+        keeps_segments_apart: whether a row of the model may hold several conversations.
     Raises:
         ConfigError, DataError, StorageError: see `prepare_data`.
     Memory: constant, but for 8 bytes a conversation.
@@ -367,7 +369,7 @@ def prepare_phases(config: RunConfig, progress: ProgressCallback | None = None) 
         sources = phases[0].sources or config.data.sources
         return [prepare_data(replace(config.data, sources=sources), seed=config.train.seed, progress=report)]
     tokenizer = prepare_tokenizer(config.data, _all_sources(config, phases), cache_root(config.data.cache_dir), report)
-    return [_prepare(config, phase, number, tokenizer, report) for number, phase in enumerate(phases)]
+    return [_prepare(config, phase, number, tokenizer, report, not keeps_segments_apart) for number, phase in enumerate(phases)]
 
 
 def phase_template(config: RunConfig, phase: PhaseConfig, tokenizer: Tokenizer | None = None) -> ChatTemplate:
@@ -415,15 +417,19 @@ def _all_sources(config: RunConfig, phases: Sequence[PhaseConfig]) -> list[TextS
     return list(found.values())
 
 
-def _prepare(config: RunConfig, phase: PhaseConfig, number: int, tokenizer: Tokenizer, progress: ProgressCallback) -> PreparedData:
+def _prepare(
+    config: RunConfig, phase: PhaseConfig, number: int, tokenizer: Tokenizer, progress: ProgressCallback, one_per_row: bool
+) -> PreparedData:
     seed = keyed_hash(config.train.seed, number) if number else config.train.seed
     if phase.kind == "text":
         sources = phase.sources or config.data.sources
         return prepare_data(replace(config.data, sources=sources), seed=seed, progress=progress, tokenizer=tokenizer)
-    return _prepare_chat(config, phase, seed, tokenizer, progress)
+    return _prepare_chat(config, phase, seed, tokenizer, progress, one_per_row)
 
 
-def _prepare_chat(config: RunConfig, phase: PhaseConfig, seed: int, tokenizer: Tokenizer, progress: ProgressCallback) -> PreparedData:
+def _prepare_chat(
+    config: RunConfig, phase: PhaseConfig, seed: int, tokenizer: Tokenizer, progress: ProgressCallback, one_per_row: bool
+) -> PreparedData:
     seq_len, cache = config.data.seq_len, cache_root(config.data.cache_dir)
     template = phase_template(config, phase, tokenizer)
     sources, facts = [], []
@@ -434,7 +440,7 @@ def _prepare_chat(config: RunConfig, phase: PhaseConfig, seed: int, tokenizer: T
             progress(DataProgress("warning", part.label, message=f"{part.label}: {line}"))
         sources.append(part)
         facts.append(_phase_facts(part) | {"weight": source.weight})
-    one_per_row = config.model.name == "i3"  # a recurrent state would carry one conversation over into the next
+    one_per_row = one_per_row or config.model.name == "i3"  # a recurrent state would carry one conversation over into the next
     train = ChatStream(
         sources, [source.weight_at for source in phase.sources], seq_len=seq_len, seed=seed, exhausted=config.data.exhausted,
         one_per_row=one_per_row,

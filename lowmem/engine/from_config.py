@@ -22,16 +22,39 @@ def build_configured_model(config: RunConfig) -> LanguageModel:
     Memory: the weights.
     """
     train, model_config = config.train, config.model
-    model = build_model(
+    if model_config.path:
+        model: LanguageModel = _model_of_transformers(config)
+    else:
+        model = _own_model(config)
+    checkpointing = train.activation_checkpointing
+    model.loss_options = LossOptions(train.loss_chunk_tokens, train.label_smoothing, train.z_loss)
+    model.activation_checkpointing = ("block" if model_config.path else "selective") if checkpointing == "auto" else checkpointing
+    return model
+
+
+def _model_of_transformers(config: RunConfig) -> LanguageModel:
+    """The model of `model.path` with its weights, checked; on the meta device its outline."""
+    from lowmem.engine.huggingface_files import load_model, outline, quiet_transformers, resolve_model_path
+    from lowmem.models.huggingface import HuggingFaceModel, check_contract
+
+    quiet_transformers()
+    directory, dtype = resolve_model_path(config.model.path, config.model.revision), stored_format(config.train).dtype
+    if torch.get_default_device().type == "meta":
+        return HuggingFaceModel(outline(directory, dtype), config.model.max_seq_len)
+    model = HuggingFaceModel(load_model(directory, dtype), config.model.max_seq_len)
+    check_contract(model)
+    return model
+
+
+def _own_model(config: RunConfig) -> LanguageModel:
+    train, model_config = config.train, config.model
+    return build_model(
         model_config,
         vocab_size=model_config.vocab_size,
         max_seq_len=model_config.max_seq_len,
         seed=train.seed,
         dtype=stored_format(train),
     )
-    model.loss_options = LossOptions(train.loss_chunk_tokens, train.label_smoothing, train.z_loss)
-    model.activation_checkpointing = train.activation_checkpointing
-    return model
 
 
 def build_local_engine(

@@ -154,7 +154,8 @@ class LayerwiseHead:
         self.in_embedding = {id(parameter) for parameter in model.embed_parameters()}
         inside = {id(parameter) for parameter in model.blocks.parameters()}
         outer = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
-        self.parameters = [p for p in outer if id(p) not in self.in_embedding or model.head_is_tied()]
+        tied = {id(parameter) for parameter in model.tied_parameters()}
+        self.parameters = [p for p in outer if id(p) not in self.in_embedding or id(p) in tied]
 
     def differentiate(self, hidden: torch.Tensor, targets_BT: torch.Tensor, denominator: float) -> tuple[float, FirstUpdate | None]:
         """Loss, and a function that updates the head; None if nothing may be updated. Nothing is changed before that function is called.

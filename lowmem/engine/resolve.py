@@ -1,12 +1,13 @@
 """Everything that a configuration leaves to lowmem, decided: device, precision, masks, sizes."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from lowmem.config.load import load_run_config
-from lowmem.config.schema import RunConfig
+from lowmem.config.schema import DataConfig, RunConfig
 from lowmem.system.devices import cuda_problem, resolve_device, resolve_precision
 from lowmem.system.errors import ConfigError
 from lowmem.system.units import parse_bytes
@@ -66,13 +67,58 @@ def keeps_documents_apart(config: RunConfig, device: torch.device) -> bool:
     Raises:
         ConfigError: the teacher's configuration cannot be read.
     """
+    if config.model.path and config.data.document_mask is True and not keeps_segments_apart(config):
+        raise ConfigError(
+            f"data.document_mask is true, but the model {config.model.path} cannot keep texts of a row apart; set it to false"
+        )
     if config.data.document_mask != "auto":
         return config.data.document_mask
     teacher = Path(config.train.distill.teacher) / "config.yaml"
     names = {config.model.name}
     if config.train.distill.teacher and teacher.is_file():  # where there is none is told when it is loaded
         names.add(load_run_config(teacher, check=False).model.name)
-    return names == {"decoder"} and device.type == "cpu"
+    return names == {"decoder"} and keeps_segments_apart(config) and device.type == "cpu"
+
+
+def keeps_segments_apart(config: RunConfig) -> bool:
+    """Whether a row of the model may hold several texts.
+
+    Raises:
+        ConfigError, CheckpointError: see `settled_model`.
+    """
+    if config.model.path:
+        from lowmem.engine.huggingface_files import model_facts
+
+        return model_facts(config.model.path, config.model.revision).keeps_segments_apart
+    return config.model.name != "i3"
+
+
+def settled_model(config: RunConfig) -> RunConfig:
+    """A copy in which everything is settled that the choice of the model decides: recomputation, and for a model of transformers its
+    vocabulary, longest sequence and tokenizer.
+
+    Raises:
+        ConfigError: the settings contradict the model's own, or `model.path` names nothing.
+        CheckpointError: it is no model that can be trained here.
+    """
+    model, train, data = config.model, config.train, config.data
+    if train.activation_checkpointing == "auto":
+        train = replace(train, activation_checkpointing="block" if model.path else "selective")
+    if model.path:
+        from lowmem.engine.huggingface_files import model_facts, resolve_model_path
+
+        facts = model_facts(model.path, model.revision)
+        if model.vocab_size not in (0, facts.vocab_size):
+            raise ConfigError(f"model.vocab_size is {model.vocab_size}, but {model.path} has {facts.vocab_size} rows; remove it")
+        if 0 < facts.position_limit < data.seq_len:
+            raise ConfigError(
+                f"data.seq_len is {data.seq_len}, but the learned positions of {model.path} end at {facts.position_limit}; lower it"
+            )
+        longest = facts.position_limit or max(facts.max_seq_len, data.seq_len)
+        model = replace(model, vocab_size=facts.vocab_size, max_seq_len=model.max_seq_len or longest)
+        if data.tokenizer == DataConfig().tokenizer:
+            data = replace(data, tokenizer=str(resolve_model_path(model.path, model.revision)))
+    return replace(config, model=model, train=train, data=data)
 
 
 def _is_zero(size: str) -> bool:

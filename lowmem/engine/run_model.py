@@ -78,12 +78,23 @@ def load_run_model(
             f"has {tokenizer.vocab_size} tokens; the files belong to different runs"
         )
     with torch.device("meta") if outline else nullcontext():
-        model = build_model(shape, vocab_size=shape.vocab_size, max_seq_len=shape.max_seq_len, seed=config.train.seed)
+        model = _initial_model(config)
     if not outline:
         verify_weights(path)
     read = meta_tensors if outline else read_tensors
     load_weights(path / "model.safetensors", model, keep_bf16=device_has_native_bf16(device), read=read)
     return RunModel((model if outline else model.to(device)).eval(), tokenizer, config, checkpoint_step(path.name) or 0, path)
+
+
+def _initial_model(config: RunConfig) -> LanguageModel:
+    """The model of a run, to be given the weights of a checkpoint."""
+    shape = config.model
+    if not shape.path:
+        return build_model(shape, vocab_size=shape.vocab_size, max_seq_len=shape.max_seq_len, seed=config.train.seed)
+    from lowmem.engine.huggingface_files import initial_model, resolve_model_path
+    from lowmem.models.huggingface import HuggingFaceModel
+
+    return HuggingFaceModel(initial_model(resolve_model_path(shape.path, shape.revision), torch.float32), shape.max_seq_len)
 
 
 def load_run_tokenizer(run_dir: Path, checkpoint: Path) -> Tokenizer:

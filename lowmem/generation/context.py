@@ -85,6 +85,9 @@ class BatchContext:
 
 def position_window(model: LanguageModel) -> int | None:
     """Most tokens `model` can look at: the length of its learned position table; None where rotary positions or ALiBi go on."""
+    limit = getattr(model, "position_limit", 0)
+    if limit:
+        return int(limit)
     config = getattr(model, "config", None)
     learned = config is not None and (config.positions == "learned" or config.name == "i3")
     return model.max_seq_len if learned else None
@@ -99,6 +102,8 @@ def beyond_training(run: RunModel, tokens: int) -> str:
         tokens: of prompt and continuation.
     """
     config = run.config
+    if config.model.path:
+        return ""
     trained = config.data.seq_len if run.step and not config.train.init_from else run.model.max_seq_len
     if run.model.config.name != "decoder" or run.model.config.positions != "rope" or tokens <= trained:  # type: ignore[union-attr]
         return ""

@@ -42,9 +42,14 @@ class LanguageModel(nn.Module, ABC):
 
     Attributes:
         keeps_segments_apart: whether a row may hold several segments.
+        blocks_take_caches: whether `blocks` can be called with the layers of a cache; else only `forward` can decode.
+        logit_scale, logit_softcap: what the head does to its products; see `lowmem.nn.loss.CrossEntropyOptions`.
     """
 
     keeps_segments_apart: bool = True
+    blocks_take_caches: bool = True
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0
 
     blocks: nn.ModuleList
     norm: nn.Module
@@ -117,6 +122,10 @@ class LanguageModel(nn.Module, ABC):
     def head_is_tied(self) -> bool:
         """Whether `head_loss` uses the embedding, too."""
         return False
+
+    def tied_parameters(self) -> list[nn.Parameter]:
+        """Those of `embed_parameters` that `head_loss` uses, too."""
+        return [self.embedding.weight] if self.head_is_tied() else []  # type: ignore[union-attr, list-item]
 
     def dense_head(self) -> tuple[nn.Module, nn.Linear] | None:
         """The final norm and the head, where `head_loss` is one plain matrix of its own after that norm."""
@@ -215,7 +224,7 @@ def attention_flops(dim: int, seq_len: int) -> int:
 
 def head_loss_options(model: LanguageModel, soft_targets: SoftTargets | None = None) -> CrossEntropyOptions:
     """The model's options; label smoothing, z-loss and a teacher's predictions in training mode only."""
-    options = model.loss_options
+    options, reshaped = model.loss_options, {"scale": model.logit_scale, "softcap": model.logit_softcap}
     if model.training:
-        return CrossEntropyOptions(options.chunk_tokens, options.label_smoothing, options.z_loss, soft_targets)
-    return CrossEntropyOptions(options.chunk_tokens)
+        return CrossEntropyOptions(options.chunk_tokens, options.label_smoothing, options.z_loss, soft_targets, **reshaped)
+    return CrossEntropyOptions(options.chunk_tokens, **reshaped)

@@ -11,6 +11,7 @@ Shapes: B batch, H heads, T time, D head width, G the B * H heads one after anot
 """
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,26 +34,36 @@ def causal_attention(
     v_BHTD: torch.Tensor,
     slopes: tuple[float, ...] = (),
     segments_BT: torch.Tensor | None = None,
+    *,
+    first_BT: torch.Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """softmax(q k^T / sqrt(D) + bias) v, each token attending itself and what came before.
 
     Args:
-        q_BHTD, k_BHTD, v_BHTD: same shape and dtype.
+        q_BHTD, k_BHTD, v_BHTD: same shape and dtype; keys and values may have fewer heads, each of which serves H / theirs queries in turn.
         slopes: H ALiBi slopes; empty for none.
         segments_BT: tokens attend only those with their own number; None lets them attend all.
+        first_BT: (B, T) or (1, T) integers: the first key that a token attends, at most its own position; windows and segments are
+            told so. Not together with `segments_BT`.
+        scale: of the scores; None is 1 / sqrt(D).
+        softcap: scores become softcap * tanh(score / softcap); 0 leaves them. Not together with `slopes`.
     Returns:
         (B, T, H * D), contiguous.
     Memory: saves q, k and v; the scores of one block are alive at once, in forward and in backward, in fp32; of 16-bit inputs so are
         the heads that the block belongs to.
     """
     batch, heads, time, width = q_BHTD.shape
+    if k_BHTD.shape[1] != heads:
+        k_BHTD, v_BHTD = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k_BHTD, v_BHTD))
     with torch.autocast(autocast_kind(q_BHTD), enabled=False):
-        if segments_BT is not None:
-            return blocked_attention(q_BHTD, k_BHTD, v_BHTD, slopes, segments_BT)
+        if segments_BT is not None or first_BT is not None or softcap:
+            return blocked_attention(q_BHTD, k_BHTD, v_BHTD, slopes, segments_BT, first_BT=first_BT, scale=scale, softcap=softcap)
         if _prefers_fused(q_BHTD, slopes):
-            out_BHTD = _fused(q_BHTD, k_BHTD, v_BHTD, slopes)
+            out_BHTD = _fused(q_BHTD, k_BHTD, v_BHTD, slopes, scale)
             return out_BHTD.transpose(1, 2).reshape(batch, time, heads * width)
-        return blocked_attention(q_BHTD, k_BHTD, v_BHTD, slopes)
+        return blocked_attention(q_BHTD, k_BHTD, v_BHTD, slopes, scale=scale)
 
 
 def blocked_attention(
@@ -61,10 +72,20 @@ def blocked_attention(
     v_BHTD: torch.Tensor,
     slopes: tuple[float, ...] = (),
     segments_BT: torch.Tensor | None = None,
+    *,
+    first_BT: torch.Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
-    """`causal_attention` by blocks of queries, on any device and in any dtype."""
+    """`causal_attention` by blocks of queries, on any device and in any dtype, with as many heads of keys as of queries.
+
+    Raises:
+        ValueError: two masks, or ALiBi and a soft-cap.
+    """
+    if (segments_BT is not None and first_BT is not None) or (slopes and softcap):
+        raise ValueError("found segments_BT and first_BT, or slopes and softcap; allowed: one of each pair")
     q, k, v = (follow(torch.Tensor.contiguous, x) for x in (q_BHTD, k_BHTD, v_BHTD))
-    return _BlockedAttention.apply(q, k, v, slopes, segments_BT)
+    return _BlockedAttention.apply(q, k, v, segments_BT, first_BT, _Scores(slopes, scale, softcap))
 
 
 def cached_attention(
@@ -91,6 +112,31 @@ def cached_attention(
         else:
             out = F.scaled_dot_product_attention(q_BHTD, k_BHKD, v_BHKD, attn_mask=bias_BHTK)
     return out.transpose(1, 2).reshape(batch, time, heads * width)
+
+
+def visible_attention(
+    q_BHTD: torch.Tensor, k_BHKD: torch.Tensor, v_BHKD: torch.Tensor, visible: torch.Tensor, scale: float | None, softcap: float
+) -> torch.Tensor:
+    """Attention over K cached keys of which each query sees those that a mask names; used for decoding, without gradient.
+
+    Args:
+        k_BHKD, v_BHKD: may have fewer heads than the queries, each of which serves as many of them in turn.
+        visible: (B or 1, 1, T, K) bool.
+        scale, softcap: see `causal_attention`.
+    Returns:
+        (B, T, H * D).
+    Memory: T * K scores per head in fp32.
+    """
+    batch, heads, time, width = q_BHTD.shape
+    k_BHKD, v_BHKD = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k_BHKD, v_BHKD))
+    with torch.autocast(autocast_kind(q_BHTD), enabled=False):
+        wide = accumulate_dtype(q_BHTD.dtype)
+        scores = (q_BHTD.to(wide) @ k_BHKD.to(wide).transpose(2, 3)).mul_(width**-0.5 if scale is None else scale)
+        if softcap:
+            scores.div_(softcap).tanh_().mul_(softcap)
+        weights = torch.softmax(scores.masked_fill_(~visible, float("-inf")), dim=-1)
+        out = weights.to(v_BHKD.dtype) @ v_BHKD
+    return out.transpose(1, 2).reshape(batch, time, -1)
 
 
 def _cache_bias(like: torch.Tensor, total: int, slopes: tuple[float, ...], start: int | tuple[int, ...]) -> torch.Tensor | None:
@@ -122,17 +168,25 @@ def _prefers_fused(q_BHTD: torch.Tensor, slopes: tuple[float, ...]) -> bool:
     return q_BHTD.dtype in (torch.float32, torch.float64) and not slopes and (width < 64 or time > 1024)
 
 
-def _fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slopes: tuple[float, ...]) -> torch.Tensor:
+def _fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slopes: tuple[float, ...], scale: float | None) -> torch.Tensor:
     if not slopes:
         if is_fake(q):  # without a device PyTorch would choose the path that keeps every score
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)[0]
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)[0]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     time = q.shape[2]
     future = torch.ones(time, time, dtype=torch.bool, device=q.device).triu_(1)
     bias = alibi_bias(slopes, range(time), range(time), q).masked_fill(future, float("-inf"))
     if is_fake(q):
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=bias.unsqueeze(0))[0]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0))
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=bias.unsqueeze(0), scale=scale)[0]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0), scale=scale)
+
+
+class _Scores(NamedTuple):
+    """What is done to the products of queries and keys; see `causal_attention`."""
+
+    slopes: tuple[float, ...] = ()
+    scale: float | None = None
+    softcap: float = 0.0
 
 
 class _Blocks:
@@ -143,18 +197,20 @@ class _Blocks:
         products: dtype of what backward multiplies, scores aside.
     """
 
-    def __init__(self, like: torch.Tensor, slopes: tuple[float, ...], segments: torch.Tensor | None):
+    def __init__(self, like: torch.Tensor, segments: torch.Tensor | None, first: torch.Tensor | None, how: _Scores):
         batch, heads, self.time, width = like.shape
-        self.segments = segments
-        self.scale = width**-0.5
+        slopes, self.softcap = how.slopes, how.softcap
+        self.segments, self.first = segments, None if first is None else first.expand(batch, -1)
+        masked = segments is not None or first is not None
+        self.scale = width**-0.5 if how.scale is None else how.scale
         self.wide = accumulate_dtype(like.dtype)
         self.products = like.dtype if _multiplies(like.dtype, device_kind(like)) else self.wide
         wanted = -(-self.time // BLOCKS)
         self.size = min(max(-(-wanted // 16) * 16, MIN_BLOCK), MAX_BLOCK)
         room = max(1, MAX_SCORES // (self.size * self.time))
-        # with slopes or segments a group is heads of one sequence, or, with segments, whole sequences: so it finds its own
-        total = heads if slopes or (segments is not None and room < 2 * heads) else batch * heads
-        unit = 1 if segments is None or total == heads else heads
+        # with slopes or masks a group is heads of one sequence, or, with masks, whole sequences: so it finds its own
+        total = heads if slopes or (masked and room < 2 * heads) else batch * heads
+        unit = 1 if not masked or total == heads else heads
         self.group = max(size for size in range(unit, min(room, total) + 1, unit) if total % size == 0)
         self.heads, self.slopes = heads, slopes
         self.future = like.new_full((self.size, self.size), float("-inf"), dtype=self.wide).triu_(1)
@@ -170,8 +226,10 @@ class _Blocks:
         """What forward multiplies: fp32, unless the device has products of 16 bits with an fp32 result."""
         return x_GTD if device_kind(x_GTD) == "cuda" and not torch.version.hip else x_GTD.to(self.wide)
 
-    def probabilities(self, q: torch.Tensor, k: torch.Tensor, group: slice, start: int, stop: int) -> torch.Tensor:
-        """(group, stop - start, stop) attention weights of a group's queries and keys, from `exact`."""
+    def probabilities(
+        self, q: torch.Tensor, k: torch.Tensor, group: slice, start: int, stop: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(group, stop - start, stop) attention weights of a group's queries and keys, from `exact`, and the soft-cap's derivative."""
         queries, keys = q[:, start:stop], k[:, :stop].transpose(1, 2)
         if q.dtype != self.wide:
             scores = torch.bmm(queries, keys, out_dtype=self.wide).mul_(self.scale)
@@ -182,16 +240,29 @@ class _Blocks:
         else:
             scores = q.new_empty(self.group, stop - start, stop)
             torch.baddbmm(scores, queries, keys, beta=0, alpha=self.scale, out=scores)
-        rows = stop - start
-        if self.segments is None:
+        rows, damping = stop - start, None
+        if self.softcap:
+            scores.div_(self.softcap).tanh_()
+            damping = 1 - scores * scores
+            scores.mul_(self.softcap)
+        hidden = self._hidden(group, start, stop)
+        if hidden is None:
             scores[:, :, start:] += self.future[:rows, :rows]
         else:
-            mine = self.segments[group.start // self.heads : -(-group.stop // self.heads)]
-            bias = scores.new_zeros(len(mine), rows, stop)
-            bias.masked_fill_(mine[:, start:stop, None] != mine[:, None, :stop], float("-inf"))
+            bias = scores.new_zeros(len(hidden), rows, stop)
+            bias.masked_fill_(hidden, float("-inf"))
             bias[:, :, start:] += self.future[:rows, :rows]
-            scores.view(len(mine), -1, rows, stop).add_(bias.unsqueeze(1))
-        return torch.softmax(scores, dim=-1)
+            scores.view(len(hidden), -1, rows, stop).add_(bias.unsqueeze(1))
+        return torch.softmax(scores, dim=-1), damping
+
+    def _hidden(self, group: slice, start: int, stop: int) -> torch.Tensor | None:
+        """(sequences of the group, stop - start, stop): earlier keys that a query does not attend; None if it attends all."""
+        mine = slice(group.start // self.heads, -(-group.stop // self.heads))
+        if self.segments is not None:
+            return self.segments[mine, start:stop, None] != self.segments[mine, None, :stop]
+        if self.first is not None:
+            return torch.arange(stop, device=self.first.device) < self.first[mine, start:stop, None]
+        return None
 
     def _bias(self, group: slice, start: int, stop: int, like: torch.Tensor) -> torch.Tensor:
         first = group.start % self.heads
@@ -212,11 +283,11 @@ class _BlockedAttention(torch.autograd.Function):
     """Saves q, k, v; the probabilities are computed again in backward, block by block."""
 
     @staticmethod
-    def forward(ctx, q, k, v, slopes, segments):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(q, k, v, segments)
-        ctx.slopes = slopes
+    def forward(ctx, q, k, v, segments, first, how):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(q, k, v, segments, first)
+        ctx.how = how
         batch, heads, time, width = q.shape
-        blocks = _Blocks(q, slopes, segments)
+        blocks = _Blocks(q, segments, first, how)
         out = q.new_empty(batch, time, heads, width)
         result = q.new_empty(batch * heads, time, width)
         q, k, v = (x.view(-1, time, width) for x in (q, k, v))
@@ -228,15 +299,15 @@ class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_BTC):  # type: ignore[no-untyped-def]
-        q, k, v, segments = ctx.saved_tensors
+        q, k, v, segments, first = ctx.saved_tensors
         batch, heads, time, width = shape = q.shape
-        blocks = _Blocks(q, ctx.slopes, segments)
+        blocks = _Blocks(q, segments, first, ctx.how)
         grad = grad_BTC.view(batch, time, heads, width).transpose(1, 2).contiguous().view(-1, time, width)
         q, k, v = (x.view(-1, time, width) for x in (q, k, v))
         grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         for group in representative(blocks.groups(batch * heads), q):
             _group_gradients(blocks, group, [x[group] for x in (q, k, v, grad)], [x[group] for x in grads])
-        return *(x.view(shape) for x in grads), None, None
+        return *(x.view(shape) for x in grads), None, None, None
 
 
 def _group_output(blocks: _Blocks, group: slice, inputs: list[torch.Tensor], result: torch.Tensor) -> None:
@@ -248,7 +319,7 @@ def _group_output(blocks: _Blocks, group: slice, inputs: list[torch.Tensor], res
     """
     queries, keys, values = (blocks.exact(x) for x in inputs)
     for start, stop in blocks.queries():
-        weights = blocks.probabilities(queries, keys, group, start, stop).to(values.dtype)
+        weights = blocks.probabilities(queries, keys, group, start, stop)[0].to(values.dtype)
         result[:, start:stop] = torch.bmm(weights, values[:, :stop])
 
 
@@ -264,11 +335,12 @@ def _group_gradients(blocks: _Blocks, group: slice, inputs: list[torch.Tensor], 
     grad_q, grad_k, grad_v = grads
     sum_k, sum_v = (x if x.dtype == blocks.wide else torch.empty_like(x, dtype=blocks.wide) for x in (grad_k, grad_v))
     for start, stop in blocks.queries():
-        weights = blocks.probabilities(queries, keys, group, start, stop)
+        weights, damping = blocks.probabilities(queries, keys, group, start, stop)
         grad_out = grad[:, start:stop]
         _accumulate(sum_v[:, :stop], weights.to(blocks.products).transpose(1, 2), grad_out, 1.0, first=stop == blocks.time)
         grad_weights = torch.bmm(grad_out, v[:, :stop].transpose(1, 2)).to(blocks.wide)
-        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, blocks.wide).to(blocks.products)
+        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, blocks.wide)
+        grad_scores = (grad_scores if damping is None else grad_scores.mul_(damping)).to(blocks.products)
         _accumulate(grad_q[:, start:stop], grad_scores, k[:, :stop], blocks.scale, first=True)
         _accumulate(sum_k[:, :stop], grad_scores.transpose(1, 2), q[:, start:stop], blocks.scale, first=stop == blocks.time)
     for grad_x, sum_x in ((grad_k, sum_k), (grad_v, sum_v)):

@@ -26,12 +26,33 @@ GRAD_BLOCK_ROWS = 2048  # rows of the weight gradient that are added to the wide
 
 @dataclass(frozen=True)
 class CrossEntropyOptions:
-    """See `lowmem.models.base.LossOptions`."""
+    """See `lowmem.models.base.LossOptions`.
+
+    Attributes:
+        scale: what the products of hidden states and weights are multiplied by.
+        softcap: what comes of that is softcap * tanh(it / softcap); 0 leaves it.
+    """
 
     chunk_tokens: int = 0
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     soft_targets: Any = None
+    scale: float = 1.0
+    softcap: float = 0.0
+
+    def reshapes(self) -> bool:
+        """Whether logits are more than a product."""
+        return self.scale != 1 or self.softcap != 0
+
+    def reshape_(self, products: torch.Tensor) -> torch.Tensor:
+        """Logits, in place of the products."""
+        if self.scale != 1:
+            products.mul_(self.scale)
+        return products.div_(self.softcap).tanh_().mul_(self.softcap) if self.softcap else products
+
+    def slope(self, logits: torch.Tensor) -> torch.Tensor | float:
+        """Derivative of `reshape_` where it gave these logits."""
+        return (logits / self.softcap).square_().neg_().add_(1).mul_(self.scale) if self.softcap else self.scale
 
 
 def auto_chunk_tokens(vocab_size: int, width: int, itemsize: int) -> int:
@@ -166,6 +187,7 @@ class Chunks:
             live = targets != IGNORE_INDEX
             targets = targets.masked_fill(~live, 0)
             wide = block if self.wide_buffer is None else self.wide_buffer[: block.shape[0]].copy_(block)
+            slope = self.options.slope(self.options.reshape_(wide)) if self.options.reshapes() else None
             target_logit = wide.gather(1, targets)
             largest = wide.amax(1, keepdim=True)
             mean = wide.mean(1, keepdim=True) if self.options.label_smoothing else None
@@ -175,6 +197,8 @@ class Chunks:
             total += self._token_losses(lse, target_logit, mean).masked_fill_(~live, 0).sum()
             if self.needs_grad:
                 self._softmax_to_gradient(wide, targets, lse, live.to(self.wide))
+                if slope is not None:
+                    wide.mul_(slope)
                 if self.grad_bias is not None:
                     self.grad_bias += wide.sum(0)
                 if wide is not block:
@@ -422,13 +446,16 @@ class CrossEntropyByRows:
 
     def _logits(self, tokens: slice, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         logits = (self.hidden_NC[tokens] @ weight.t()).to(self.wide)
-        return logits if bias is None else logits.add_(bias)
+        logits = logits if bias is None else logits.add_(bias)
+        return self.options.reshape_(logits) if self.options.reshapes() else logits
 
     def _logit_gradient(self, tokens: slice, rows: slice, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """(M, R): softmax * (1 + 2 c lse) - (1 - s) * target - s / V, zero where nothing is predicted."""
         smoothing, z_loss = self.options.label_smoothing, self.options.z_loss
         largest, total = self.max_N1[tokens], self.sum_N1[tokens]
-        grad = self._logits(tokens, weight, bias).sub_(largest).exp_().div_(total)
+        logits = self._logits(tokens, weight, bias)
+        slope = self.options.slope(logits) if self.options.reshapes() else None
+        grad = logits.sub_(largest).exp_().div_(total)
         if z_loss:
             grad.mul_(1 + 2 * z_loss * (largest + total.log()))
         if smoothing:
@@ -437,4 +464,6 @@ class CrossEntropyByRows:
         here = (target >= rows.start) & (target < rows.stop)
         column = (target - rows.start).clamp(0, rows.stop - rows.start - 1)
         grad.scatter_add_(1, column, here.to(self.wide) * (smoothing - 1))
+        if slope is not None:
+            grad.mul_(slope)
         return grad.mul_(self.live_N1[tokens])

@@ -33,6 +33,7 @@ CUDA_HOST_BYTES = 1_300_000_000  # libraries and driver of a process that uses C
 UNSEEN_BYTES = 8_000_000  # what a larger model than the trial's adds besides tensors: kernels for more shapes, autograd's nodes
 _TOKENIZER_BYTES_PER_ROW = 1_200  # a byte-level BPE in memory: vocabulary and merges, both ways; 27 MB of 24,000 rows, 12 of 8,000
 _TRIAL_TOKENIZER_ROWS = 300
+_TRIAL_MODEL, _TRIAL_SHAPE = "TRIAL", ("model.dim=256", "model.num_layers=2", "model.num_heads=4")
 _MOST_BYTES = 1 << 50  # of a base cost that can be true
 _LIBRARIES = ("torch", "deepspeed", "bitsandbytes", "lion-pytorch", "tokenizers", "numpy", "lowmem")
 _LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -121,11 +122,9 @@ def _kind(config: RunConfig) -> list[str]:
     own = optim.backend == "lowmem" and narrow and engine.name == "local"
     weights = "int8" if train.weight_dtype in QUANTIZED else "fp32" if own else train.weight_dtype
     tokenizer = ["data.tokenizer=bpe", f"data.tokenizer_vocab_size={_TRIAL_TOKENIZER_ROWS}"] if _has_library(config.data) else []
+    tokenizer = ["data.tokenizer=bpe"] if tokenizer and model.path else tokenizer  # of the model's own directory
     return [
-        f"model.name={model.name}",
-        "model.dim=256",
-        "model.num_layers=2",
-        "model.num_heads=4",
+        *([f"model.path={_TRIAL_MODEL}"] if model.path else [f"model.name={model.name}", *_TRIAL_SHAPE]),
         f"train.precision={train.precision}",
         f"train.update={train.update}",
         f"train.weight_dtype={weights}",
@@ -146,11 +145,31 @@ def _kind(config: RunConfig) -> list[str]:
 def trial_settings(settings: Sequence[str], folder: Path, world_size: int) -> list[str]:
     """Overrides of the run that is measured; its text is written to `folder`."""
     (folder / "text.txt").write_text(_TEXT)
+    if f"model.path={_TRIAL_MODEL}" in settings:
+        write_trial_model(folder / "model")
+        settings = [setting.replace(_TRIAL_MODEL, str(folder / "model")) for setting in settings]
     return [
         *settings, f"data.sources=[{{path: {folder}/text.txt}}]", "data.seq_len=256", "data.val_fraction=0.1",
         f"data.cache_dir={folder / 'cache'}", f"train.global_batch_size={4 * world_size}", "train.micro_batch_size=2",
         "train.steps=4", "train.eval_every=4", "train.eval_sequences=4", "train.save_every=4", f"run_dir={folder / 'run'}",
     ]  # fmt: skip
+
+
+def write_trial_model(folder: Path) -> None:
+    """A Llama of transformers of some thousand parameters with a tokenizer: all families import about the same."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from lowmem.data.hf_tokenizer import HuggingFaceTokenizer
+
+    shape: dict[str, Any] = {
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    }
+    LlamaForCausalLM(LlamaConfig(vocab_size=2 * _TRIAL_TOKENIZER_ROWS, **shape)).save_pretrained(folder)
+    HuggingFaceTokenizer.train([_TEXT], _TRIAL_TOKENIZER_ROWS).save(folder / "tokenizer.json")
 
 
 def _measure(settings: Sequence[str], world_size: int, tensor_peak: Callable[[RunConfig, int], int]) -> int:
@@ -159,7 +178,9 @@ def _measure(settings: Sequence[str], world_size: int, tensor_peak: Callable[[Ru
         overrides = [f"--{override}" for override in trial_settings(settings, folder, world_size)]
         inherited = {name: value for name, value in os.environ.items() if name not in _LAUNCH}
         environment = {**inherited, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
-        if "data.tokenizer=bytes" not in settings:  # what a tokenizer takes while it is trained is no part of the base
+        if (
+            "data.tokenizer=bytes" not in settings and f"model.path={_TRIAL_MODEL}" not in settings
+        ):  # what a tokenizer takes while it is trained is no part of the base
             _run([sys.executable, "-c", _PREPARE, *overrides], environment)
         _run(_command(["lowmem", "pretrain", "--quiet", *overrides], world_size), environment)
         report = folder / "run" / "memory.json"

@@ -88,12 +88,17 @@ def generation_memory(model: LanguageModel, batch_size: int, context: int, prefi
             for layer in view.layers:
                 layer.lengths[:] = context - time
             with trace.phase(phase):
-                hidden = model.embed(torch.zeros(view.lengths.shape[0], time, dtype=torch.int64), view.start)
-                for block, layer in zip(model.blocks[:2], view.layers, strict=False):  # nothing outlives a block: two stand for all
-                    hidden = block(hidden, layer)
-                logits = to_logits(hidden)
+                tokens = torch.zeros(view.lengths.shape[0], time, dtype=torch.int64)
+                if model.blocks_take_caches:
+                    hidden = model.embed(tokens, view.start)
+                    for block, layer in zip(model.blocks[:2], view.layers, strict=False):  # nothing outlives a block: two stand for all
+                        hidden = block(hidden, layer)
+                    logits = to_logits(hidden)
+                    del hidden
+                else:
+                    logits = model(tokens, cache=view)
                 trace.mark([logits], "logits")
-                del hidden, logits
+                del logits
     trace.name_storages(model.vocab_size)
     allocator, measure = (CudaAllocator(0), "reserved_bytes") if device == "cuda" else (HostAllocator(cached=False), "resident_bytes")
     peaks = replay(trace, allocator, {"peak": measure})["peak"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from lowmem.config.schema import RunConfig
 from lowmem.engine.deepspeed.ds_config import BUCKET_ELEMENTS, build_deepspeed_config, offloads_optimizer, zero_stage
-from lowmem.engine.resolve import chosen_device, resolve
+from lowmem.engine.resolve import chosen_device, resolve, settled_model
 from lowmem.memory.allocator import block_cache_library
 from lowmem.models.base import LanguageModel
 from lowmem.nn.quantized import stored_bytes
@@ -144,6 +144,7 @@ def resolve_without_data(config: RunConfig) -> RunConfig:
     Raises:
         ConfigError: see `predict_peak`.
     """
+    config = settled_model(config)
     device = chosen_device(config, check=False)
     return resolve(config, device, vocab_size=config.model.vocab_size or _vocab_size(config))
 

@@ -73,7 +73,7 @@ class Estimator:
             whole: the micro-batch is the global batch.
         """
         layers = self.config.model.num_layers
-        if layers <= max(_LAYERS) or self.config.model.name == "i3":
+        if layers <= max(_LAYERS) or self.config.model.name == "i3" or self.config.model.path:
             return self._measures(settings, layers, micro_batch_size, whole)
         low, high = (self._measures(settings, few, micro_batch_size, whole) for few in _LAYERS)
         more = (layers - _LAYERS[0]) / (_LAYERS[1] - _LAYERS[0])

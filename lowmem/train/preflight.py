@@ -9,7 +9,7 @@ from lowmem.data.prepare import check_sources
 from lowmem.data.tokenizer_loading import known_tokenizer
 from lowmem.data.tokenizers import check_vocab
 from lowmem.engine.deepspeed.ds_config import check_deepspeed_file
-from lowmem.engine.resolve import chosen_device
+from lowmem.engine.resolve import chosen_device, settled_model
 from lowmem.engine.run_model import initial_weights
 from lowmem.engine.teacher import teacher_config
 from lowmem.system.errors import ConfigError, DataError
@@ -26,6 +26,7 @@ def check_beforehand(config: RunConfig, *, fresh: bool) -> None:
     """
     chosen_device(config)
     _check_packages(config)
+    config = settled_model(config)
     check_deepspeed_file(config)
     path = Path(config.run_dir)
     check_place(path)

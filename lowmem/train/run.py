@@ -181,7 +181,7 @@ class Run:
         config, engine = self.config, self.engine
         return "; ".join(
             [
-                f"{config.model.name} with {format_count(engine.model.num_parameters())} parameters "
+                f"{config.model.path or config.model.name} with {format_count(engine.model.num_parameters())} parameters "
                 f"({format_bytes(engine.memory_components()['weights'])}), {engine.device.type}, {config.train.precision}, "
                 f"{engine.world_size} x {torch.get_num_threads()} threads",
                 f"global batch {config.train.global_batch_size} x {config.data.seq_len} tokens in micro-batches of "

@@ -15,7 +15,7 @@ from lowmem.engine.base import Engine
 from lowmem.engine.deepspeed import processes
 from lowmem.engine.from_config import build_configured_model, build_local_engine
 from lowmem.engine.recovery import release_memory
-from lowmem.engine.resolve import chosen_device, keeps_documents_apart, resolve
+from lowmem.engine.resolve import chosen_device, keeps_documents_apart, keeps_segments_apart, resolve, settled_model
 from lowmem.engine.run_model import load_initial_weights
 from lowmem.engine.teacher import check_teacher_tokenizer, load_teacher
 from lowmem.memory.allocator import release_host_memory, set_up_host_memory
@@ -44,6 +44,7 @@ def set_up(config: RunConfig, display: ProgressDisplay, *, fresh: bool = False, 
     Raises:
         ConfigError, DataError, CheckpointError, StorageError, MemoryBudgetError: see `lowmem.system.errors`.
     """
+    config = settled_model(config)
     device = _rank_device(config)
     _set_threads(config.train.threads)
     problem = set_up_host_memory(compiled_root())
@@ -68,7 +69,7 @@ def _assemble(
         _check_run_dir(run_dir, config, fresh, display)
     torch.manual_seed(config.train.seed + processes.rank())
     config = replace(config, data=replace(config.data, document_mask=keeps_documents_apart(config, device)))
-    phase_data = prepare_phases(config, display)
+    phase_data = prepare_phases(config, display, keeps_segments_apart=keeps_segments_apart(config))
     data = phase_data[0]
     release_host_memory()  # a tokenizer that was trained here leaves much behind
     config = resolve(config, device, vocab_size=data.tokenizer.vocab_size)
