@@ -29,6 +29,10 @@ _CHUNK = 1 << 22  # pairs of query and key that a mask function is asked about a
 _HARMLESS = ("position_ids", "position_embeddings", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
+_UNREADABLE = torch.empty(0, dtype=torch.bool)  # a mask that says no first keys
+_NO_INTERVAL = "its tokens see other tokens than the last ones up to themselves"
+
+
 class UnsupportedModelError(Exception):
     """A model of transformers does what this contract has no place for; the text says what."""
 
@@ -85,8 +89,7 @@ def lowmem_mask(
     Returns:
         Within `masks_for`: (1, T) or (B, T) int32, the first key of each token, None where all see everything before them. Elsewhere, as
         in decoding: (B or 1, 1, T, K) bool.
-    Raises:
-        UnsupportedModelError: what a token sees is no interval that ends with itself.
+        A mask that no attention takes stands for what is no interval of keys that ends with the token itself.
     Memory: some 16 MiB while the function is evaluated, or the bool mask.
     """
     device, request = torch.device(device or "cpu"), _request.get()
@@ -99,7 +102,10 @@ def lowmem_mask(
         whole = local_size is None or q_length <= local_size
         first_T = None if whole else torch.zeros(q_length, dtype=torch.int32, device=device)
     else:
-        first_T = first_keys(mask_function, q_length, device)
+        try:
+            first_T = first_keys(mask_function, q_length, device)
+        except UnsupportedModelError:
+            return _UNREADABLE  # of some kind of layer that the model may not have
     if request.segments_BT is None:
         return None if first_T is None else first_T.unsqueeze(0)
     return _within_segments(request.segments_BT, first_T)
@@ -117,6 +123,8 @@ def additive_mask(
     first = lowmem_mask(batch_size=batch_size, q_length=q_length, device=device, **more)
     if not request.wanted:
         return None
+    if first is _UNREADABLE:
+        raise UnsupportedModelError(_NO_INTERVAL)
     key = torch.arange(q_length, device=device)
     hidden = key > key.unsqueeze(1)
     if first is not None:
@@ -140,7 +148,7 @@ def first_keys(mask_function: Callable[..., torch.Tensor], time: int, device: to
         visible = mask_function(zero, zero, query_T1, key).expand(1, 1, len(query), time)
         first = visible.to(torch.uint8).argmax(-1)
         if not bool(((visible.sum(-1) == query - first + 1).all()) & ~(visible & (key > query_T1)).any()):
-            raise UnsupportedModelError("its tokens see other tokens than the last ones up to themselves")
+            raise UnsupportedModelError(_NO_INTERVAL)
         parts.append(first.view(-1).int())
     first_T = torch.cat(parts)
     return first_T if bool(first_T.any()) else None
@@ -201,6 +209,8 @@ def lowmem_attention(
     for name, extra in more.items():
         if isinstance(extra, torch.Tensor) and name not in _HARMLESS:
             raise UnsupportedModelError(f"its attention has {name}")
+    if attention_mask is _UNREADABLE:
+        raise UnsupportedModelError(_NO_INTERVAL)
     batch, heads, time, width = query.shape
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind := autocast_kind(query)) else value.dtype
     query, key, value = (x.to(dtype) for x in (query, key, value))

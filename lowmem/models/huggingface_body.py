@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from lowmem.models.huggingface_attention import NAME, MaskRequest, UnsupportedModelError, lowmem_attention, masks_for, register
 from lowmem.nn.positions import segment_positions
@@ -92,8 +92,8 @@ class Body:
     def __init__(self, model: Any):
         register()
         self.model = model
-        self.body = model.base_model
-        self._stack, self.blocks = find_blocks(model)
+        self.body = find_body(model)
+        self._stack, self.blocks = find_blocks(self.body, model.config)
         self._inputs = set(inspect.signature(self.body.forward).parameters)
         self._tuples = False
         self.tail: list[nn.Module] = []
@@ -268,7 +268,7 @@ class Body:
         children = [module for module in self._stack.children() if module is not self.blocks]
 
         def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            if inputs and isinstance(inputs[0], torch.Tensor) and isinstance(output, torch.Tensor):
+            if len(taken) == len(self.blocks) and inputs and isinstance(inputs[0], torch.Tensor) and isinstance(output, torch.Tensor):
                 after.append((module, inputs[0], output))
 
         taken: list[tuple[torch.Tensor, BlockArguments]] = []
@@ -295,14 +295,28 @@ class Body:
         return convolutions or any(name in str(kind) for kind in kinds for name in _RECURRENT)
 
 
-def find_blocks(model: Any) -> tuple[nn.Module, nn.ModuleList]:
+def find_body(model: Any) -> Any:
+    """What makes hidden states of tokens.
+
+    Raises:
+        UnsupportedModelError: nothing but the whole model does.
+    """
+    body = model.base_model
+    if body is model:  # some classes name their body wrongly
+        body = next((child for child in model.children() if isinstance(child, PreTrainedModel)), None)
+    if body is None:
+        raise UnsupportedModelError("it has no body apart from its head")
+    return body
+
+
+def find_blocks(body: nn.Module, config: Any) -> tuple[nn.Module, nn.ModuleList]:
     """The list of `num_hidden_layers` decoder layers, and the module that has it.
 
     Raises:
         UnsupportedModelError: there is none.
     """
-    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    for module in model.base_model.modules():
+    count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    for module in body.modules():
         for child in module.children():
             if isinstance(child, nn.ModuleList) and len(child) == count:
                 return module, child

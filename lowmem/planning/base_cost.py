@@ -28,6 +28,7 @@ from lowmem.system.devices import cpu_model, usable_cores
 from lowmem.system.errors import ConfigError, MemoryBudgetError
 from lowmem.system.files import cache_root, cached_json, compiled_root, file_sha256, json_sha256
 from lowmem.system.process import KILLED, with_parent
+from lowmem.system.tensors import write_tensors
 
 CUDA_HOST_BYTES = 1_300_000_000  # libraries and driver of a process that uses CUDA; an estimate where it cannot be measured
 UNSEEN_BYTES = 8_000_000  # what a larger model than the trial's adds besides tensors: kernels for more shapes, autograd's nodes
@@ -168,7 +169,9 @@ def write_trial_model(folder: Path) -> None:
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
     }
-    LlamaForCausalLM(LlamaConfig(vocab_size=2 * _TRIAL_TOKENIZER_ROWS, **shape)).save_pretrained(folder)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=2 * _TRIAL_TOKENIZER_ROWS, **shape))
+    model.config.save_pretrained(folder)  # the model's own would import DeepSpeed, which talks on standard output
+    write_tensors(folder / "model.safetensors", model.state_dict(), {"format": "pt"})
     HuggingFaceTokenizer.train([_TEXT], _TRIAL_TOKENIZER_ROWS).save(folder / "tokenizer.json")
 
 

@@ -23,6 +23,7 @@ CPU = torch.device("cpu")
 MODELS = {
     "decoder": ModelConfig(dim=32, num_layers=3, num_heads=2),
     "tied": ModelConfig(dim=32, num_layers=2, num_heads=2, tie_embeddings=True, positions="alibi"),
+    "tied, learned": ModelConfig(dim=32, num_layers=2, num_heads=2, tie_embeddings=True, positions="learned"),
     "lorpt": ModelConfig(
         dim=32, num_layers=2, num_heads=2, positions="learned", lorpt=LorptConfig(rank=4, targets=["attention", "mlp", "head"])
     ),

@@ -27,7 +27,18 @@ LLAMA3 = {
     "rope_theta": 10000.0,
 }  # fmt: skip
 CHUNKED = {"layer_types": ["sliding_attention", "full_attention"], **WINDOW}
+LATENT = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1, "kv_lora_rank": 8,
+    "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 1, "num_key_value_heads": 4,
+}  # fmt: skip
+SHAPES = SHAPES | {
+    "deepseek_v3": {key: value for key, value in SHAPES["llama"].items() if key != "head_dim"} | LATENT,
+    "falcon": {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "qwen2_moe": SHAPES["qwen3_moe"],
+    "llama4_text": SHAPES["llama"] | {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 48},
+}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in SHAPES} | {
+    "llama4_text, short chunks": ("llama4_text", {"attention_chunk_size": 5}),
     "llama, rope llama3, tied": ("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
     "llama, no groups, bias": ("llama", {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True}),
     "mistral, short window": ("mistral", WINDOW),
@@ -41,7 +52,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for fami
     "gpt2, untied": ("gpt2", {"tie_word_embeddings": False}),
 }
 RECURRENT = ("falcon_h1", "lfm2", "mamba", "qwen3_5_text", "qwen3_next", "recurrent_gemma")
-EAGER = ("bloom", "codegen", "gpt_neo", "gpt_oss", "gpt_oss, short window", "gptj", "mamba", "xglm")
+EAGER = ("bloom", "codegen", "falcon", "gpt_neo", "gpt_oss", "gpt_oss, short window", "gptj", "mamba", "xglm")
 WHOLE_ROWS = (*RECURRENT, "bloom")
 ENGINES = ("llama, rope llama3, tied", "gemma2, all caps and window", "gpt2", "gptj", "phi3", "falcon_h1")
 
@@ -252,6 +263,21 @@ def test_masks_are_recorded_once_for_all_micro_batches_and_dropped_with_their_ba
     assert len(ours._arguments) == 1
     for arguments in next(iter(ours._arguments.values())):
         assert not any(tensor.shape[-2:] == (12, 12) for tensor in arguments.tensors())
+
+
+def test_backward_uses_the_arguments_of_its_own_forward_whatever_came_between():
+    _, ours = pair("mistral, short window")
+    ours.train().activation_checkpointing = "block"
+    inputs, segments = tokens(), torch.ones(2, 12, dtype=torch.int32)
+    loss = ours(inputs, targets_of(inputs), segments_BT=segments)
+    with torch.no_grad():
+        ours(inputs, segments_BT=segments * 2)
+
+    def never(*_):
+        raise AssertionError("recorded again")
+
+    ours._body.arguments = never
+    loss.backward()
 
 
 def test_segments_changed_in_place_are_seen():
