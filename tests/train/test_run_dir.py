@@ -58,8 +58,9 @@ REFUSED = {
     "train": "global_batch_size seq_len_schedule update boundary_dtype boundary_offload precision weight_dtype label_smoothing z_loss "
     "distill.teacher distill.weight distill.temperature init_from seed",
     "engine": "name zero_stage offload config",
-    "model": "path revision name dim hidden_dim num_layers num_heads num_kv_heads vocab_size max_seq_len positions rope_theta norm norm_eps "
-    "activation bias tie_embeddings attention_rank state_dim lorpt.rank lorpt.targets lorpt.ranks lorpt.bottleneck lorpt.init lorpt.share_down",
+    "model": "path revision name dim hidden_dim num_layers num_heads num_kv_heads vocab_size max_seq_len positions rope_theta norm "
+    "norm_eps activation bias tie_embeddings attention_rank state_dim lorpt.rank lorpt.targets lorpt.ranks lorpt.bottleneck lorpt.init "
+    "lorpt.share_down",
 }
 
 
