@@ -1,9 +1,8 @@
 """`lowmem finetune` as a script, so that a launcher can start it."""
 
-import sys
-
 from lowmem.cli.finetune import finetune_main
 from lowmem.cli.main import run_command
+from lowmem.engine.deepspeed.processes import leave
 
 if __name__ == "__main__":
-    sys.exit(run_command(finetune_main))
+    leave(run_command(finetune_main))

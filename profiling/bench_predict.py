@@ -2,14 +2,16 @@
 
     python profiling/bench_predict.py --out profiling/results             # half an hour on two cores; writes bench_predict.json
     python profiling/bench_predict.py --drawn 30 --out profiling/results  # the same for settings drawn by seed: bench_predict_drawn.json
-
+    python profiling/bench_predict.py --transformers --out profiling/results             # models of transformers: bench_predict_hf.json
+    python profiling/bench_predict.py --transformers --drawn 30 --seed 1 --out DIR       # others of them: bench_predict_hf_drawn.json
 
 Every configuration is trained for a few steps with an evaluation and a save; `memory.json` of the run holds the measured peak of the
 process tree (of all ranks), the prediction comes from another process that allocates no model. Text is prepared beforehand, so that the
 measured peak is the training's. The error is predicted / measured - 1: negative is too low, the dangerous side.
 
 Drawn rows come from the whole space of settings (`draw`), and are written one by one: what is in the file already is kept, so that an
-interrupted run goes on. They say nothing of speed.
+interrupted run goes on. They say nothing of speed. Rows of transformers (`transformers_rows.py`: Llama, Qwen2, Gemma 3 and GPT-2 of 5 to
+60 million numbers, whole, LoRA and QLoRA, text and conversations) are drawn and written the same way.
 """
 
 import argparse
@@ -22,9 +24,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import transformers_rows
 from machine import describe_machine
 
 COMMON = [
@@ -117,9 +123,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for bench_predict.json")
     parser.add_argument("--drawn", type=int, default=0, metavar="N", help="N configurations drawn by seed instead")
     parser.add_argument("--seed", type=int, default=0, help="of --drawn")
+    parser.add_argument("--transformers", action="store_true", help=f"models of transformers: the table of {TABLE_ROWS}, or --drawn N")
     arguments = parser.parse_args()
-    if arguments.drawn:
-        measure_drawn(arguments.drawn, arguments.seed, arguments.only, arguments.again, arguments.out)
+    if arguments.drawn or arguments.transformers:
+        seed = arguments.seed if arguments.drawn else "table"
+        name = f"bench_predict{'_hf' * arguments.transformers}{'_drawn' * bool(arguments.drawn)}.json"
+        path = arguments.out / name if arguments.out else None
+        with tempfile.TemporaryDirectory() as files:
+            space = Space(transformers_rows.draw if arguments.transformers else draw, Path(files))
+            measure_drawn(space, arguments.drawn or TABLE_ROWS, seed, arguments.only, arguments.again, path)
         return
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -196,6 +208,7 @@ DRAWN_COMMON = [
     "data.sources=[{stdlib: true, max_bytes: 3000000}]", "data.val_fraction=0.05", "train.steps=2", "train.eval_every=2",
     "train.eval_sequences=4", "train.save_every=2", "train.threads=1", "device=cpu", "optim.lr=1e-4",
 ]  # fmt: skip
+TABLE_ROWS = 24  # of models of transformers: every family, method and update once
 FLOPS_PER_STEP = 1e11  # of a drawn row, so that the table takes half an hour
 BPE_ROWS = 2000
 
@@ -248,19 +261,32 @@ def draw_once(rng: random.Random) -> list[str]:
     return [f"{key}={value}" for key, value in settings.items()]
 
 
-def measure_drawn(count: int, seed: int, only: str, again: Path | None, out: Path | None) -> None:
-    """Rows 0 to count - 1, each written as soon as it is known; see `main`."""
-    path = out / "bench_predict_drawn.json" if out else None
+@dataclass(frozen=True)
+class Space:
+    """Where rows are drawn from.
+
+    Attributes:
+        draw: settings of a row, by seed and number.
+        files: folder for the files that settings name.
+    """
+
+    draw: Callable[[Any, int], list[str]]
+    files: Path
+
+
+def measure_drawn(space: Space, count: int, seed: int | str, only: str, again: Path | None, path: Path | None) -> None:
+    """Rows 0 to count - 1, each written to `path` as soon as it is known; see `main`."""
     kept = json.loads((again or path).read_text())["rows"] if (again or path) and (again or path).exists() else {}
     rows = {}
     for number in range(count):
-        name, settings = f"{seed}/{number}", draw(seed, number)
+        name, settings = f"{seed}/{number}", space.draw(seed, number)
         if only and only not in f" {name} ":
             continue
         earlier = kept.get(name) if kept.get(name, {}).get("settings") == settings else None
         if earlier is None or again:
-            measured = earlier or measure_row(settings)
-            rows[name] = {"settings": settings, **measured, **predict_row(settings, measured["measured_mb"])}
+            here = transformers_rows.located(settings, space.files)
+            measured = earlier or measure_row(here)
+            rows[name] = {"settings": settings, **measured, **predict_row(here, measured["measured_mb"])}
             print(f"{name:8} {json.dumps({k: v for k, v in rows[name].items() if k != 'components'})}", flush=True)
         else:
             rows[name] = earlier
@@ -274,7 +300,7 @@ def measure_row(settings: list[str]) -> dict:
     """Peak of a run in a process of its own, with text that is prepared beforehand."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = [f"--{setting}" for setting in [*DRAWN_COMMON, *settings, f"run_dir={folder}/run"]]
-        prepare(tuple(f"--{setting}" for setting in [*DRAWN_COMMON, *settings] if setting.startswith(("data.", "train.steps"))))
+        prepare(tuple(f"--{setting}" for setting in [*DRAWN_COMMON, *settings] if setting.startswith(_OF_DATA)))
         command = [sys.executable, "-m", "lowmem", "pretrain", "--quiet", *arguments]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         measured = json.loads(Path(folder, "run", "memory.json").read_text())["measured"]
@@ -282,6 +308,9 @@ def measure_row(settings: list[str]) -> dict:
         "measured_mb": round(measured["host_peak_bytes"] / 1e6, 1),
         "phases_measured_mb": {phase: round(peaks["host_peak_bytes"] / 1e6) for phase, peaks in measured["phases"].items()},
     }
+
+
+_OF_DATA = ("data.", "model.path=", "train.steps=", "train.activation_checkpointing=")
 
 
 @cache
@@ -311,9 +340,10 @@ def predict_row(settings: list[str], measured_mb: float) -> dict:
 PREPARE = """
 import sys
 from lowmem.config.load import load_run_config
-from lowmem.data.prepare import prepare_data
+from lowmem.data.prepare import prepare_phases
+from lowmem.engine.resolve import settled_model
 config = load_run_config(overrides=[argument[2:] for argument in sys.argv[1:]])
-prepare_data(config.data, seed=0)
+prepare_phases(settled_model(config))
 """
 PREDICT = """
 import json, os, resource, sys

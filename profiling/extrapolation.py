@@ -115,7 +115,7 @@ def train(setting: dict) -> dict:
     from lowmem.data.prepare import prepare_data
     from lowmem.engine.local import LocalEngine
     from lowmem.models.registry import build_model
-    from lowmem.optim.schedule import learning_rate
+    from lowmem.optim.from_config import learning_rate
 
     torch.set_num_threads(1)
     seed, steps = setting["seed"], setting["steps"]

@@ -104,12 +104,15 @@ class Fixtures:
     def finetune(self, out: Path, *more: str, base: Path | None = None, chat: Path | None = None) -> list[str]:
         """One step of LoRA on the directory."""
         values = {
-            "base": base or self.base,
+            "model.path": base or self.base,
             "data": chat or self.chat,
-            "out": out,
-            "steps": 1,
-            "batch_size": 2,
-            "seq_len": 96,
+            "run_dir": out,
+            "data.cache_dir": self.text.parent / "cache",
+            "data.seq_len": 96,
+            "train.steps": 1,
+            "train.global_batch_size": 2,
+            "train.threads": 1,
+            "device": "cpu",
         }
         keys = {argument[2:].partition("=")[0] for argument in more}
         return ["finetune", *(f"--{key}={value}" for key, value in values.items() if key not in keys), *more, "--quiet"]
@@ -133,21 +136,34 @@ def numeric_keys(config: Any, prefix: str = "") -> Iterator[tuple[str, frozenset
             yield prefix + field.name, frozenset({USAGE}) if isinstance(value, int) else ANY
 
 
+FINETUNE_VALUES = {
+    "adapter.method": ["none", "lora", "dora", "rslora", "lora_plus", "prefix", "ia3", "head", "last_k"],
+    "adapter.target_modules": ["[]", "[q_proj]", "[lm_head]", "[nothing]"], "adapter.last_k": ["1", "2", "4000"],
+    "adapter.lora_dropout": ["0", "0.5"], "train.weight_dtype": ["fp32", "bf16", "fp16", "int8", "nf4"],
+    "train.precision": ["fp32", "bf16", "auto"], "train.update": ["accumulate", "layerwise"], "optim.state_bits": ["32", "8", "4"],
+    "optim.name": ["adamw", "lion", "spectron"], "data.add_tokens": ["[<new>]", "[a]", "['']"], "data.kind": ["text", "chat"],
+    "train.activation_checkpointing": ["none", "block", "selective", "low_rank"], "train.micro_batch_size": ["1", "2", "3"],
+}  # fmt: skip
+"""Settings that are allowed by themselves: a run with some of them is done or refused in one line."""
+
+
 def try_configuration(rng: random.Random, fixtures: Fixtures, at: Path) -> Trial:
     """Values out of their range, and YAML that is damaged."""
     from lowmem.config.dump import dump_config
-    from lowmem.config.finetune import FinetuneConfig
     from lowmem.config.keys import field_docs
     from lowmem.config.schema import RunConfig
 
-    kind = rng.choice(["number", "number", "value", "value", "yaml", "duplicate", "unknown", "finetune"])
+    kind = rng.choice(["number", "number", "value", "value", "yaml", "duplicate", "unknown", "finetune", "finetune"])
     if kind == "number":
         (key, digits), value = rng.choice(sorted(numeric_keys(RunConfig()), key=str)), rng.choice(NOT_NUMBERS)
         return Trial(
             f"{key}={value}", fixtures.pretrain(at / "run", f"--{key}={value}"), digits if value == str(10**23) else frozenset({USAGE})
         )
+    if kind == "finetune" and rng.random() < 0.5:
+        chosen = [f"--{key}={rng.choice(values)}" for key, values in rng.sample(sorted(FINETUNE_VALUES.items()), rng.randint(1, 3))]
+        return Trial(f"finetune {' '.join(chosen)}", fixtures.finetune(at / "out", *chosen), frozenset({DONE, USAGE, BUDGET}))
     if kind == "finetune":
-        (key, digits), value = rng.choice(sorted(numeric_keys(FinetuneConfig()), key=str)), rng.choice(NOT_NUMBERS)
+        (key, digits), value = rng.choice(sorted(numeric_keys(RunConfig()), key=str)), rng.choice(NOT_NUMBERS)
         allowed = digits if value == str(10**23) else frozenset({USAGE})
         return Trial(f"finetune {key}={value}", fixtures.finetune(at / "out", f"--{key}={value}"), allowed)
     if kind == "value":
@@ -297,7 +313,7 @@ def try_conversations(rng: random.Random, fixtures: Fixtures, at: Path) -> Trial
             if rng.random() < 0.3
             else rng.choice(TEMPLATES).encode()
         )
-        more = [f"--chat_template={template}"]
+        more = [f"--data.template={template}"]
     return Trial(f"chat {kind} {more}", fixtures.finetune(at / "out", *more, chat=chat), allowed)
 
 
@@ -555,7 +571,7 @@ def preload(kinds: list[str]) -> None:
         import transformers.models.llama.modeling_llama  # noqa: F401
 
         import lowmem.cli.finetune
-        import lowmem.finetune.train  # noqa: F401
+        import lowmem.engine.huggingface_files  # noqa: F401
 
 
 def main() -> int:

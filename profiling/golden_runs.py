@@ -38,16 +38,17 @@ RUNS: dict[str, dict[str, Any]] = {
     "two phases": {"phases": PHASES, "train.steps": 0},
     "zero 2, two ranks": {"engine.name": "deepspeed", "engine.zero_stage": 2},
 }
-FINETUNE = {
-    "steps": STEPS, "batch_size": 8, "micro_batch_size": 4, "seq_len": 64, "eval_every": 10, "save_every": 10, "seed": 1
-}  # fmt: skip
+FINETUNE = {**COMMON, "data.seq_len": 64, "train.save_every": 10}
+for key in ("data.tokenizer", "model.dim", "model.num_layers", "model.num_heads"):
+    del FINETUNE[key]
 FINETUNED: dict[str, dict[str, Any]] = {
-    "finetune lora": {"method": "lora"},
-    "finetune full": {"method": "full"},
+    "finetune lora": {},
+    "finetune full": {"adapter.method": "none"},
     "finetune full, layerwise, bf16, 8 bits": {
-        "method": "full", "update": "layerwise", "micro_batch_size": 8, "base_dtype": "bf16", "optim.state_bits": 8
+        "adapter.method": "none", "train.update": "layerwise", "train.precision": "bf16", "train.weight_dtype": "bf16",
+        "optim.state_bits": 8,
     },
-    "finetune qlora": {"method": "qlora"},
+    "finetune qlora": {"train.weight_dtype": "nf4"},
 }  # fmt: skip
 
 
@@ -90,7 +91,7 @@ def run(folder: Path, name: str, settings: dict[str, Any]) -> list[dict[str, str
 
 def finetune(folder: Path, name: str, settings: dict[str, Any]) -> list[dict[str, str]]:
     """`lowmem finetune` of the exported directory; what it wrote of each step."""
-    values = {**FINETUNE, **settings, "base": folder / "hf", "data": folder / "chat.jsonl", "out": folder / name}
+    values = {**FINETUNE, **settings, "model.path": folder / "hf", "data": folder / "chat.jsonl", "run_dir": folder / name}
     lowmem("finetune", "--quiet", *(f"--{key}={value}" for key, value in values.items()))
     return numbers(folder / name / "metrics.jsonl")
 

@@ -16,7 +16,6 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from machine import describe_machine
@@ -90,33 +89,46 @@ def make_llama(base: Path) -> None:
     LlamaForCausalLM(LlamaConfig(vocab_size=512, max_position_embeddings=512, **shape)).save_pretrained(base)
 
 
-def finetune_predictions(base: Path) -> dict:
-    """Bytes of VRAM by component for the runs of `finetune_peaks`."""
-    from lowmem.config.finetune import FinetuneConfig
-    from lowmem.finetune.memory import predict_memory
+def finetune_options(base: Path, chat: Path, out: Path, method: str, dtype: str) -> list[str]:
+    """LoRA or QLoRA on that model, computed and kept in `dtype`."""
+    options = {
+        "model.path": base, "data": chat, "run_dir": out, "device": "cuda", "train.steps": 20, "data.seq_len": 256, "optim.lr": 0.001,
+        "train.precision": dtype, "train.weight_dtype": "nf4" if method == "qlora" else dtype, "budget.vram": "60GiB",
+    }  # fmt: skip
+    return [f"--{key}={value}" for key, value in options.items()]
 
-    found = {}
-    with patch("lowmem.finetune.memory.compute_device", lambda: torch.device("cuda", 0)):
-        for method, dtype in FINETUNES:
-            config = FinetuneConfig(base=str(base), data="chat.jsonl", method=method, base_dtype=dtype, seq_len=256)  # type: ignore[arg-type]
-            found[f"{method} {dtype}"] = predict_memory(config, base).vram
+
+def write_conversations(folder: Path, base: Path) -> Path:
+    """Records to learn from, and a tokenizer of bytes beside the model."""
+    from lowmem.data.tokenizers import ByteTokenizer
+
+    ByteTokenizer().save(base / "tokenizer.json")
+    chat = folder / "chat.jsonl"
+    records = [{"prompt": f"Name a number above {n}.", "response": f"{n + 1} is above {n}."} for n in range(200)]
+    chat.write_text("\n".join(map(json.dumps, records)))
+    return chat
+
+
+def finetune_predictions(folder: Path, base: Path) -> dict:
+    """What is predicted for the runs of `finetune_peaks`, VRAM by component."""
+    from lowmem.cli.finetune import DEFAULTS
+    from lowmem.config.load import load_run_config
+    from lowmem.planning.predict import predict_peak
+
+    chat, found = write_conversations(folder, base), {}
+    for method, dtype in FINETUNES:
+        options = [option[2:] for option in finetune_options(base, chat, folder / "none", method, dtype)]
+        found[f"{method} {dtype}"] = predict_peak(load_run_config("", options, defaults=DEFAULTS)).as_dict()
     return found
 
 
 def finetune_peaks(folder: Path, base: Path) -> dict:
     """LoRA and QLoRA on that base."""
-    from lowmem.data.tokenizers import ByteTokenizer
-
-    chat = folder / "chat.jsonl"
-    ByteTokenizer().save(base / "tokenizer.json")
-    records = [{"prompt": f"Name a number above {n}.", "response": f"{n + 1} is above {n}."} for n in range(200)]
-    chat.write_text("\n".join(map(json.dumps, records)))
-    found = {}
+    chat, found = write_conversations(folder, base), {}
     for method, dtype in FINETUNES:
         out = folder / f"{method}_{dtype}"
-        options = {"base": base, "data": chat, "out": out, "method": method, "base_dtype": dtype, "steps": 20, "seq_len": 256}
-        failed = lowmem("finetune", "--quiet", *(f"--{key}={value}" for key, value in options.items()), "--optim.lr=0.001")
-        found[f"{method} {dtype}"] = {"failed": failed} if failed else json.loads((out / "result.json").read_text())
+        failed = lowmem("finetune", "--quiet", *finetune_options(base, chat, out, method, dtype))
+        found[f"{method} {dtype}"] = {"failed": failed} if failed else json.loads((out / "memory.json").read_text())
     return found
 
 
@@ -133,8 +145,9 @@ def main() -> None:
         path = arguments.out / "checks.json"
         report = json.loads(path.read_text()) if path.exists() else {}
         with tempfile.TemporaryDirectory() as temporary:
-            make_llama(Path(temporary))
-            report["finetune_predicted_vram"] = {"machine": describe_machine(), "bytes": finetune_predictions(Path(temporary))}
+            make_llama(Path(temporary) / "llama")
+            found = finetune_predictions(Path(temporary), Path(temporary) / "llama")
+            report["finetune_predicted"] = {"machine": describe_machine(), "bytes": found}
         path.write_text(json.dumps(report, indent=1) + "\n")
         return
     device = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "capability": torch.cuda.get_device_capability()}

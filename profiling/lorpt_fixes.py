@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lowmem.nn.lorpt import LoRPtLinear, LoRPtSplit, MixedSplit
-from lowmem.optim.schedule import learning_rate
+from lowmem.optim.from_config import learning_rate
 
 RESETS = 4  # refactorisations in a run, its end included
 GUIDED_SHARE = 0.5  # of the run

@@ -53,7 +53,7 @@ class Trainee:
     def step(self, number: int) -> float:
         """The loss of step `number`, from 1."""
         from lowmem.data.batch import Batch
-        from lowmem.optim.schedule import learning_rate
+        from lowmem.optim.from_config import learning_rate
 
         if number == self.grow.get("at", -1) + 1:
             before = self.evaluate(EVAL_SEQUENCES)

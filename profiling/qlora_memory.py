@@ -1,9 +1,9 @@
 """QLoRA against LoRA on this CPU: the difference of their peaks, predicted and measured, and their losses over several seeds.
 
-    python profiling/qlora_memory.py --data chat.json --out profiling/results/qlora_memory.json
+    python profiling/qlora_memory.py --data chat.json --loss_base runs/chat-hf --out profiling/results/qlora_memory.json
 
-The base is a Llama of random weights and about `--parameters` numbers, for memory alone needs no training; the losses are those of a base
-that was trained, `--loss_base`. Every run has a process of its own.
+The model is a Llama of random weights, `--width` wide, for memory alone needs no training; the losses are those of one that was trained,
+`--loss_base`, a directory of transformers such as `lowmem export` writes. Every run has a process of its own.
 """
 
 import argparse
@@ -31,30 +31,39 @@ def make_base(folder: Path, tokenizer: Path, width: int, layers: int) -> None:
     loaded.save(folder / "tokenizer.json")
 
 
-def finetune(base: Path, data: str, out: Path, method: str, steps: int, seed: int, seq_len: int) -> dict:
-    """Peak, prediction and losses of one run in a fresh process."""
-    command = [
-        sys.executable, "-m", "lowmem", "finetune", "--quiet", f"--base={base}", f"--data={data}", f"--out={out}", f"--method={method}",
-        f"--steps={steps}", f"--eval_every={max(1, steps // 5)}", "--save_every=0", f"--seed={seed}", f"--seq_len={seq_len}",
-        "--optim.lr=0.002", "--batch_size=4", "--micro_batch_size=1",
+METHODS = {"lora": [], "qlora": ["--train.weight_dtype=nf4"]}
+
+
+def command(base: Path, data: str, out: Path, method: str, *more: str) -> list[str]:
+    """One run, or what is predicted of it."""
+    return [
+        sys.executable, "-m", "lowmem", "finetune", "--quiet", f"--model.path={base}", f"--data={data}", f"--run_dir={out}", "--device=cpu",
+        "--train.save_every=0", "--optim.lr=0.002", "--train.global_batch_size=4", "--train.micro_batch_size=1", *METHODS[method], *more,
     ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True)
-    report = json.loads((out / "result.json").read_text())
-    return {"peak_bytes": report["training_peak_bytes"], "losses": report["losses"]}
 
 
-def predicted_base(base: Path, data: str, method: str) -> int:
-    """Bytes of the frozen weights, by arithmetic."""
-    from lowmem.config.finetune import FinetuneConfig
-    from lowmem.finetune.memory import predict_memory
+def finetune(base: Path, data: str, out: Path, method: str, steps: int, seed: int, seq_len: int) -> dict:
+    """Peak and held-out losses of one run in a fresh process."""
+    more = [f"--train.steps={steps}", f"--train.eval_every={max(1, steps // 5)}", f"--train.seed={seed}", f"--data.seq_len={seq_len}"]
+    subprocess.run(command(base, data, out, method, *more), check=True, capture_output=True)
+    measured = json.loads((out / "memory.json").read_text())["measured"]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
+    phases = [measured["phases"][name]["host_peak_bytes"] for name in ("first_step", "steady_steps") if name in measured["phases"]]
+    return {"peak_bytes": max(phases), "losses": losses}
 
-    return predict_memory(FinetuneConfig(base=str(base), data=data, method=method), base).components["base"]  # type: ignore[arg-type]
+
+def predicted_weights(base: Path, data: str, out: Path, method: str, seq_len: int) -> int:
+    """Bytes of all weights, the frozen ones and the adapter's."""
+    predict = command(base, data, out, method, "--dry_run", "--json", f"--data.seq_len={seq_len}")
+    answer = subprocess.run(predict, check=True, capture_output=True, text=True)
+    return json.loads(answer.stdout)["predicted"]["components"]["weights"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--loss_base", required=True, help="run directory, for the losses and the tokenizer")
+    parser.add_argument("--loss_base", required=True, help="directory of transformers, for the losses and the tokenizer")
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--memory_steps", type=int, default=3)
@@ -69,7 +78,8 @@ def main() -> None:
         base = folder / "base"
         make_base(base, Path(arguments.loss_base) / "tokenizer.json", arguments.width, arguments.layers)
         peaks = {m: finetune(base, arguments.data, folder / f"memory-{m}", m, arguments.memory_steps, 0, 128) for m in ("lora", "qlora")}
-        saved = predicted_base(base, arguments.data, "lora") - predicted_base(base, arguments.data, "qlora")
+        lora, qlora = (predicted_weights(base, arguments.data, folder / "none", method, 128) for method in METHODS)
+        saved = lora - qlora
         measured = peaks["lora"]["peak_bytes"] - peaks["qlora"]["peak_bytes"]
         report["memory"] = {
             "lora_peak_bytes": peaks["lora"]["peak_bytes"], "qlora_peak_bytes": peaks["qlora"]["peak_bytes"],
@@ -82,8 +92,7 @@ def main() -> None:
                 run = finetune(Path(arguments.loss_base), arguments.data, out, method, arguments.loss_steps, seed, 256)
                 losses.setdefault(method, []).append(run["losses"])
         report["losses"] = losses
-        last = str(arguments.loss_steps)
-        ends = {method: [run[last] for run in runs] for method, runs in losses.items()}
+        ends = {method: [run[arguments.loss_steps] for run in runs] for method, runs in losses.items()}
         report["final_loss"] = {method: {"mean": statistics.fmean(end), "values": end} for method, end in ends.items()}
     Path(arguments.out).write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps({"memory": report["memory"], "final_loss": report["final_loss"]}, indent=1))

@@ -116,7 +116,7 @@ def train(weights: str, seed: int, steps: int) -> dict:
 
     from lowmem.data.batch import Batch
     from lowmem.data.prepare import prepare_data
-    from lowmem.optim.schedule import learning_rate
+    from lowmem.optim.from_config import learning_rate
 
     torch.set_num_threads(1)
     config = configuration({**LOSSES, "train.seed": seed, "train.steps": steps}, weights)

@@ -177,7 +177,7 @@ def train(setting: dict) -> dict:
     from lowmem.data.prepare import prepare_data
     from lowmem.engine.local import LocalEngine
     from lowmem.models.registry import build_model
-    from lowmem.optim.schedule import learning_rate
+    from lowmem.optim.from_config import learning_rate
 
     torch.set_num_threads(1)
     source = SourceConfig(path=setting["text"]) if setting["text"] else SourceConfig(stdlib=True)

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from lowmem.config.dump import configuration_page, dump_config
-from lowmem.config.finetune import FinetuneConfig
 from lowmem.config.keys import allowed, field_docs, hints, known_keys
 from lowmem.config.load import load_run_config
 from lowmem.config.schema import PhaseConfig, RunConfig, SourceConfig, resolve_micro_batch_size
@@ -236,7 +235,7 @@ def test_the_page_of_ranges_is_the_table_of_the_checks():
 
 
 def test_every_number_has_a_range_that_help_shows():
-    for cls in (RunConfig, FinetuneConfig, SourceConfig, PhaseConfig):
+    for cls in (RunConfig, SourceConfig, PhaseConfig):
         sections = {"": cls, **known_keys(cls)}
         for key, doc in field_docs(cls).items():
             section, _, name = key.rpartition(".")

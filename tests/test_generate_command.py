@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from lowmem.cli import generate as command
+from lowmem.cli.export import export_main
 from lowmem.cli.main import run_command
 from lowmem.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
 from lowmem.data.chat_template import DEFAULT_TEMPLATE
+from lowmem.data.tokenizer_loading import load_tokenizer
 from lowmem.data.tokenizers import ByteTokenizer
 from lowmem.engine.run_model import RunModel
 from lowmem.generation import GenerationResult, generate
@@ -20,6 +22,7 @@ from lowmem.models.registry import build_model
 from lowmem.planning.generation_memory import generation_memory
 from lowmem.planning.hardware import Hardware
 from lowmem.system.errors import CheckpointError, ConfigError, DataError, StoppedBySignal
+from tests.reference.tiny_adapters import save_adapted, save_base
 
 
 @pytest.fixture(autouse=True)
@@ -336,3 +339,121 @@ def test_a_file_of_prompts_that_would_fill_the_memory_is_refused(run, capsys, tm
         file.truncate(1 << 40)
     assert run_command(command.generate_main, ["--run", "r", "--prompts_file", str(tmp_path / "prompts.txt")]) == 4
     assert "has 1024.00 GiB, allowed: 256 MiB" in capsys.readouterr().err
+
+
+def written(capsys, *arguments):
+    """The objects that the command writes, of the most likely tokens unless something else is asked for."""
+    capsys.readouterr()
+    assert run_command(command.generate_main, [*arguments, "--json", "--max_new_tokens", "12", "--device", "cpu"]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def theirs(model, prompt_ids):
+    """The continuation that transformers writes, without the token that ends it."""
+    ends = model.generation_config.eos_token_id
+    ids = model.generate(input_ids=torch.tensor([prompt_ids]), max_new_tokens=12, do_sample=False)[0, len(prompt_ids) :].tolist()
+    return [token for token in ids if token not in (ends if isinstance(ends, list) else [ends])]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_directories_write_what_transformers_writes(tmp_path, capsys):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    plain = save_base(base)
+    trained = save_adapted(base, adapter)
+    assert run_command(export_main, ["--run", str(adapter), "--out", str(tmp_path / "merged")]) == 0
+    tokenizer = load_tokenizer(base)
+    prompts = ["some words", "the other"]
+    given = [argument for prompt in prompts for argument in ("--prompt", prompt)]
+    texts = {}
+    for model, *run in (
+        (plain, base), (trained, adapter), (trained, tmp_path / "merged"), (trained, base, "--adapter", adapter),
+    ):  # fmt: skip
+        reports = written(capsys, "--run", *map(str, run), *given, "--temperature", "0")
+        texts[str(run)] = [report["token_ids"] for report in reports]
+        assert texts[str(run)] == [theirs(model, tokenizer.encode_prompt(prompt)) for prompt in prompts]
+        assert run_command(command.generate_main, ["--run", *map(str, run), "--dry_run", "--device", "cpu"]) == 0
+    assert texts[str([base])] != texts[str([adapter])]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_end_of_the_generation_config_ends_a_text(tmp_path, capsys):
+    """Also those that are a list, which chat models have."""
+    model = save_base(tmp_path / "base")
+    prompt = load_tokenizer(tmp_path / "base").encode_prompt("some words")
+    ids = theirs(model, prompt)
+    cut = next(index for index, token in enumerate(ids) if token not in ids[:index] and index > 2)
+    config = {"eos_token_id": [0, ids[cut]]}
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(config))
+    (report,) = written(capsys, "--run", str(tmp_path / "base"), "--prompt", "some words", "--temperature", "0")
+    assert (report["token_ids"], report["stop_reason"]) == (ids[:cut], "eos")
+
+
+def sampling_of(capsys, base, *more):
+    (report,) = written(capsys, "--run", str(base), "--prompt", "some", *more)
+    return {name: report["sampling"][name] for name in ("temperature", "top_k", "top_p", "repetition_penalty")}
+
+
+def test_the_authors_values_are_the_defaults(tmp_path, capsys):
+    base = tmp_path / "base"
+    save_base(base)
+    lowmems = {"temperature": 0.8, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+    values = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.05}
+    for file, more, wanted in (
+        (None, [], lowmems),
+        (values, [], {name: value for name, value in values.items() if name != "do_sample"}),
+        (values, ["--top_k", "3"], {**{name: value for name, value in values.items() if name != "do_sample"}, "top_k": 3}),
+        (values, ["--preset", "deterministic"], {**lowmems, "temperature": 0.0}),
+        ({**values, "do_sample": False}, [], {**lowmems, "repetition_penalty": 1.05}),
+    ):
+        path = base / "generation_config.json"
+        path.unlink() if file is None else path.write_text(json.dumps(file))
+        assert sampling_of(capsys, base, *more) == wanted
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"do_sample": True, "top_p": 1.5}, "top_p is 1.5; allowed: above 0, at most 1 (off); mend it, or give --preset"),
+    ({"do_sample": True, "temperature": "hot"}, "generation_config.json has temperature 'hot', expected a number"),
+    ({"do_sample": True, "top_k": 2.5}, "generation_config.json has top_k 2.5, expected a number"),
+])  # fmt: skip
+def test_values_that_cannot_be_are_one_line(tmp_path, capsys, values, message):
+    save_base(tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(values))
+    capsys.readouterr()
+    assert run_command(command.generate_main, ["--run", str(tmp_path / "base"), "--prompt", "x", "--device", "cpu"]) == 5
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_conversation_takes_the_template_of_the_directory(tmp_path, capsys):
+    from transformers import AutoTokenizer
+
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model = save_base(base)
+    trained = save_adapted(base, adapter)
+    jinja = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ 'words ' }}{% endif %}"
+    values = json.loads((base / "tokenizer_config.json").read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (base / "tokenizer_config.json").write_text(json.dumps({**values, "chat_template": jinja}))
+    messages = [{"role": "user", "content": "other"}]
+    prompt = AutoTokenizer.from_pretrained(base).apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    for run, each in ((base, model), (adapter, trained)):  # the adapter has no template of its own
+        (report,) = written(capsys, "--run", str(run), "--chat", "--prompt", "other", "--temperature", "0")
+        assert report["token_ids"] == theirs(each, prompt)[: len(report["token_ids"])]
+        assert report["prompt_tokens"] == len(prompt)
+    (base / "chat_template.jinja").write_text("{# nothing #}")
+    capsys.readouterr()
+    assert run_command(command.generate_main, ["--run", str(base), "--chat", "--prompt", "other", "--device", "cpu"]) == 4
+    assert "chat_template.jinja writes nothing for a conversation; mend the template" in capsys.readouterr().err
+
+
+def test_what_a_directory_cannot_be_is_one_line(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for arguments, code, message in (
+        (["--run", str(tmp_path / "empty")], 5, "a directory of transformers (config.json and safetensors), or an adapter of PEFT"),
+        (["--run", str(tmp_path / "empty"), "--adapter", "x"], 5, "is no run directory"),
+    ):
+        assert run_command(command.generate_main, [*arguments, "--prompt", "x", "--device", "cpu"]) == code
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.count("\n") == 1

@@ -13,7 +13,6 @@ FLOORS = [
     {"launch", "profiling"},
     {"__main__"},
     {"cli"},
-    {"finetune"},
     {"train", "generation", "export", "reporting"},
     {"planning"},
     {"engine"},

@@ -54,7 +54,15 @@ def test_json_is_one_object_on_standard_output(remembered, capsys):
     answer = json.loads(capsys.readouterr().out)
     assert answer["fits"] is True
     assert answer["missing_bytes"] == {}
-    assert set(answer["plan"]) == {"config", "budget", "parameters", "parameters_by_component", "flops_per_token", "predicted"}
+    assert set(answer["plan"]) == {
+        "config",
+        "budget",
+        "parameters",
+        "trained_parameters",
+        "parameters_by_component",
+        "flops_per_token",
+        "predicted",
+    }
     assert answer["plan"]["predicted"]["host_peak_bytes"] <= 60 * MIB * 0.97
     assert len(answer["alternatives"]) == 3
 

@@ -15,6 +15,7 @@ from lowmem.memory.watched import WatchedRun
 from lowmem.reporting.results import MetricsTail, last_words, prediction
 from lowmem.system.errors import ConfigError, StoppedBySignal
 from tests.memory.fresh_process import linux_only
+from tests.reference.tiny_families import save_tiny
 from tests.train.tiny_run import ROOT, write_text
 
 MIB = 2**20
@@ -137,6 +138,20 @@ def test_configurations_are_measured_a_failing_one_is_told_and_the_others_go_on(
         "fits.json", "not.json", "fits-timeline.svg", "not-timeline.svg", "peaks.svg", "speed.svg", "profile.md", "profile.html",
     }  # fmt: skip
     assert str(tmp_path) not in (out / "profile.html").read_text() + (out / "fits.json").read_text()
+
+
+@linux_only
+@pytest.mark.slow
+def test_a_configuration_of_a_model_of_transformers_is_measured(tmp_path):
+    theirs = save_tiny(tmp_path / "llama", "llama")
+    values = {"text": write_text(tmp_path / "text.txt"), "cache": tmp_path / "cache", "dim": 256, "ram": "4GiB"}
+    config = "\n".join(line for line in TINY.format(**values).splitlines() if not line.startswith("model:")) + "\n"
+    (tmp_path / "theirs.yaml").write_text(config)
+    given = [f"--model.path={tmp_path / 'llama'}", "--data.tokenizer=bpe"]
+    result = run(tmp_path / "theirs.yaml", "--steps", 3, "--out", tmp_path / "out", *given, "--json")
+    assert result.returncode == 0, result.stderr
+    (measured,) = json.loads(result.stdout)["configs"]
+    assert measured["measured"]["components"]["weights"] == 4 * theirs.num_parameters()
 
 
 def test_a_signal_ends_the_whole_profile_and_leaves_nothing_behind(tmp_path, monkeypatch):

@@ -1,13 +1,18 @@
 """The `export` command: a trained model as a directory that transformers loads."""
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lowmem.cli.options import OptionParser
 from lowmem.system.errors import ConfigError
 from lowmem.system.units import format_bytes
 
-FORMATS = ("hf",)
+if TYPE_CHECKING:
+    from lowmem.engine.run_model import RunModel
+
+FORMATS = ("hf", "adapter")
 DTYPES = ("fp32", "bf16", "fp16")
 
 
@@ -22,9 +27,11 @@ def export_main(argv: Sequence[str]) -> int:
         LowmemError: every failure that a user can cause; the caller prints it and exits with its code.
     """
     parser = OptionParser("lowmem export", "Write a trained model as a directory that transformers loads.")
-    parser.add_argument("--run", required=True, metavar="DIR", help="run directory")
+    parser.add_argument("--run", required=True, metavar="DIR", help="run directory, or an adapter of PEFT that is to be merged")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write, new or empty")
-    parser.add_argument("--format", default="hf", help="hf: Hugging Face transformers")
+    parser.add_argument(
+        "--format", default="hf", help="hf: a directory of transformers, with an adapter merged in; adapter: the adapter alone, for PEFT"
+    )
     parser.add_argument("--checkpoint", default="latest", help="latest, best, or a step")
     parser.add_argument("--dtype", default="", help=f"of the weights: {', '.join(DTYPES)}; default: as they are stored")
     parser.add_argument("--keep_factors", action="store_true", help="leave low-rank layers as they are; carries a model file")
@@ -37,9 +44,14 @@ def export_main(argv: Sequence[str]) -> int:
     if not flags.checkpoint.isdigit() and flags.checkpoint not in ("latest", "best"):
         raise ConfigError(f"--checkpoint is {flags.checkpoint}, allowed: latest, best, or a step")
     from lowmem.engine.run_model import load_run_model
-    from lowmem.export.hf import export_run_model
 
     run = load_run_model(flags.run, int(flags.checkpoint) if flags.checkpoint.isdigit() else flags.checkpoint)
+    if run.config.model.path:
+        return _export_of_transformers(run, flags)
+    if flags.format == "adapter":
+        raise ConfigError(f"--format is adapter, but {flags.run} is a model of lowmem's own, which has none; use --format=hf")
+    from lowmem.export.hf import export_run_model
+
     done = export_run_model(
         run, Path(flags.out), dtype=flags.dtype or None, keep_factors=flags.keep_factors, overwrite=flags.overwrite, run_dir=Path(flags.run)
     )
@@ -50,4 +62,24 @@ def export_main(argv: Sequence[str]) -> int:
         print("its tokenizer is lowmem's own and is carried as code, which transformers runs only with trust_remote_code=True")
     trust = ", trust_remote_code=True" if done.model_code or done.tokenizer_code else ""
     print(f'from transformers import pipeline; pipeline("text-generation", model="{flags.out}"{trust})("Once")')
+    return 0
+
+
+def _export_of_transformers(run: "RunModel", flags: argparse.Namespace) -> int:
+    if flags.keep_factors:
+        raise ConfigError(f"--keep_factors is given, but {flags.run} is a model of transformers without low-rank layers; leave it out")
+    if flags.format == "adapter" and flags.dtype:
+        raise ConfigError("--dtype is given with --format=adapter, which is written as it was trained; leave it out")
+    from lowmem.export.adapters import export_of_transformers
+
+    adapter, out = flags.format == "adapter", Path(flags.out)
+    base, size = export_of_transformers(run, out, adapter=adapter, dtype=flags.dtype or None, overwrite=flags.overwrite)
+    if adapter:
+        print(f"{out}: an adapter of PEFT for {base}; {format_bytes(size)}")
+        print(f'from peft import AutoPeftModelForCausalLM; AutoPeftModelForCausalLM.from_pretrained("{out}")')
+    else:
+        family = getattr(run.model, "family", "")
+        print(f"{out}: a {family} directory of transformers; {run.model.num_parameters():,} parameters, {format_bytes(size)}")
+        print(f'from transformers import pipeline; pipeline("text-generation", model="{out}")("Once")')
+    print(f"lowmem generate --run {out} --prompt Once")
     return 0

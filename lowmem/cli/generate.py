@@ -9,18 +9,19 @@ from typing import Any
 
 from lowmem.cli.options import OptionParser
 from lowmem.config.keys import shown
-from lowmem.data.chat_template import ChatTemplate, load_chat_template
+from lowmem.data.chat_template import ChatTemplate, has_chat_template, load_chat_template
+from lowmem.engine.huggingface_files import sampling_values
 from lowmem.engine.run_model import RunModel, load_run_model
 from lowmem.generation import GenerationResult, generate, generate_batch
 from lowmem.generation.chat import Chat, ChatWriter, converse, prompt_room
-from lowmem.generation.context import PREFILL_TOKENS, beyond_training, position_window
+from lowmem.generation.context import PREFILL_TOKENS, beyond_training, chat_context, position_window
 from lowmem.generation.sampling import PRESETS
 from lowmem.generation.settings import DEFAULTS, HELP, SETTINGS, Settings, read_prompts
 from lowmem.generation.texts import BATCH_SIZE
 from lowmem.memory.allocator import fix_malloc_thresholds
 from lowmem.planning.generation_memory import generation_memory, generation_refusal
 from lowmem.planning.hardware import this_hardware
-from lowmem.system.errors import EXIT_INTERRUPTED, ConfigError, DataError, MemoryBudgetError, StoppedBySignal
+from lowmem.system.errors import EXIT_INTERRUPTED, CheckpointError, ConfigError, DataError, MemoryBudgetError, StoppedBySignal
 
 MOST_DIGITS = 18  # of a step: below 64 bits
 
@@ -31,8 +32,9 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
         ConfigError: unknown options, or ones that exclude each other.
     """
-    parser = OptionParser("lowmem generate", "Write text with a model that lowmem trained.")
-    parser.add_argument("--run", required=True, metavar="DIR", help="run directory of the model")
+    parser = OptionParser("lowmem generate", "Write text with a model: of a lowmem run, of transformers, or with an adapter.")
+    parser.add_argument("--run", required=True, metavar="DIR", help="run directory, directory of transformers, or adapter of PEFT")
+    parser.add_argument("--adapter", default="", metavar="DIR", help="an adapter of PEFT, in place of the one that --run has")
     parser.add_argument(
         "--prompt", action="append", metavar="TEXT",
         help='text to continue; "" starts a new document, - reads it from standard input; given several times: several texts',
@@ -121,22 +123,51 @@ def generate_main(argv: Sequence[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character must not end the text
-    outline = load_run_model(flags.run, flags.checkpoint, device, outline=True)
+    which = (flags.run, flags.checkpoint, device)
+    adapter = {"adapter": flags.adapter} if flags.adapter else {}
+    outline = load_run_model(*which, outline=True, **adapter)
+    settings = _own_settings(outline, flags)
     fix_malloc_thresholds()  # the prediction is of a process that keeps what it uses
     _check_memory(outline, flags, prompts, settings.max_new_tokens, device.type)
     warn = _length_warning(outline)
     if not flags.chat:
-        warn(max((len(outline.tokenizer.encode(prompt)) or 1 for prompt in prompts), default=0) + settings.max_new_tokens)
+        warn(max((len(outline.tokenizer.encode_prompt(prompt)) for prompt in prompts), default=0) + settings.max_new_tokens)
     if flags.dry_run:
         return 0
-    template = load_chat_template(flags.run, outline.tokenizer) if flags.chat else None
-    run = load_run_model(flags.run, flags.checkpoint, device)
+    template = _template(outline, flags.run) if flags.chat else None
+    run = load_run_model(*which, **adapter)
     try:
         _write(run, flags, settings, prompts, template, warn)
     except KeyboardInterrupt as error:
         sys.stdout.write("\n")
         raise StoppedBySignal("generation stopped", EXIT_INTERRUPTED) from error
     return 0
+
+
+def _own_settings(run: RunModel, flags: argparse.Namespace) -> Settings:
+    """What was asked for; else what the model's generation_config.json says, as transformers does; else lowmem's defaults.
+
+    Raises:
+        CheckpointError: the file has values that cannot be.
+    """
+    own = {name: _number(value, name) for name, value in sampling_values(run.generation or {}).items()}
+    try:
+        Settings("", {}, own)
+    except ConfigError as error:
+        raise CheckpointError(f"the generation_config.json of {flags.run} cannot be used: {error}; mend it, or give --preset") from error
+    return Settings(flags.preset, {name: getattr(flags, name) for name in SETTINGS}, own)
+
+
+def _number(value: Any, name: str) -> Any:
+    """A setting as it is read from text; what is no number is refused with its name."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and SETTINGS[name](value) == value:
+        return SETTINGS[name](value)
+    raise CheckpointError(f"generation_config.json has {name} {value!r:.60}, expected a number; mend it")
+
+
+def _template(run: RunModel, directory: str) -> ChatTemplate:
+    folder = next((folder for folder in run.folders if has_chat_template(folder)), directory)
+    return load_chat_template(folder, run.tokenizer)
 
 
 def _length_warning(run: RunModel) -> Callable[[int], None]:
@@ -165,7 +196,7 @@ def _write(
     elif flags.interactive:
 
         def reply(line: str) -> None:
-            warn(len(run.tokenizer.encode(line)) + settings.max_new_tokens)
+            warn(len(run.tokenizer.encode_prompt(line)) + settings.max_new_tokens)
             _stream(run, settings, line, flags.stop)
 
         what = "type a prompt, each is continued by itself"
@@ -196,7 +227,7 @@ def _batch(run: RunModel, flags: argparse.Namespace, settings: Settings, prompts
 
     generate_batch(
         run.model, run.tokenizer, prompts, settings.options, settings.max_new_tokens,
-        batch_size=flags.batch_size or BATCH_SIZE, on_result=on_result, stop=flags.stop,
+        batch_size=flags.batch_size or BATCH_SIZE, on_result=on_result, stop=flags.stop, end_ids=run.end_ids,
     )  # fmt: skip
 
 
@@ -209,8 +240,9 @@ def _chat(
     warn: Callable[[int], None],
 ) -> None:
     """A conversation: the turns that were given, or those of standard input."""
-    chat = Chat(template, run.tokenizer, prompt_room(run.model.max_seq_len, settings.max_new_tokens), flags.system)
-    writer = ChatWriter(run.model, run.tokenizer, run.model.max_seq_len + settings.max_new_tokens)
+    room = chat_context(run.model)
+    chat = Chat(template, run.tokenizer, prompt_room(room, settings.max_new_tokens), flags.system)
+    writer = ChatWriter(run.model, run.tokenizer, room + settings.max_new_tokens, run.end_ids)
     told = False
 
     def reply(message: str) -> None:
@@ -218,7 +250,7 @@ def _chat(
         ids = chat.prompt(message)
         warn(len(ids) + settings.max_new_tokens)
         if chat.forgotten and not told:
-            print(f"the context of {run.model.max_seq_len} tokens is full: the oldest turns are forgotten", file=sys.stderr)
+            print(f"the context of {room} tokens is full: the oldest turns are forgotten", file=sys.stderr)
             told = True
         on_text = None if flags.json else _without_leading_space(_show)
         result = writer.answer(ids, settings.options, settings.max_new_tokens, [*chat.stop, *flags.stop], on_text)
@@ -242,7 +274,9 @@ def _chat(
 
 def _stream(run: RunModel, settings: Settings, prompt: str, stop: Sequence[str]) -> None:
     """Text on stdout as it is written, one line of figures on stderr."""
-    result = generate(run.model, run.tokenizer, prompt, settings.options, settings.max_new_tokens, on_text=_show, stop=stop)
+    result = generate(
+        run.model, run.tokenizer, prompt, settings.options, settings.max_new_tokens, on_text=_show, stop=stop, end_ids=run.end_ids
+    )
     _show("\n")
     _show_figures(run, result)
 
@@ -319,9 +353,9 @@ def _check_memory(run: RunModel, flags: argparse.Namespace, prompts: Sequence[st
     Raises:
         MemoryBudgetError: it will not fit; the message has the remedy. Never with --force, unless it is a dry run.
     """
-    context = max((len(run.tokenizer.encode(prompt)) or 1 for prompt in prompts), default=run.model.max_seq_len) + max_new_tokens
+    context = max((len(run.tokenizer.encode_prompt(prompt)) for prompt in prompts), default=chat_context(run.model)) + max_new_tokens
     if flags.chat:
-        context = run.model.max_seq_len + max_new_tokens
+        context = chat_context(run.model) + max_new_tokens
     window = position_window(run.model)
     context = min(context, window) if window else context
     alone = flags.chat or flags.interactive

@@ -27,7 +27,7 @@ USAGE = """usage: lowmem COMMAND [options]
   plan       the fastest settings that fit a memory budget       lowmem plan --budget.ram=4GiB --budget.vram=6GiB
   profile    measured against predicted memory, as a report      lowmem profile configs/cpu/demo.yaml --steps 10 --out report
   generate   write text with a trained model                     lowmem generate --run runs/demo --prompt "def "
-  finetune   adapt a model to conversations, by LoRA and kin      lowmem finetune --base runs/demo --data chat.jsonl --method lora
+  finetune   adapt a model to conversations, by LoRA and kin      lowmem finetune --model.path=SmolLM2-135M --data=chat.jsonl
   export     a directory that transformers loads                 lowmem export --run runs/demo --format hf --out demo-hf
   import     a Llama or GPT-2 directory as a run                 lowmem import gpt2-small --out runs/gpt2
   doctor     what this machine can do, and what will be slow     lowmem doctor

@@ -23,20 +23,28 @@ if TYPE_CHECKING:
     from lowmem.train.loop import Run
 
 
-def pretrain_main(argv: Sequence[str]) -> int:
-    """Run `lowmem pretrain`.
+_PURPOSES = {
+    "pretrain": "Train a language model, from scratch or from a model of transformers (--model.path).",
+    "finetune": "Fine-tune a model of transformers on conversations: `pretrain` with data.kind=chat and adapter.method=lora.",
+}
+
+
+def pretrain_main(argv: Sequence[str], command: str = "pretrain", defaults: Sequence[str] = ()) -> int:
+    """Run `lowmem pretrain`, or another command that is the same program with other defaults.
 
     Args:
         argv: without the program's name.
+        command: its name.
+        defaults: overrides of the defaults of the configuration, below the file.
     Returns:
         0.
     Raises:
         LowmemError: every failure that a user can cause; the caller prints it and exits with its code.
     """
-    flags, overrides = _parse(argv)
+    flags, overrides = _parse(argv, command)
     if flags.local_rank is not None or processes.launched_by_deepspeed():
         overrides.append("engine.name=deepspeed")
-    config = load_run_config(flags.config, overrides, check=not flags.print_config)
+    config = load_run_config(flags.config, overrides, check=not flags.print_config, defaults=defaults)
     if flags.print_config:
         sys.stdout.write(dump_config(config, comments=True))
         return 0
@@ -45,11 +53,15 @@ def pretrain_main(argv: Sequence[str]) -> int:
     check_beforehand(config, fresh=flags.fresh)
     if flags.dry_run:
         return _dry_run(config, as_json=flags.json)
-    return _train(config, flags, _predicted(config, flags))
+    answer = _predicted(config, flags)
+    if answer is None:
+        return _train(config, flags, None)
+    micro_batch_size = answer["micro_batch_size"]
+    return _train(replace(config, train=replace(config.train, micro_batch_size=micro_batch_size)), flags, answer["predicted"])
 
 
 def _predicted(config: RunConfig, flags: argparse.Namespace) -> dict[str, Any] | None:
-    """Predicted peaks of a run with a budget, on rank 0; None where there is nothing to check, or no way to know.
+    """What `check_run` answers for a run with a budget, on rank 0; None where there is nothing to check, or no way to know.
 
     Raises:
         MemoryBudgetError: they exceed the budget.
@@ -72,7 +84,7 @@ def _predicted(config: RunConfig, flags: argparse.Namespace) -> dict[str, Any] |
         raise MemoryBudgetError(f"{answer['refusal']}{command.removeprefix('lowmem plan')}; --force starts it all the same")
     if not flags.quiet:
         print(answer["summary"], file=sys.stderr)
-    return answer["predicted"]
+    return answer
 
 
 def _train(config: RunConfig, flags: argparse.Namespace, predicted: dict[str, Any] | None) -> int:
@@ -96,6 +108,7 @@ def _train(config: RunConfig, flags: argparse.Namespace, predicted: dict[str, An
                 run = set_up(config, display, fresh=flags.fresh, resume=flags.resume)
             run.peaks = peaks
             train(run)
+            _write_model(run)
     except StoppedBySignal:
         raise
     except Exception as error:
@@ -119,6 +132,32 @@ def _train(config: RunConfig, flags: argparse.Namespace, predicted: dict[str, An
         if run is not None:
             _finish(run, peak, predicted, together=together or run.engine.world_size == 1)
     return 0
+
+
+def _write_model(run: "Run") -> None:
+    """At the end of a run on model.path: run_dir/adapter, which PEFT loads, and run_dir/merged, which transformers loads.
+
+    Memory: one tensor in fp32.
+    """
+    config = run.config
+    if not config.model.path or run.run_dir is None or not run.is_complete():
+        return
+    from lowmem.engine.huggingface_files import resolve_model_path
+    from lowmem.export.adapters import has_adapter, save_adapter, save_merged
+    from lowmem.system.files import written_whole
+
+    if config.engine.name == "deepspeed":  # its weights are DeepSpeed's, in part or in another dtype
+        run.display.message(f"for a directory that transformers loads: lowmem export --run {config.run_dir} --out DIR")
+        return
+    base, model = resolve_model_path(config.model.path, config.model.revision), run.engine.model
+    beside: Any = {"tokenizer": run.data.tokenizer, "template": run.data.template}
+    with run.peaks("save"):
+        if has_adapter(model):
+            with written_whole(run.run_dir.path / "adapter") as target:
+                save_adapter(model, base, target, **beside)
+        if config.adapter.merge:
+            with written_whole(run.run_dir.path / "merged") as target:
+                save_merged(model, base, target, **beside)
 
 
 def _finish(run: "Run", peak: "PeakMemory", predicted: dict[str, Any] | None, together: bool) -> None:
@@ -179,10 +218,9 @@ def _earlier_peaks(run_dir: Path) -> tuple[dict[str, int], dict[str, dict[str, i
 
 
 def _dry_run(config: RunConfig, *, as_json: bool) -> int:
-    from lowmem.planning.levers import refusal
-    from lowmem.planning.predict import predict_peak
+    from lowmem.planning.levers import predict_fitting, refusal
 
-    prediction = predict_peak(config, processes.local_world_size())
+    prediction = predict_fitting(config, processes.local_world_size())
     if as_json:
         print(json.dumps(prediction.report(), indent=1))
     else:
@@ -194,10 +232,9 @@ def _dry_run(config: RunConfig, *, as_json: bool) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = OptionParser(
-        "lowmem pretrain", "Pretrain a language model. Any key of the configuration can be given as --section.key=value.", field_docs()
-    )
+def _parse(argv: Sequence[str], command: str) -> tuple[argparse.Namespace, list[str]]:
+    purpose = _PURPOSES[command]
+    parser = OptionParser(f"lowmem {command}", f"{purpose} Any key of the configuration can be given as --section.key=value.", field_docs())
     parser.add_argument("--config", default="", metavar="FILE", help="YAML file; overrides come after it")
     parser.add_argument("--print_config", action="store_true", help="print the configuration, commented, and stop")
     parser.add_argument("--dry_run", action="store_true", help="print the configuration and its predicted peaks, train nothing")
@@ -210,7 +247,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--local_rank", type=int, default=None, help="set by DeepSpeed's launcher")
     flags, rest = parser.parse_known_args(list(argv))
-    return flags, [*_grow_overrides(flags), *dotted_overrides(rest, "lowmem pretrain")]
+    return flags, [*_grow_overrides(flags), *dotted_overrides(rest, f"lowmem {command}")]
 
 
 def _grow_overrides(flags: argparse.Namespace) -> list[str]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from lowmem.config.schema import (
+    AdapterConfig,
     DataConfig,
     LorptConfig,
     ModelConfig,
@@ -55,6 +56,15 @@ def length_problems(where: str, steps: int, tokens: int | float | str) -> list[s
 def phase_problems(config: RunConfig) -> list[str]:
     """What is wrong with the phases and with the schedule of lengths."""
     problems = _schedule_problems(config)
+    data = config.data
+    if config.phases and (data.template, data.truncation) != ("", "cut"):
+        problems.append("data.template and data.truncation are those of a run without phases; set them in each phase")
+    elif data.kind == "text" and not config.phases and (data.template or data.truncation != "cut"):
+        problems.append("data.template and data.truncation are for conversations; remove them, or set data.kind=chat")
+    elif data.kind == "chat" and not config.phases and any(source.stdlib for source in data.sources):
+        problems.append("data.kind is chat, and no conversations are named; give --data=FILE")
+    elif data.kind == "chat" and not config.phases:
+        problems += _chat_problems(PhaseConfig(kind="chat", sources=data.sources), "data")
     if config.phases and (config.train.steps or config.train.tokens):
         problems.append(
             f"train.steps is {config.train.steps} and train.tokens is {config.train.tokens}, but each phase has its own; remove them here"
@@ -68,7 +78,8 @@ def phase_problems(config: RunConfig) -> list[str]:
         problems += length_problems(key, phase.steps, phase.tokens)
         problems += source_problems(phase.sources, f"{key}.sources", config.data.exhausted)
         problems += (_chat_problems if phase.kind == "chat" else _text_problems)(phase, key)
-    if any(phase.kind == "chat" for phase in config.phases) and config.train.distill.teacher and config.model.name == "i3":
+    chat = any(phase.kind == "chat" for phase in config.phases) or (data.kind == "chat" and not config.phases)
+    if chat and config.train.distill.teacher and config.model.name == "i3":
         problems.append("train.distill with a chat phase needs model.name=decoder; drop one of the two")
     if config.data.document_mask is True and config.model.name == "i3":
         problems.append("data.document_mask needs model.name=decoder: the recurrent state of i3 goes on into the next document")
@@ -82,7 +93,7 @@ def _text_problems(phase: PhaseConfig, key: str) -> list[str]:
 
 
 def _chat_problems(phase: PhaseConfig, key: str) -> list[str]:
-    problems = [] if phase.sources else [f"{key} is of kind chat and has no sources; name files of conversations"]
+    problems = [] if phase.sources or key == "data" else [f"{key} is of kind chat and has no sources; name files of conversations"]
     for index, source in enumerate(phase.sources):
         text_field = source.text_field != "text"
         idle = {"stdlib": source.stdlib, "streaming": source.streaming, "max_bytes": source.max_bytes, "text_field": text_field}
@@ -117,6 +128,7 @@ def config_problems(config: RunConfig) -> list[str]:
     """Every contradiction between fields, one line each; empty when the configuration is sound."""
     return [
         *_path_problems(config),
+        *adapter_problems(config),
         *_model_problems(config.model, config.data),
         *_data_problems(config.data),
         *_training_problems(config),
@@ -145,10 +157,58 @@ def _path_problems(config: RunConfig) -> list[str]:
         (f"train.activation_checkpointing={train.activation_checkpointing}", not plain, "its blocks name nothing cheap; use block or none"),
         (f"train.weight_dtype={train.weight_dtype}", train.weight_dtype in QUANTIZED, "it takes no codes yet; use fp32, bf16 or fp16"),
         (f"train.precision={train.precision}", train.precision == "fp8", "its layers do not multiply fp8 yet; use bf16"),
-        (f"engine.name={config.engine.name}", config.engine.name == "deepspeed", "it is not partitioned yet; use local"),
         (f"train.init_from={train.init_from}", bool(train.init_from), "it has weights of its own; drop one of the two"),
     )
     return [*problems, *(f"{what} does not work with model.path: {why}" for what, found, why in wrong if found)]
+
+
+LORA_KIN = ("lora", "dora", "rslora", "lora_plus")
+_ADAPTER_KEYS = {  # of adapter.*: the methods that read each
+    "r": LORA_KIN,
+    "lora_alpha": LORA_KIN,
+    "lora_dropout": LORA_KIN,
+    "target_modules": (*LORA_KIN, "ia3"),
+    "loraplus_lr_ratio": ("lora_plus",),
+    "last_k": ("last_k",),
+}
+
+
+def adapter_problems(config: RunConfig) -> list[str]:
+    """What does not go with an adapter, with frozen weights in NF4, or with new tokens."""
+    adapter, train, model, default = config.adapter, config.train, config.model, AdapterConfig()
+    method, nf4, layerwise = adapter.method, train.weight_dtype == "nf4", train.update == "layerwise"
+    problems = [
+        f"adapter.{key} is {getattr(adapter, key)}, which adapter.method={method} does not use; remove it"
+        for key, readers in _ADAPTER_KEYS.items()
+        if getattr(adapter, key) != getattr(default, key) and method not in readers
+    ]
+    trained = method != "none"
+    asked = [
+        *([f"adapter.method={method}"] if trained else []), *(["data.add_tokens"] if config.data.add_tokens else []),
+        *(["train.weight_dtype=nf4"] if nf4 else []),
+    ]  # fmt: skip
+    if asked and not model.path:
+        problems.append(f"{' and '.join(asked)} needs a model of transformers; set model.path, or remove it")
+    stage = config.engine.zero_stage
+    wrong = {
+        "adapter.method=prefix is not supported any more; use lora or ia3, which train as few numbers": method == "prefix",
+        f"adapter.method={method} does not work with optim.name=spectron, which orthogonalises whole matrices; use adamw or lion": (
+            trained and config.optim.name == "spectron"
+        ),
+        "adapter.lora_dropout needs train.update=accumulate: a layerwise update computes blocks twice; set it, or lora_dropout=0": (
+            adapter.lora_dropout > 0 and layerwise and method in LORA_KIN
+        ),
+        f"train.weight_dtype=nf4 keeps weights frozen and needs an adapter beside them, found adapter.method={method}; use lora": (
+            nf4 and method not in (*LORA_KIN, "ia3", "prefix")
+        ),
+        f"train.weight_dtype=nf4 does not work with engine.zero_stage={stage}, which cannot gather its codes; use 2": nf4 and stage == 3,
+        "train.weight_dtype=nf4 does not work with train.precision=fp8; use bf16": nf4 and train.precision == "fp8",
+        "train.double_quant is false, which only train.weight_dtype=nf4 uses; remove it": not nf4 and not train.double_quant,
+        f"data.add_tokens needs rows that are trained, which adapter.method={method} does not train; use lora or its kin, or none": (
+            bool(config.data.add_tokens) and method in ("ia3", "head", "last_k")
+        ),
+    }
+    return problems + [text for text, found in wrong.items() if found]
 
 
 def _model_problems(model: ModelConfig, data: DataConfig) -> list[str]:
@@ -209,7 +269,7 @@ def _training_problems(config: RunConfig) -> list[str]:
             problems.append(str(error))
     problems += [*_float8_problems(config), *_quantized_problems(config)]
     fp8_beside_bf16 = (train.weight_dtype, train.precision) == ("bf16", "fp8")
-    follows_precision = train.weight_dtype in ("fp32", *QUANTIZED)
+    follows_precision = train.weight_dtype in ("fp32", "nf4", *QUANTIZED)
     if not follows_precision and train.precision not in (train.weight_dtype, "auto") and not fp8_beside_bf16:
         problems.append(
             f"train.weight_dtype={train.weight_dtype} needs train.precision {train.weight_dtype} or auto, found {train.precision}"

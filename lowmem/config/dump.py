@@ -8,7 +8,6 @@ from dataclasses import asdict, fields, is_dataclass
 
 import yaml
 
-from lowmem.config.finetune import FinetuneConfig
 from lowmem.config.keys import allowed, docs_of, field_docs, hints, item_class, known_keys
 from lowmem.config.schema import PhaseConfig, RunConfig, SourceConfig
 
@@ -77,10 +76,9 @@ code 2: nothing has been read or written by then.
 def configuration_page() -> str:
     """The content of docs/configuration.md: the keys that take numbers, with their ranges and defaults."""
     tables = (
-        ("lowmem pretrain, plan, profile", _rows(RunConfig)),
+        ("lowmem pretrain, finetune, plan, profile", _rows(RunConfig)),
         ("An entry of `data.sources` or of a phase's `sources`", _rows(SourceConfig)),
         ("An entry of `phases`", _rows(PhaseConfig)),
-        ("lowmem finetune", _rows(FinetuneConfig)),
     )
     return PAGE + "".join(
         f"\n## {title}\n\n| key | default | allowed |\n|---|---|---|\n" + "\n".join(rows) + "\n" for title, rows in tables

@@ -10,8 +10,8 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 
-from lowmem.config.finetune import AdapterConfig, FinetuneConfig
 from lowmem.config.schema import (
+    AdapterConfig,
     BudgetConfig,
     DataConfig,
     DistillConfig,
@@ -213,31 +213,30 @@ RANGES: dict[type, dict[str, Range | tuple[Range | None, Range]]] = {
         "lora_alpha": Range(0.0, 1e6, open_low=True),
         "lora_dropout": _SHARE,
         "loraplus_lr_ratio": Range(1.0, 1e6),
-        "num_virtual_tokens": Range(1, 2**16),
         "last_k": Range(1, 4096),
     },
-    FinetuneConfig: {
-        "seq_len": Range(8, _MOST_LENGTH),
-        "val_fraction": _SHARE,
-        "steps": Range(1, _MOST_STEPS),
-        "batch_size": _SEQUENCES,
-        "micro_batch_size": _SEQUENCES,
-        "eval_every": _STEPS,
-        "save_every": _STEPS,
-        "seed": _SEED,
-    },
 }
+
+# Keys of the fine-tuning command before it was the same program as `pretrain`, and what they are now.
+RENAMED = {
+    "base": "model.path", "base_dtype": "train.weight_dtype and train.precision", "template": "data.template",
+    "method": "adapter.method (qlora: lora with train.weight_dtype=nf4; full: none)", "add_tokens": "data.add_tokens",
+    "seq_len": "data.seq_len", "truncation": "data.truncation", "val_fraction": "data.val_fraction", "steps": "train.steps",
+    "batch_size": "train.global_batch_size", "micro_batch_size": "train.micro_batch_size", "update": "train.update",
+    "gradient_checkpointing": "train.activation_checkpointing", "eval_every": "train.eval_every", "save_every": "train.save_every",
+    "seed": "train.seed", "out": "run_dir", "adapter.double_quant": "train.double_quant",
+}  # fmt: skip
 
 # Keys that name a file or a folder: ~ is expanded in them.
 PATHS: dict[type, tuple[str, ...]] = {
     SourceConfig: ("path",),
-    DataConfig: ("tokenizer", "val_source", "cache_dir"),
+    DataConfig: ("tokenizer", "val_source", "cache_dir", "template"),
+    ModelConfig: ("path",),
     PhaseConfig: ("template",),
     DistillConfig: ("teacher",),
     TrainConfig: ("init_from",),
     EngineConfig: ("config",),
     RunConfig: ("run_dir",),
-    FinetuneConfig: ("base", "data", "template", "out"),
 }
 
 

@@ -18,7 +18,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from lowmem.config.checks import config_problems
-from lowmem.config.keys import MAX_ENTRIES, bounded, expand_home, hints, item_class, known_keys, shown, value_problems
+from lowmem.config.keys import MAX_ENTRIES, RENAMED, bounded, expand_home, hints, item_class, known_keys, shown, value_problems
 from lowmem.config.schema import RunConfig
 from lowmem.system.errors import ConfigError
 
@@ -233,37 +233,71 @@ T = typing.TypeVar("T")
 _MOST_SHOWN = 10
 
 
-def load_run_config(path: str | Path = "", overrides: Sequence[str] = (), *, check: bool = True) -> RunConfig:
-    """The checked configuration of a run; see `load_config`.
+def load_run_config(path: str | Path = "", overrides: Sequence[str] = (), *, check: bool = True, defaults: Sequence[str] = ()) -> RunConfig:
+    """The checked configuration of a run; see `load_config`. `data=FILE` stands for data.sources with that one path.
 
     Args:
         check: look for contradictions between fields too; unknown keys and wrong types are always refused.
     """
-    return load_config(RunConfig, path, overrides, find_problems=config_problems if check else lambda config: [])
+    return load_config(RunConfig, path, overrides, config_problems if check else lambda config: [], defaults)
 
 
-def load_config(cls: type[T], path: str | Path, overrides: Sequence[str], find_problems: Callable[[T], list[str]]) -> T:
-    """A configuration of type `cls`.
+def load_config(
+    cls: type[T], path: str | Path, overrides: Sequence[str], find_problems: Callable[[T], list[str]], defaults: Sequence[str] = ()
+) -> T:
+    """A configuration of type `cls`: defaults, then the file, then the overrides.
 
     Args:
         cls: a dataclass whose fields may be sections, and lists of dataclasses.
         path: a YAML file; empty starts from the defaults.
         overrides: "section.key=value", later ones win; a text field takes the value as it is, other fields read it as YAML.
         find_problems: contradictions between fields, one line each.
+        defaults: like overrides, below the file.
     Raises:
         ConfigError: the file cannot be read, or the configuration has problems; all of them are listed, the first ten at length.
     """
-    values, problems = _read_yaml(Path(path), cls) if path else {}, []
+    values: dict = {}
+    problems = _set_all(values, defaults, cls)
+    if path:
+        _lay_over(values, _read_yaml(Path(path), cls), cls)
+    problems += _set_all(values, overrides, cls)
+    return _checked(cls, values, problems, find_problems, where=f"{path}: " if path else "")
+
+
+def _set_all(values: dict, overrides: Sequence[str], cls: typing.Any) -> list[str]:
+    """Put each "section.key=value" into `values`; those that cannot be read, one line each."""
+    problems = []
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             problems.append(f"--{_cut(override)} has no value; write --{_cut(key)}=VALUE")
             continue
         try:
-            _set_dotted(values, key, _parse_override(known_keys(cls).get(key), text))
+            if key == "data" and cls is RunConfig and not text.lstrip().startswith("{"):
+                key, value = "data.sources", _one_source(text)
+            else:
+                value = _parse_override(known_keys(cls).get(key), text)
+            _set_dotted(values, key, value)
         except ValueError as error:
             problems.append(f"--{_cut(key)}: {error}")
-    return _checked(cls, values, problems, find_problems, where=f"{path}: " if path else "")
+    return problems
+
+
+def _one_source(path: str) -> typing.Any:
+    return [{"path": path}]
+
+
+def _lay_over(values: dict, more: dict, cls: typing.Any) -> None:
+    """Put `more` over `values`, section by section."""
+    for key, value in more.items():
+        if key == "data" and cls is RunConfig and isinstance(value, str):
+            value = {"sources": _one_source(value)}
+        below = values.get(key)
+        kind = hints(cls).get(key)
+        if isinstance(value, dict) and isinstance(below, dict) and is_dataclass(kind):
+            _lay_over(below, value, kind)
+        else:
+            values[key] = value
 
 
 def config_from_values(cls: type[T], values: dict[str, typing.Any]) -> T:
@@ -440,13 +474,19 @@ def _unknown_keys(values: dict, cls: typing.Any, candidates: typing.Collection[s
         kind, dotted = hints(cls).get(key), f"{prefix}{key}"
         if kind is None:
             name = key if "[" in prefix else dotted
-            yield lambda dotted=dotted, name=name: f"{_cut(dotted) or repr('')} is not a known key{_nearest(name, candidates)}"  # type: ignore[misc]
+            yield lambda dotted=dotted, name=name: _unknown(dotted, name, candidates)  # type: ignore[misc]
         elif is_dataclass(kind) and isinstance(value, dict):
             yield from _unknown_keys(value, kind, candidates, f"{dotted}.")
         elif (inside := item_class(kind)) and isinstance(value, list):
             for index, entry in enumerate(value):
                 if isinstance(entry, dict):
                     yield from _unknown_keys(entry, inside, list(hints(inside)), f"{dotted}[{index}].")
+
+
+def _unknown(dotted: str, name: str, candidates: typing.Collection[str]) -> str:
+    if dotted in RENAMED:
+        return f"{dotted} is no key any more; use {RENAMED[dotted]}"
+    return f"{_cut(dotted) or repr('')} is not a known key{_nearest(name, candidates)}"
 
 
 def _nearest(key: str, known: typing.Collection[str]) -> str:

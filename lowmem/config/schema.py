@@ -64,6 +64,16 @@ class DataConfig:
     """Vocabulary to train, for bpe and chunk; the other tokenizers have a size of their own and refuse another value."""
     lowercase: bool = True
     """Chunk tokenizer only: lower-case the text first, as published; false makes it lossless."""
+    kind: Literal["text", "chat"] = "text"
+    """text: predict every token. chat: conversations, of which only what the assistant says is learned. Where there are phases each has a
+    kind of its own."""
+    template: str = ""
+    """chat only: a Jinja file, as in transformers; empty takes the one that comes with the tokenizer, else [INST] and [/INST] around
+    what the user says."""
+    truncation: Literal["cut", "drop"] = "cut"
+    """chat only: conversations longer than data.seq_len are cut there, or left out. Either is counted and said."""
+    add_tokens: list[str] = field(default_factory=list)
+    """New tokens of a model of transformers and of its tokenizer. Their rows begin at the mean of the old ones and are trained."""
     seq_len: int = 256
     """Tokens a training sequence predicts; the longest ones, where `train.seq_len_schedule` begins with shorter ones."""
     document_mask: bool | Literal["auto"] = "auto"
@@ -262,7 +272,8 @@ class TrainConfig:
     tokens, so shorter sequences are more of them: global_batch_size and micro_batch_size count sequences of data.seq_len."""
     micro_batch_size: int | Literal["auto"] = "auto"
     """Sequences computed at once on one rank: memory and speed, never the result beyond the rounding of fp32 sums. auto: at most 4096
-    tokens. 16-bit weights have 16-bit gradients where a step is one micro-batch, and fp32 sums of them where it is several."""
+    tokens, and no more than is predicted to fit the budget. 16-bit weights have 16-bit gradients where a step is one micro-batch, and
+    fp32 sums of them where it is several."""
     update: Literal["accumulate", "layerwise"] = "accumulate"
     """accumulate: gradients of all micro-batches are summed, then the optimizer steps. layerwise: each block's gradient is summed over
     the global batch, applied and freed before the next one exists; gradients cost one block, boundary activations the global batch."""
@@ -277,10 +288,13 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
     """What is computed in. auto: bf16 where the device has it natively, else fp16 on a GPU and fp32 on a CPU. fp8: products of dense layers
     in fp8 on GPUs that have it, all else in bf16. See docs/precision.md."""
-    weight_dtype: Literal["fp32", "bf16", "fp16", "int8", "int4"] = "fp32"
+    weight_dtype: Literal["fp32", "bf16", "fp16", "int8", "int4", "nf4"] = "fp32"
     """What is stored. bf16 and fp16 halve weights and gradients and keep no master copy: updates are rounded stochastically. bf16 needs
     precision bf16; fp16, for GPUs without bf16, needs precision fp16 and a layerwise update. int8 and int4 store matrices in 1.03
-    and 0.53 bytes a number (embedding and head never below int8), the rest in the dtype of `precision`. See docs/precision.md."""
+    and 0.53 bytes an element (embedding and head never below int8), the rest in the dtype of `precision`. nf4 stores the frozen linear
+    layers of a model of transformers below an adapter in 0.53 (QLoRA). See docs/precision.md."""
+    double_quant: bool = True
+    """nf4 only: keep its scales in 8 bits, too."""
     loss_chunk_tokens: int = 0
     """Tokens whose logits are alive at once in the loss; 0 picks about 16 MiB of logits, but no fewer than dim / 2 tokens."""
     label_smoothing: float = 0.0
@@ -305,6 +319,32 @@ class TrainConfig:
     """Stop with exit code 6 after this many steps in a row with a non-finite loss or gradient; each such update is skipped."""
     threads: int = 0
     """CPU threads per process; 0 uses every core the process may run on, divided among the ranks of this machine."""
+
+
+AdapterMethod = Literal["none", "lora", "dora", "rslora", "lora_plus", "prefix", "ia3", "head", "last_k"]
+
+
+@dataclass
+class AdapterConfig:
+    """What is trained besides or instead of the weights of a model of transformers; names are PEFT's."""
+
+    method: AdapterMethod = "none"
+    """none: every weight. An adapter beside frozen weights: lora, dora, rslora, lora_plus, ia3. A part of the weights: head, or
+    last_k blocks. QLoRA is lora with train.weight_dtype=nf4."""
+    r: int = 8
+    """Rank of LoRA and its kin."""
+    lora_alpha: float = 16.0
+    """Scale: the adapter counts alpha / r, with rslora alpha / sqrt(r)."""
+    lora_dropout: float = 0.0
+    """Dropout on what enters the adapter; train.update=accumulate only."""
+    target_modules: list[str] = field(default_factory=list)
+    """Names of the layers that get an adapter; empty is every linear layer but the head."""
+    loraplus_lr_ratio: float = 16.0
+    """lora_plus only: the learning rate of B is so many times that of A; at least 1."""
+    last_k: int = 1
+    """last_k only: blocks that are trained, counted from the end, with the final norm."""
+    merge: bool = True
+    """At the end of a run on model.path write run_dir/merged, the whole model as transformers loads it, beside run_dir/adapter."""
 
 
 @dataclass
@@ -345,6 +385,8 @@ class RunConfig:
     """Length, batch, precision, saving."""
     phases: list[PhaseConfig] = field(default_factory=list)
     """Parts of the run, one after the other, such as pretraining and chat; empty is one phase of train.steps on data.sources."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """What is trained of a model of transformers, if not all of it."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """Local or DeepSpeed."""
     budget: BudgetConfig = field(default_factory=BudgetConfig)
@@ -358,7 +400,9 @@ class RunConfig:
 
     def all_phases(self) -> list[PhaseConfig]:
         """The phases with their names and steps; one where none is given."""
-        given = self.phases or [PhaseConfig(steps=self.train.steps, tokens=self.train.tokens)]
+        data, train = self.data, self.train
+        whole = PhaseConfig(kind=data.kind, steps=train.steps, tokens=train.tokens, template=data.template, truncation=data.truncation)
+        given = self.phases or [whole]
         per_step = self.train.global_batch_size * self.data.seq_len
         return [
             replace(phase, name=phase.name or f"{phase.kind}-{number}", steps=phase.steps or -(-parse_count(phase.tokens) // per_step))

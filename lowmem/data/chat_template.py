@@ -286,6 +286,16 @@ def _configured_template(config: Mapping[str, Any], path: Path) -> str:
     return source
 
 
+def has_chat_template(folder: Path) -> bool:
+    """Whether a folder has a template.
+
+    Raises:
+        DataError: its tokenizer_config.json is damaged.
+    """
+    path = folder / "tokenizer_config.json"
+    return (folder / TEMPLATE_FILE).exists() or bool(_configured_template(read_tokenizer_config(path), path))
+
+
 def choose_chat_template(file: str, folder: Path | None, tokenizer: Tokenizer | None) -> ChatTemplate:
     """The template in `file` if it is named, else the one in `folder` if it has one, else lowmem's.
 
@@ -298,10 +308,11 @@ def choose_chat_template(file: str, folder: Path | None, tokenizer: Tokenizer | 
     if file:
         config = {} if folder is None else read_tokenizer_config(folder / "tokenizer_config.json")
         return _named(_read_template(Path(file).expanduser(), file), {**config, "eos_token": eos}, eos, file)
-    if folder is not None:
-        path = folder / "tokenizer_config.json"
-        if (folder / TEMPLATE_FILE).exists() or _configured_template(read_tokenizer_config(path), path):
-            return load_chat_template(folder, tokenizer)
+    if folder is not None and has_chat_template(folder):
+        return load_chat_template(folder, tokenizer)
+    if tokenizer is not None and tokenizer.begin_ids:
+        begin = tokenizer.decode(tokenizer.begin_ids)
+        return ChatTemplate("{{ bos_token }}" + DEFAULT_TEMPLATE, begin, eos, "lowmem's template")
     return ChatTemplate(DEFAULT_TEMPLATE, eos_token=eos, place="lowmem's template")
 
 

@@ -136,7 +136,7 @@ _END_NAMES = (
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A `tokenizers.Tokenizer`, used without the special tokens that it would add by itself.
+    """A `tokenizers.Tokenizer`, used without the special tokens that it would add by itself; those at the beginning are `begin_ids`.
 
     A special token that is written out in the text is encoded as that token: corpora mark document ends that way.
 
@@ -157,6 +157,7 @@ class HuggingFaceTokenizer(Tokenizer):
             tokenizer.add_special_tokens([self._eos_token])
         self.eos_id = tokenizer.token_to_id(self._eos_token)
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.begin_ids = _begin_ids(tokenizer)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "HuggingFaceTokenizer":
@@ -229,6 +230,24 @@ class HuggingFaceTokenizer(Tokenizer):
         check_foreign_tokenizer(content, json.loads(content), f"of {name}")
         _check_ids(tokenizer, name)
         return cls(tokenizer)
+
+    def with_tokens(self, tokens: Sequence[str]) -> "HuggingFaceTokenizer":
+        """A copy that has these tokens besides, with the ids after the last.
+
+        Raises:
+            ConfigError: one is there already.
+        """
+        from tokenizers import Tokenizer as Library
+
+        if known := [token for token in tokens if self._tokenizer.token_to_id(token) is not None]:
+            raise ConfigError(f"data.add_tokens has {', '.join(known)[:200]}, which the tokenizer has already; leave it out")
+        more = Library.from_str(self._tokenizer.to_str())
+        more.add_tokens(list(tokens))
+        return HuggingFaceTokenizer(more, self._eos_token, self.kind)
+
+    def token_ids(self, tokens: Sequence[str]) -> list[int]:
+        """Ids of tokens that the vocabulary has."""
+        return [self._tokenizer.token_to_id(token) for token in tokens]
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -425,3 +444,15 @@ def _companion_end(path: Path) -> str:
     if not isinstance(named, str):
         raise DataError(f"{path} cannot be read (eos_token is no text); mend or remove it")
     return named
+
+
+def _begin_ids(tokenizer: Any) -> tuple[int, ...]:
+    """The special tokens that a tokenizer puts before every text, by its tokenizer.json alone, as in transformers 5."""
+    if tokenizer.post_processor is None:
+        return ()
+    try:
+        encoding = tokenizer.encode("a", add_special_tokens=True)
+    except Exception as error:  # the library raises plain Exception
+        raise DataError(f"the tokenizer cannot encode a text with its special tokens ({_line(error)}); mend its post_processor") from error
+    mask = [*encoding.special_tokens_mask, 0]
+    return tuple(encoding.ids[: mask.index(0)])

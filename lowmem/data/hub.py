@@ -249,7 +249,7 @@ class StreamedWindows:
             piece = next(self._pieces, None)
             if piece is not None:
                 self._pieces_done += 1
-                self._buffer += self._tokenizer.encode(piece.text)
+                self._buffer += [*self._tokenizer.begin_ids] * piece.begins_document + self._tokenizer.encode(piece.text)
                 self._buffer += [self._tokenizer.eos_id] * piece.ends_document
             elif not self._next_document():
                 passes += 1

@@ -140,6 +140,7 @@ class _Build:
                     f"{self._source.label}: the tokenizer makes {len(ids)} tokens of {len(piece.text)} characters; "
                     "choose another data.tokenizer"
                 )
+            ids[:0] = self._tokenizer.begin_ids if piece.begins_document else ()
             if piece.ends_document:
                 ids.append(self._tokenizer.eos_id)
             offset = self._resumed.next_offset if self._resumed and self._resumed.next_piece == number else 0
@@ -433,7 +434,8 @@ def _prepare_chat(
     seq_len, cache = config.data.seq_len, cache_root(config.data.cache_dir)
     template = phase_template(config, phase, tokenizer)
     sources, facts = [], []
-    for source in phase.sources:
+    chosen = phase.sources or config.data.sources
+    for source in chosen:
         tokens = build_chat_tokens(_chat_source(config, source, template), tokenizer, cache, progress)
         part = Conversations(tokens, seq_len=seq_len, truncation=phase.truncation, val_fraction=config.data.val_fraction)
         if line := part.counts.describe(phase.truncation, seq_len):
@@ -442,7 +444,7 @@ def _prepare_chat(
         facts.append(_phase_facts(part) | {"weight": source.weight})
     one_per_row = one_per_row or config.model.name == "i3"  # a recurrent state would carry one conversation over into the next
     train = ChatStream(
-        sources, [source.weight_at for source in phase.sources], seq_len=seq_len, seed=seed, exhausted=config.data.exhausted,
+        sources, [source.weight_at for source in chosen], seq_len=seq_len, seed=seed, exhausted=config.data.exhausted,
         one_per_row=one_per_row,
     )  # fmt: skip
     validation = ChatValidation(sources, seq_len=seq_len, one_per_row=one_per_row) if config.data.val_fraction else None

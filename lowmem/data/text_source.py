@@ -44,10 +44,12 @@ class Piece(NamedTuple):
     Attributes:
         text: at most PIECE_CHARS characters, never empty.
         ends_document: the document ends here; an end-of-document token follows.
+        begins_document: it begins here; where the tokenizer begins texts with a token, that comes before.
     """
 
     text: str
     ends_document: bool
+    begins_document: bool
 
 
 class PieceCutter:
@@ -62,6 +64,7 @@ class PieceCutter:
     def __init__(self, piece_chars: int = PIECE_CHARS):
         self._piece_chars = piece_chars
         self._rest = ""
+        self._begun = False
 
     def feed(self, text: str) -> Iterator[Piece]:
         """The pieces that are complete with `text`; iterate to the end."""
@@ -69,15 +72,15 @@ class PieceCutter:
         start = 0
         while len(buffer) - start > self._piece_chars:
             stop = _safe_cut(buffer, start, start + self._piece_chars)
-            yield Piece(buffer[start:stop], False)
-            start = stop
+            yield Piece(buffer[start:stop], False, not self._begun)
+            start, self._begun = stop, True
         self._rest = buffer[start:]
 
     def finish(self) -> Iterator[Piece]:
         """The last piece of the document; nothing for an empty document."""
         if self._rest:
-            yield Piece(self._rest, True)
-        self._rest = ""
+            yield Piece(self._rest, True, not self._begun)
+        self._rest, self._begun = "", False
 
 
 def document_pieces(text: str) -> Iterator[Piece]:
@@ -95,7 +98,7 @@ def limit_bytes(pieces: Iterable[Piece], max_bytes: int) -> Iterator[Piece]:
         if size >= left:
             text = piece.text.encode()[:left].decode(errors="ignore")
             if text:
-                yield Piece(text, True)
+                yield Piece(text, True, piece.begins_document)
             return
         left -= size
         yield piece

@@ -15,6 +15,7 @@ from lowmem.system.errors import ConfigError, DataError
 from lowmem.system.files import exclusive_lock, file_sha256, json_sha256, make_directory, malformed, write_json
 from lowmem.system.units import format_bytes
 
+OWN_TOKENIZER = "lowmem_tokenizer.json"  # of an exported model whose tokenizer is lowmem's own
 _MAX_BYTES = 256 * 1024**2  # ten times the largest vocabularies there are
 
 
@@ -45,7 +46,8 @@ def _read(place: Path) -> tuple[Path, str]:
     """The file that is meant, and its text."""
     try:
         if place.is_dir():
-            place = place / "tokenizer.json"
+            own = place / OWN_TOKENIZER
+            place = own if own.is_file() else place / "tokenizer.json"
         with open_regular(place) as file:
             content = file.read(_MAX_BYTES + 1)
     except OSError as error:
@@ -103,7 +105,7 @@ def prepare_tokenizer(config: DataConfig, sources: Sequence[TextSource], cache: 
     if config.tokenizer == "bytes":
         return ByteTokenizer()
     if config.tokenizer not in TRAINED_KINDS:
-        return _ready_made(config.tokenizer)
+        return with_added(_ready_made(config.tokenizer), config.add_tokens)
     identity = {
         "format": _FORMAT,
         "kind": config.tokenizer,
@@ -152,7 +154,20 @@ def known_tokenizer(config: DataConfig) -> Tokenizer | None:
     if config.tokenizer in TRAINED_KINDS:
         return None
     path = Path(config.tokenizer).expanduser()
-    return load_tokenizer(path) if path.exists() else None
+    return with_added(load_tokenizer(path), config.add_tokens) if path.exists() else None
+
+
+def with_added(tokenizer: Tokenizer, tokens: Sequence[str]) -> Tokenizer:
+    """The tokenizer with `data.add_tokens`.
+
+    Raises:
+        ConfigError: it can take none, or has one already.
+    """
+    if not tokens:
+        return tokenizer
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        raise ConfigError(f"data.add_tokens needs the tokenizer of a model of transformers, found {tokenizer.kind}; leave it out")
+    return tokenizer.with_tokens(tokens)
 
 
 def _check_settings(config: DataConfig) -> None:

@@ -23,11 +23,13 @@ class Tokenizer(ABC):
         kind: bpe, chunk, bytes, chars, or huggingface for a ready-made one.
         vocab_size: ids are below this.
         eos_id: the token that ends a document; decoded to its name, such as <|endoftext|>.
+        begin_ids: what every text begins with, such as Llama's <s>; empty for most.
     """
 
     kind: str
     vocab_size: int
     eos_id: int
+    begin_ids: tuple[int, ...] = ()
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -40,6 +42,14 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text."""
         return [self.encode(text) for text in texts]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of the beginning of a document, at least one: `begin_ids`, unless the text spells them, and the text.
+
+        An empty one without `begin_ids` is what precedes a document in training: the end of another.
+        """
+        ids, begin = self.encode(text), [*self.begin_ids]
+        return ids if ids and ids[: len(begin)] == begin else begin + ids or [self.eos_id]
 
     def encode_spans(self, text: str) -> tuple[list[int], np.ndarray]:
         """Ids of a text as `encode` gives them, and (tokens, 2) where in the text the characters of each begin and end.
@@ -90,7 +100,12 @@ class Tokenizer(ABC):
 
     def sha256(self) -> str:
         """Identifies the tokenizer by what it does, not by where it came from."""
-        return json_sha256([self.to_json(), self.eos_id])
+        return tokenizer_sha256(self.to_json(), self.eos_id, self.begin_ids)
+
+
+def tokenizer_sha256(value: Any, eos_id: int, begin_ids: Sequence[int] = ()) -> str:
+    """The hash of a tokenizer's file and of what its texts begin and end with."""
+    return json_sha256([value, eos_id, *([[*begin_ids]] if begin_ids else [])])
 
 
 def check_vocab(tokenizer: Tokenizer, model_vocab_size: int) -> None:

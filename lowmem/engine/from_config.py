@@ -1,29 +1,41 @@
 """From a resolved configuration to a model and the engine of one process."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import torch
 
 from lowmem.config.schema import RunConfig, TrainConfig
 from lowmem.engine.layerwise import LayerwiseEngine
-from lowmem.engine.local import LocalEngine
-from lowmem.engine.teacher import Teacher
+from lowmem.engine.local import LocalEngine, Teacher
 from lowmem.models.base import LanguageModel, LossOptions
 from lowmem.models.registry import build_model
 from lowmem.nn.float8 import use_float8
-from lowmem.nn.quantized import WeightBits, WeightFormat
+from lowmem.nn.nf4 import Nf4, store_linears_as_nf4
+from lowmem.nn.quantized import WeightBits, WeightFormat, stored_tensors
 from lowmem.system.devices import Precision
+from lowmem.system.errors import ConfigError
 
 _STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _QUANTIZED: dict[str, WeightBits] = {"int8": 8, "int4": 4}
 
 
-def build_configured_model(config: RunConfig) -> LanguageModel:
-    """The model of a resolved configuration, in its stored dtype, with its loss and recomputation set.
+def build_configured_model(config: RunConfig, new_tokens: Sequence[int] = ()) -> LanguageModel:
+    """The model of a resolved configuration, in its stored dtype, with its adapter, its loss and recomputation set.
 
+    Args:
+        new_tokens: ids of the rows that data.add_tokens needs.
+    Raises:
+        ConfigError, CheckpointError: see `lowmem.engine.huggingface_files` and `lowmem.models.adapters`.
     Memory: the weights.
     """
     train, model_config = config.train, config.model
     if model_config.path:
-        model: LanguageModel = _model_of_transformers(config)
+        model: LanguageModel = _model_of_transformers(config, new_tokens)
+    elif new_tokens or config.adapter.method != "none":
+        what = "data.add_tokens" if new_tokens else f"adapter.method={config.adapter.method}"
+        raise ConfigError(f"{what} needs a model of transformers; set model.path, or remove it")
     else:
         model = _own_model(config)
     checkpointing = train.activation_checkpointing
@@ -32,17 +44,38 @@ def build_configured_model(config: RunConfig) -> LanguageModel:
     return model
 
 
-def _model_of_transformers(config: RunConfig) -> LanguageModel:
-    """The model of `model.path` with its weights, checked; on the meta device its outline."""
+def _model_of_transformers(config: RunConfig, new_tokens: Sequence[int]) -> LanguageModel:
+    """The model of `model.path` with its weights, checked, and its adapter; on the meta device its outline."""
     from lowmem.engine.huggingface_files import load_model, outline, quiet_transformers, resolve_model_path
+    from lowmem.models.adapters import apply_adapter, check_adapter_is_used
     from lowmem.models.huggingface import HuggingFaceModel, check_contract
 
     quiet_transformers()
     directory, dtype = resolve_model_path(config.model.path, config.model.revision), stored_format(config.train).dtype
+    nf4 = Nf4(config.train.double_quant) if config.train.weight_dtype == "nf4" else None
     if torch.get_default_device().type == "meta":
-        return HuggingFaceModel(outline(directory, dtype), config.model.max_seq_len)
-    model = HuggingFaceModel(load_model(directory, dtype), config.model.max_seq_len)
-    check_contract(model)
+        model = HuggingFaceModel(_nf4_outline(directory, dtype, nf4) if nf4 else outline(directory, dtype), config.model.max_seq_len)
+    else:
+        model = HuggingFaceModel(load_model(directory, dtype, nf4=nf4), config.model.max_seq_len)
+        check_contract(model)
+    apply_adapter(model, config.adapter, seed=config.train.seed, new_tokens=new_tokens)
+    if model.device.type != "meta":
+        check_adapter_is_used(model)
+    return model
+
+
+def _nf4_outline(directory: Path, dtype: torch.dtype, nf4: Nf4) -> Any:
+    """An outline with linear layers in NF4; a dry run sees only what stays, as a model is never whole while it is read."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    from lowmem.engine.huggingface_files import outline
+    from lowmem.models.huggingface_body import find_blocks, find_body
+
+    with _disable_current_modes(), torch.device("meta"):
+        model = outline(directory, dtype)
+        store_linears_as_nf4(find_blocks(find_body(model), model.config)[1], nf4.double)
+    for tensor in stored_tensors(dict(model.named_parameters()) | dict(model.named_buffers())).values():
+        tensor.detach()
     return model
 
 
@@ -90,10 +123,10 @@ def build_local_engine(
 
 
 def stored_format(train: TrainConfig) -> WeightFormat:
-    """What `train.weight_dtype` stores weights in; besides quantised matrices everything has the dtype that is computed in.
+    """What `train.weight_dtype` stores weights in, nf4 aside; besides quantised matrices everything has the dtype that is computed in.
 
     Args:
         train: with its precision settled.
     """
     bits = _QUANTIZED.get(train.weight_dtype)
-    return WeightFormat(_STORED[train.precision if bits else train.weight_dtype], bits)
+    return WeightFormat(_STORED[train.weight_dtype if train.weight_dtype in _STORED else train.precision], bits)

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,8 +20,65 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lowmem.memory.limits import is_out_of_memory
+from lowmem.nn.nf4 import Nf4, quantise_on_arrival
 from lowmem.system.errors import CheckpointError, ConfigError
+from lowmem.system.files import file_sha256, json_sha256
 from lowmem.system.tensors import all_finite, tensor_shapes, weight_files
+
+GENERATION_CONFIG = "generation_config.json"
+_SAMPLED = ("temperature", "top_k", "top_p", "min_p")  # count where tokens are drawn at random
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """What the file says; empty if there is none.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = folder / GENERATION_CONFIG
+    if not path.exists():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} is damaged; restore it, or remove it")
+    return values
+
+
+def first_generation_config(folders: Iterable[Path]) -> tuple[dict[str, Any], Path | None]:
+    """What the first of several folders that has the file says, and which folder that is.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    for folder in folders:
+        if (folder / GENERATION_CONFIG).exists():
+            return read_generation_config(folder), folder
+    return {}, None
+
+
+def end_ids(values: dict[str, Any], place: str) -> frozenset[int]:
+    """The tokens that end a text: eos_token_id, one or a list. Those that the model does not have end none.
+
+    Args:
+        place: the file, for the message.
+    Raises:
+        CheckpointError: they are no tokens.
+    """
+    found = values.get("eos_token_id")
+    listed = found if isinstance(found, list) else [] if found is None else [found]
+    if any(type(token) is not int for token in listed):
+        raise CheckpointError(f"{place}: eos_token_id is {found!r:.80}, expected the number of a token, or a list of such; mend it")
+    return frozenset(listed)
+
+
+def sampling_values(values: dict[str, Any]) -> dict[str, Any]:
+    """How the model's authors draw tokens: what `do_sample` makes count, and the repetition penalty, which always does."""
+    names = [*(_SAMPLED if values.get("do_sample") is True else ()), "repetition_penalty"]
+    return {name: values[name] for name in names if values.get(name) is not None}
+
 
 # keys of config.json that say nothing of the model: heads of classifiers, how a forward pass answers, what the weights were stored in
 _IGNORED = (
@@ -74,7 +131,11 @@ def resolve_model_path(path: str, revision: str = "") -> Path:
     else:
         place = _fetched(path, revision)
     if not (place / "config.json").is_file():
-        run = ": it is a lowmem run, which train.init_from takes" if (place / "config.yaml").is_file() else ""
+        run = (
+            ": it is a lowmem run, which train.init_from takes, and lowmem export makes such a directory of"
+            if (place / "config.yaml").is_file()
+            else ""
+        )
         raise CheckpointError(f"model.path is {path}, which has no config.json{run}; give a directory that save_pretrained wrote")
     return place
 
@@ -113,37 +174,63 @@ def model_facts(path: str, revision: str = "") -> ModelFacts:
 def _facts(directory: str, changed: int) -> ModelFacts:
     from lowmem.models.huggingface import HuggingFaceModel
 
-    with _quiet_transformers(), torch.device("meta"):
+    with _quiet_transformers(), reported_as_damage(Path(directory)), torch.device("meta"):
         model = HuggingFaceModel(outline(Path(directory), torch.float32))
+        model.flops_per_token(1)  # reads keys that making the model does not
     made_for = getattr(model.lm.config, "max_position_embeddings", None)
     return ModelFacts(
         model.family, model.vocab_size, made_for if isinstance(made_for, int) else 0, model.position_limit, model.keeps_segments_apart
     )
 
 
-def load_model(directory: Path, dtype: torch.dtype) -> Any:
+def base_sha256(directory: Path) -> str:
+    """Of the configuration and the weights in a directory of transformers, by which a run that goes on sees that they are the same.
+
+    Raises:
+        CheckpointError: see `weight_files`.
+    """
+    files = [directory / "config.json", *weight_files(directory)]
+    return json_sha256([[file.name, file_sha256(file)] for file in files])
+
+
+def load_model(directory: Path, dtype: torch.dtype, *, nf4: Nf4 | None = None) -> Any:
     """The model of transformers on the CPU, as `from_pretrained` makes it of the same files.
 
     Args:
         dtype: of all weights.
+        nf4: how the linear layers of the blocks are kept in NF4, each from the moment it is read; None keeps them in `dtype`.
     Raises:
-        ConfigError: transformers is missing.
+        ConfigError: transformers or bitsandbytes is missing, or there are no such layers.
         CheckpointError: see `outline`; or weights are missing, damaged, of another shape, quantised, or not finite.
     Memory: the weights as they are kept, and one tensor.
     """
     described = outline(directory, dtype)
     stored = {name: tensor for file in weight_files(directory) for name, tensor in stored_tensors(file, dtype).items()}
+    kind = type(described) if nf4 is None else _with_nf4(type(described), nf4)
     with _quiet_transformers(), reported_as_damage(directory):
-        model, told = type(described).from_pretrained(
+        model, told = kind.from_pretrained(
             None, config=described.config, state_dict=stored, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
             attn_implementation="eager",
         )  # fmt: skip
+    model.__class__ = type(described)
     _check_loaded(directory, told, stored)
     model.config.name_or_path = model.name_or_path = str(directory)
     head = model.get_output_embeddings()
     if head is not None:  # a file with both, and with differing numbers, is not tied, whatever its config.json says
         model.config.tie_word_embeddings = head.weight is model.get_input_embeddings().weight
     return model
+
+
+def _with_nf4(kind: Any, nf4: Nf4) -> Any:
+    """The class of a model whose layers put their weights into NF4 as they are given them."""
+
+    from lowmem.models.huggingface_body import find_blocks, find_body
+
+    def build(model: Any, config: Any, *more: Any, **settings: Any) -> None:
+        kind.__init__(model, config, *more, **settings)
+        quantise_on_arrival(find_blocks(find_body(model), model.config)[1], nf4.double)
+
+    return type(kind.__name__, (kind,), {"__module__": kind.__module__, "__init__": build})
 
 
 def outline(directory: Path, dtype: torch.dtype) -> Any:
@@ -202,7 +289,7 @@ def model_config(directory: Path) -> Any:
     own = ", which brings code of its own (auto_map) that is never run" if values.get("auto_map") else ""
     if family == "lowmem":
         raise CheckpointError(
-            f"{path} describes a model that lowmem exported; lowmem import makes a run of it, which train.init_from takes"
+            f"{path} describes a model of lowmem's own kind; use the run it was exported from, which train.init_from takes"
         )
     if not isinstance(family, str) or family not in CONFIG_MAPPING:
         raise CheckpointError(f"{path}: found model_type {family!r:.60}{own}, expected one that the installed transformers knows")
@@ -217,7 +304,7 @@ def model_config(directory: Path) -> Any:
             raise CheckpointError(f"{path} has {key} ({str(method)[:40]}); give the model with plain fp32, bf16 or fp16 weights")
     _check_sizes(values, directory)
     with _quiet_transformers(), reported_as_damage(directory):
-        config = kind.from_dict({key: value for key, value in values.items() if key not in _IGNORED})
+        config = kind.from_dict({key: _number(value) for key, value in values.items() if key not in _IGNORED})
         config.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)
     if getattr(config, "is_encoder_decoder", False):
         raise CheckpointError(f"{path}: model_type {family} has an encoder; give a model that only decodes")
@@ -243,6 +330,15 @@ def _check_sizes(values: dict[str, Any], directory: Path) -> None:
     for key in _LAYERS:
         for count in _counts(values.get(key)):
             _check_layers(count, directory, key)
+
+
+def _number(value: Any) -> Any:
+    """`value` with infinities and NaN as numbers, for which JSON has none and transformers writes {"__float__": "Infinity"}."""
+    if isinstance(value, list):
+        return [_number(item) for item in value]
+    if isinstance(value, dict) and set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+        return float(value["__float__"])
+    return value
 
 
 def _counts(value: Any) -> list[int]:

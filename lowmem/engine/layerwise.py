@@ -22,7 +22,7 @@ from lowmem.engine.local import LocalEngine
 from lowmem.engine.recovery import HALF_APPLIED, cannot_be_repeated, first_line, once_more, release_memory, smaller_micro_batch
 from lowmem.engine.state import random_state, restore_random_state
 from lowmem.memory.limits import is_out_of_memory
-from lowmem.models.base import LanguageModel, largest_part
+from lowmem.models.base import LanguageModel, largest_part_bytes
 from lowmem.nn.recompute import run_block
 from lowmem.optim.clipping import BlockClipping
 from lowmem.optim.from_config import build_optimizer, set_learning_rate
@@ -115,6 +115,8 @@ class LayerwiseEngine(LocalEngine):
     Memory that runs out before the first update restarts the step with a smaller micro-batch. Later each part repeats itself: a block
     with a smaller micro-batch of its own, the head's rows with fewer tokens at once, all else once more after memory was given back.
 
+    Where a part is frozen, a step goes down no further than the lowest part that is trained, and keeps no boundary below it.
+
     Args:
         train: activation_checkpointing block computes every block twice; none and selective keep the whole forward pass instead.
         micro_batch_size: sequences of a block computed at once; the head takes the global batch in its own chunks.
@@ -139,7 +141,10 @@ class LayerwiseEngine(LocalEngine):
         self.boundary_dtype, self.boundary_offload = train.boundary_dtype, train.boundary_offload
         self.block_micro_batches = [micro_batch_size] * len(model.blocks)
         self._embed_parameters = [p for p in model.embed_parameters() if p.requires_grad]
-        self.clipping = BlockClipping(optim.clip, "block" if optim.clip_by == "block" else "previous", len(model.blocks) + 2)
+        trained = [index for index, block in enumerate(model.blocks) if any(p.requires_grad for p in block.parameters())]
+        self._lowest = -1 if self._embed_parameters else min(trained, default=len(model.blocks))  # the part below which nothing is trained
+        parts = len(trained) + 1 + bool(self._embed_parameters)
+        self.clipping = BlockClipping(optim.clip, "block" if optim.clip_by == "block" else "previous", parts)
         self.updates = Updates(self.optimizer, self.clipping, self.scaler, device)
         self.head = LayerwiseHead(model, self.updates, self.autocast, self.autocast_dtype, self.messages.append)
         _import_autograd()
@@ -179,10 +184,10 @@ class LayerwiseEngine(LocalEngine):
         with cannot_be_repeated(self, "in a rehearsal" if self.updates.rehearsing else HALF_APPLIED):
             grad, tied = first_update()
             del first_update
-            for index in reversed(range(len(self.model.blocks))):
+            for index in reversed(range(max(self._lowest, 0), len(self.model.blocks))):
                 if grad is not None:
                     grad = self._block(index, boundaries, graphs.pop(index, []), grad, segments)
-            if grad is not None:
+            if grad is not None and self._embed_parameters:
                 self._embedding(tokens, segments, grad, tied)
         return loss, True
 
@@ -192,7 +197,7 @@ class LayerwiseEngine(LocalEngine):
         boundaries = Boundaries(len(tokens_BT), self.device, dtype=self.boundary_dtype, offload=self.boundary_offload)
         graphs = self._forward(tokens_BT, segments_BT, boundaries)
         last = len(self.model.blocks)
-        hidden = boundaries.read(last, slice(0, len(targets_BT))).detach().requires_grad_()
+        hidden = boundaries.read(last, slice(0, len(targets_BT))).detach().requires_grad_(self._lowest < last)
         boundaries.free(last)
         return boundaries, graphs, *self.head.differentiate(hidden, targets_BT, denominator)
 
@@ -201,9 +206,9 @@ class LayerwiseEngine(LocalEngine):
         with torch.no_grad(), self.autocast():
             for rows in representative(self._slices(tokens_BT, self.micro_batch_size), tokens_BT):
                 boundaries.write(0, rows, self.model.embed(tokens_BT[rows], segments_BT=_part(segments_BT, rows)))
-        mode = self.model.activation_checkpointing
         graphs: dict[int, Graphs] = {}
         for index in range(len(self.model.blocks)):
+            mode = self.model.activation_checkpointing if index >= self._lowest else "block"
             slices = self._slices(tokens_BT, self.block_micro_batches[index])
             pairs = list(zip(slices, [*slices[1:], None], strict=True))
             for rows, following in representative(pairs, tokens_BT, distinct=2 if mode == "block" else len(pairs)):
@@ -214,11 +219,13 @@ class LayerwiseEngine(LocalEngine):
                     with torch.no_grad(), self.autocast():
                         output = block(hidden)
                 else:
-                    hidden = hidden.detach().requires_grad_()
+                    hidden = hidden.detach().requires_grad_(index > self._lowest)
                     with self.autocast():
                         output = run_block(block, hidden, mode)
                     graphs.setdefault(index, []).append((hidden, output))
                 boundaries.write(index + 1, rows, output.detach())
+            if index < self._lowest:
+                boundaries.free(index)
         return graphs
 
     def _block(
@@ -245,6 +252,8 @@ class LayerwiseEngine(LocalEngine):
             self.block_micro_batches[index] = smaller
             self.messages.append(f"memory ran out in block {index} with micro-batches of {micro}; this block goes on with {smaller}")
         boundaries.free(index)
+        if not parameters:
+            return grad_input
         return grad_input if self.updates.apply(list(zip(parameters, gradients, strict=True))) else None
 
     def _differentiate(
@@ -256,11 +265,13 @@ class LayerwiseEngine(LocalEngine):
         grad: torch.Tensor,
         segments_BT: torch.Tensor | None,
     ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-        """Gradients of one block over the whole global batch: of its input, and of its parameters.
+        """Gradients of one block over the whole global batch: of its input, and of its parameters. The first is `grad` itself, which means
+        nothing, for the lowest block that is trained.
 
         Memory: both, and one micro-batch of activations.
         """
-        grad_input = torch.empty_like(grad)
+        goes_on = index > self._lowest
+        grad_input = torch.empty_like(grad) if goes_on else grad
         sums: list[torch.Tensor] = []
         slices = self._slices(grad, self.block_micro_batches[index])
         kept = bool(graphs)
@@ -268,12 +279,15 @@ class LayerwiseEngine(LocalEngine):
             if kept:
                 hidden, output = graphs.pop(0)
             else:
-                hidden = boundaries.read(index, rows).detach().requires_grad_()
+                hidden = boundaries.read(index, rows).detach().requires_grad_(goes_on)
                 if position + 1 < len(slices):
                     boundaries.prefetch(index, slices[position + 1])
                 with self.autocast():
                     output = self.model.block(index, _part(segments_BT, rows))(hidden)
-            grad_input[rows], *gradients = torch.autograd.grad(output, [hidden, *parameters], grad[rows].to(output.dtype))
+            wanted = [hidden, *parameters] if goes_on else parameters
+            gradients = list(torch.autograd.grad(output, wanted, grad[rows].to(output.dtype)))
+            if goes_on:
+                grad_input[rows] = gradients.pop(0)
             del hidden, output
             sums = _add(sums, gradients, more=len(slices) > 1)
             del gradients  # else one more gradient of the block would live until the next is there
@@ -326,8 +340,7 @@ class LayerwiseEngine(LocalEngine):
         self.head.block_tokens = state["layerwise"].get("head_block_tokens", 0)
 
     def memory_components(self) -> dict[str, int]:
-        size = next(self.model.parameters()).element_size()
-        return {**super().memory_components(), "gradients": largest_part(self.model) * size}
+        return {**super().memory_components(), "gradients": largest_part_bytes(self.model)}
 
 
 def _import_autograd() -> None:

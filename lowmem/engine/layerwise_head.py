@@ -163,7 +163,8 @@ class LayerwiseHead:
         The function returns the gradient of `hidden`, None if one of the head's was not finite, and the head's share of a tied embedding.
 
         Args:
-            hidden: (B, T, C) of the last block, a leaf that requires a gradient.
+            hidden: (B, T, C) of the last block, a leaf; where it requires no gradient, because nothing below is trained, it is returned
+                as its gradient.
         """
         dense = self.model.dense_head()
         if dense is not None and self._by_rows(targets_BT.numel(), dense[1]):
@@ -173,7 +174,7 @@ class LayerwiseHead:
         value = loss.item()
         if not math.isfinite(value):
             return value, None
-        grad, *gradients = torch.autograd.grad(self.updates.scale.scale(loss), [hidden, *self.parameters])
+        grad, gradients = _gradients(self.updates.scale.scale(loss), hidden, self.parameters)
         both = [(parameter, gradient.contiguous()) for parameter, gradient in zip(self.parameters, gradients, strict=True)]
         pairs = [pair for pair in both if id(pair[0]) not in self.in_embedding]
         tied = {parameter: gradient for parameter, gradient in both if id(parameter) in self.in_embedding}
@@ -181,13 +182,13 @@ class LayerwiseHead:
         return value, lambda: (grad if self.updates.update(pairs, factor) else None, tied)
 
     def _by_rows(self, tokens: int, head: nn.Linear) -> bool:
-        """Whether the head's gradient would have to be summed over several chunks of tokens: then it comes in rows instead.
+        """Whether the head's gradient, if it has one, would have to be summed over several chunks of tokens: then it comes in rows instead.
 
         Not when blocks are clipped by their own norms: the head's is known only once all rows are there.
         """
         vocab_size, width = head.weight.shape
         chunk = self.model.loss_options.chunk_tokens or auto_chunk_tokens(vocab_size, width, head.weight.element_size())
-        return tokens > chunk and self.updates.clipping.mode == "previous"
+        return head.weight.requires_grad and tokens > chunk and self.updates.clipping.mode == "previous"
 
     def _differentiate_by_rows(
         self, norm: nn.Module, head: nn.Linear, hidden: torch.Tensor, targets_BT: torch.Tensor, denominator: float
@@ -203,6 +204,7 @@ class LayerwiseHead:
         if not math.isfinite(value):
             return value, None
         work.allocate()
+        trained = [parameter for parameter in norm.parameters() if parameter.requires_grad]
 
         def first_update() -> tuple[torch.Tensor | None, Tied]:
             if not self._update_rows(work, head, denominator):
@@ -212,8 +214,8 @@ class LayerwiseHead:
             def norm_gradients() -> tuple[torch.Tensor, Pairs]:
                 grad_normed = (work.grad_hidden * scale).to(normed.dtype).view_as(normed)
                 # the graph is kept, because this may be done twice
-                grad, *gradients = torch.autograd.grad(normed, [hidden, *norm.parameters()], grad_normed, retain_graph=True)
-                pairs = list(zip(norm.parameters(), gradients, strict=True))
+                grad, gradients = _gradients(normed, hidden, trained, grad_normed, retain_graph=True)
+                pairs = list(zip(trained, gradients, strict=True))
                 return grad, pairs if work.grad_bias is None else [*pairs, (head.bias, work.grad_bias * scale)]
 
             grad, pairs = once_more(norm_gradients, device)
@@ -232,3 +234,16 @@ class LayerwiseHead:
             self.block_tokens = work.block_tokens
             self.tell(f"memory ran out in the head; its gradient goes on with {work.block_tokens} tokens at once")
         return True
+
+
+def _gradients(
+    output: torch.Tensor,
+    hidden: torch.Tensor,
+    parameters: list[nn.Parameter],
+    grad_output: torch.Tensor | None = None,
+    retain_graph: bool = False,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Gradients of `hidden`, or itself where it requires none, and of parameters."""
+    wanted: list[torch.Tensor] = [*([hidden] if hidden.requires_grad else []), *parameters]
+    found = list(torch.autograd.grad(output, wanted, grad_output, retain_graph=retain_graph)) if wanted else []
+    return found.pop(0) if hidden.requires_grad else hidden, found

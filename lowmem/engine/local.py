@@ -9,14 +9,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from lowmem.config.schema import OptimConfig
+from lowmem.config.schema import DistillConfig, OptimConfig
 from lowmem.data.batch import Batch
 from lowmem.engine.base import Engine, StepResult, on_device
 from lowmem.engine.recovery import HALF_APPLIED, cannot_be_repeated, repeat_with_smaller_micro_batches
 from lowmem.engine.state import load_optimizer_tensors, optimizer_tensors, random_state, restore_random_state
-from lowmem.engine.teacher import Teacher
-from lowmem.models.base import LanguageModel, move_to
+from lowmem.models.base import LanguageModel, move_to, saved_tensors, weight_dtype
 from lowmem.nn.lorptize import adopt_ranks, change_rank, check_rank, following_layers
+from lowmem.nn.loss import SoftTargets
 from lowmem.nn.quantized import stored_bytes, stored_tensors
 from lowmem.optim.clipping import clip_gradients, global_norm
 from lowmem.optim.from_config import allocate_states, build_optimizer, narrower_states, set_learning_rate
@@ -25,6 +25,28 @@ from lowmem.optim.low_bit import LowBitOptimizer, resize_states
 from lowmem.system.devices import Precision
 from lowmem.system.dry_run import representative
 from lowmem.system.tensors import load_into, read_tensors, tensor_shapes, write_tensors
+
+
+class Teacher:
+    """A model in evaluation mode, without gradients.
+
+    Args:
+        model: on the device of the run.
+        distill: how much it counts.
+    Memory: its weights; while it computes, one block's activations, and its last hidden states until the student's loss is known.
+    """
+
+    def __init__(self, model: LanguageModel, distill: DistillConfig):
+        self.model, self.distill = model.eval().requires_grad_(False), distill
+
+    @torch.no_grad()
+    def soft_targets(self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None = None) -> SoftTargets:
+        """What the model predicts after each token, to be multiplied out chunk by chunk."""
+        hidden = self.model.embed(tokens_BT, segments_BT=segments_BT)
+        for index in range(len(self.model.blocks)):
+            hidden = self.model.block(index, segments_BT)(hidden)
+        return SoftTargets(*self.model.head_product(hidden), self.distill.weight, self.distill.temperature)
+
 
 _MIN_LOSS_SCALE = 1.0
 T = TypeVar("T")
@@ -66,7 +88,7 @@ class LocalEngine(Engine):
         self.optimizer = self._build_optimizer(model, optim, seed)
         allocate_states(self.optimizer)
         self.scaler: Any = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        stored = next(model.parameters()).dtype
+        stored = weight_dtype(model)
         compute = {"fp32": torch.float32, "fp16": torch.float16}.get(precision, torch.bfloat16)
         self.autocast_dtype = None if compute == stored else compute
         self._narrow = [p for p in self.model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
@@ -111,7 +133,7 @@ class LocalEngine(Engine):
 
     def save(self, directory: Path) -> dict:
         tensors, scalars = optimizer_tensors(self.model, self.optimizer)
-        write_tensors(directory / "model.safetensors", stored_tensors(self.model.state_dict()))
+        write_tensors(directory / "model.safetensors", stored_tensors(saved_tensors(self.model)))
         write_tensors(directory / "optimizer.safetensors", tensors)
         return {
             "engine": "local",
@@ -134,7 +156,7 @@ class LocalEngine(Engine):
 
     def load_weights(self, directory: Path) -> None:
         adopt_ranks(self.model, tensor_shapes(directory / "model.safetensors"))
-        load_into(directory / "model.safetensors", stored_tensors(self.model.state_dict()))
+        load_into(directory / "model.safetensors", stored_tensors(saved_tensors(self.model)))
 
     def set_rank(self, rank: int, patterns: Mapping[str, object], *, seed: int, step: int) -> None:
         layers = list(following_layers(self.model, patterns))

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from lowmem.config.load import load_run_config
 from lowmem.config.schema import DataConfig, RunConfig
+from lowmem.engine.run_model import is_model_directory, model_description
 from lowmem.system.devices import cuda_problem, resolve_device, resolve_precision
 from lowmem.system.errors import ConfigError
 from lowmem.system.units import parse_bytes
@@ -25,7 +25,8 @@ def resolve(config: RunConfig, device: torch.device, *, vocab_size: int) -> RunC
     config = copy.deepcopy(config)
     train = config.train
     config.data.document_mask = keeps_documents_apart(config, device)
-    config.model.vocab_size = config.model.vocab_size or vocab_size
+    rows = config.model.vocab_size
+    config.model.vocab_size = max(rows, vocab_size) if config.data.add_tokens else rows or vocab_size
     config.model.max_seq_len = config.max_seq_len()
     train.precision = _precision(config, device)  # type: ignore[assignment]
     stored = train.weight_dtype
@@ -47,7 +48,7 @@ def _precision(config: RunConfig, device: torch.device) -> str:
         return resolve_precision(train.precision, device)
     if train.precision != "auto":
         return train.precision
-    return "bf16" if train.weight_dtype in ("fp32", "int8", "int4") else train.weight_dtype
+    return "bf16" if train.weight_dtype in ("fp32", "int8", "int4", "nf4") else train.weight_dtype
 
 
 def chosen_device(config: RunConfig, *, check: bool = True) -> torch.device:
@@ -73,11 +74,10 @@ def keeps_documents_apart(config: RunConfig, device: torch.device) -> bool:
         )
     if config.data.document_mask != "auto":
         return config.data.document_mask
-    teacher = Path(config.train.distill.teacher) / "config.yaml"
-    names = {config.model.name}
-    if config.train.distill.teacher and teacher.is_file():  # where there is none is told when it is loaded
-        names.add(load_run_config(teacher, check=False).model.name)
-    return names == {"decoder"} and keeps_segments_apart(config) and device.type == "cpu"
+    teacher = config.train.distill.teacher
+    if teacher and is_model_directory(Path(teacher)) and not model_description(Path(teacher)).keeps_segments_apart:
+        return False  # where there is no teacher is told when it is loaded
+    return keeps_segments_apart(config) and device.type == "cpu"
 
 
 def keeps_segments_apart(config: RunConfig) -> bool:
@@ -108,14 +108,15 @@ def settled_model(config: RunConfig) -> RunConfig:
         from lowmem.engine.huggingface_files import model_facts, resolve_model_path
 
         facts = model_facts(model.path, model.revision)
-        if model.vocab_size not in (0, facts.vocab_size):
+        rows = max(facts.vocab_size, model.vocab_size) if data.add_tokens else facts.vocab_size
+        if model.vocab_size not in (0, rows):
             raise ConfigError(f"model.vocab_size is {model.vocab_size}, but {model.path} has {facts.vocab_size} rows; remove it")
         if 0 < facts.position_limit < data.seq_len:
             raise ConfigError(
                 f"data.seq_len is {data.seq_len}, but the learned positions of {model.path} end at {facts.position_limit}; lower it"
             )
         longest = facts.position_limit or max(facts.max_seq_len, data.seq_len)
-        model = replace(model, vocab_size=facts.vocab_size, max_seq_len=model.max_seq_len or longest)
+        model = replace(model, vocab_size=rows, max_seq_len=model.max_seq_len or longest)
         if data.tokenizer == DataConfig().tokenizer:
             data = replace(data, tokenizer=str(resolve_model_path(model.path, model.revision)))
     return replace(config, model=model, train=train, data=data)

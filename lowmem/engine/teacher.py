@@ -1,61 +1,41 @@
-"""A trained model that another one learns from."""
+"""The trained model that `train.distill.teacher` names, and whether it can teach the run's model."""
 
 from pathlib import Path
 
 import torch
 
-from lowmem.config.load import load_run_config
 from lowmem.config.schema import DistillConfig, RunConfig
 from lowmem.data.tokenizers import Tokenizer
-from lowmem.engine.run_model import checkpoint_path, load_run_model, load_run_tokenizer
+from lowmem.engine.run_model import is_model_directory, load_run_model, model_description, model_tokenizer
 from lowmem.models.base import LanguageModel
-from lowmem.nn.loss import SoftTargets
 from lowmem.system.errors import ConfigError
 
 
-class Teacher:
-    """A model in evaluation mode, without gradients.
-
-    Args:
-        model: on the device of the run.
-        distill: how much it counts.
-    Memory: its weights; while it computes, one block's activations, and its last hidden states until the student's loss is known.
-    """
-
-    def __init__(self, model: LanguageModel, distill: DistillConfig):
-        self.model, self.distill = model.eval().requires_grad_(False), distill
-
-    @torch.no_grad()
-    def soft_targets(self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None = None) -> SoftTargets:
-        """What the model predicts after each token, to be multiplied out chunk by chunk."""
-        hidden = self.model.embed(tokens_BT, segments_BT=segments_BT)
-        for index in range(len(self.model.blocks)):
-            hidden = self.model.block(index, segments_BT)(hidden)
-        return SoftTargets(*self.model.head_product(hidden), self.distill.weight, self.distill.temperature)
-
-
 def teacher_config(distill: DistillConfig, *, vocab_size: int, seq_len: int) -> RunConfig:
-    """The configuration of the teacher's run.
+    """The configuration of the teacher: that of its run, or one with its directory as model.path.
 
     Raises:
         ConfigError: there is none, or its vocabulary or its positions do not reach as far as the student's.
+        CheckpointError: it is a directory whose model cannot be read.
     """
-    path = Path(distill.teacher) / "config.yaml"
-    if not path.is_file():
+    teacher = distill.teacher
+    if not is_model_directory(Path(teacher)):
         raise ConfigError(
-            f"train.distill.teacher is {distill.teacher}, which has no config.yaml; give the run_dir of a finished lowmem run"
+            f"train.distill.teacher is {teacher}, which has no config.yaml and no config.json; give the run_dir of a finished lowmem run, "
+            "or a directory of transformers"
         )
-    config = load_run_config(path, check=False)
+    described = model_description(Path(teacher))
+    config = described.config
     if config.train.weight_dtype in ("int8", "int4"):
         config.train.weight_dtype = "fp32"  # as `lowmem.engine.run_model` reads them
     shape = config.model
     if shape.vocab_size != vocab_size:
         raise ConfigError(
-            f"the teacher {distill.teacher} has model.vocab_size {shape.vocab_size}, the student {vocab_size}; they must share a tokenizer"
+            f"the teacher {teacher} has model.vocab_size {shape.vocab_size}, the student {vocab_size}; they must share a tokenizer"
         )
-    if (shape.positions == "learned" or shape.name == "i3") and shape.max_seq_len < seq_len:
+    if 0 < described.position_limit < seq_len:
         raise ConfigError(
-            f"the teacher {distill.teacher} has learned positions up to {shape.max_seq_len}, data.seq_len is {seq_len}; lower it"
+            f"the teacher {teacher} has learned positions up to {described.position_limit}, data.seq_len is {seq_len}; lower it"
         )
     return config
 
@@ -86,9 +66,9 @@ def check_teacher_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
     Raises:
         ConfigError: the teacher has another tokenizer.
     """
-    teacher = config.train.distill.teacher
-    path = Path(teacher) / "tokenizer.json"
-    if not teacher or not path.is_file():
+    teacher = Path(config.train.distill.teacher)
+    if not config.train.distill.teacher or not is_model_directory(teacher):
         return
-    if load_run_tokenizer(path.parent, checkpoint_path(path.parent, "latest")).sha256() != tokenizer.sha256():
-        raise ConfigError(f"{path} is another tokenizer than this run's; give the student data.tokenizer={path}")
+    theirs, place = model_tokenizer(teacher)
+    if theirs.sha256() != tokenizer.sha256():
+        raise ConfigError(f"{place} is another tokenizer than this run's; give the student data.tokenizer={place}")

@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lowmem.engine.huggingface_files import GENERATION_CONFIG, read_generation_config
 from lowmem.engine.run_model import RunModel
-from lowmem.export.tokenizer_files import GENERATION_CONFIG, TOKENIZER_FILES, export_tokenizer, read_generation_config
+from lowmem.export.tokenizer_files import TOKENIZER_FILES, export_tokenizer
 from lowmem.models.base import LanguageModel
 from lowmem.models.decoder import Decoder
 from lowmem.nn.attention import LowRankAttention
@@ -266,10 +267,7 @@ def export_run_model(
         StorageError: it cannot be written.
     """
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out is {out}, which is a file; choose a folder")
-    if out.is_dir() and not overwrite and any(not path.name.startswith(UNFINISHED) for path in out.iterdir()):
-        raise ConfigError(f"--out is {out}, which is not empty; choose another folder, or --overwrite")
+    check_out(out, overwrite=overwrite)
     config, weights, family, reason = converted(run.model, keep_factors=keep_factors)
     stored = DTYPES[dtype] if dtype else _stored_dtype(run)
     weights = {name: tensor.to(stored) for name, tensor in weights.items()}
@@ -292,6 +290,18 @@ def export_run_model(
     numbers = sum(tensor.numel() for tensor in weights.values())
     size = (out / "model.safetensors").stat().st_size
     return Exported(family, reason, family == "lowmem", tokenizer_code, numbers, size)  # type: ignore[arg-type]
+
+
+def check_out(out: Path, *, overwrite: bool) -> None:
+    """Refuse a place that cannot be written, or that holds what is not to be lost.
+
+    Raises:
+        ConfigError: it is a file, or a folder that is not empty.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out is {out}, which is a file; choose a folder")
+    if out.is_dir() and not overwrite and any(not path.name.startswith(UNFINISHED) for path in out.iterdir()):
+        raise ConfigError(f"--out is {out}, which is not empty; choose another folder, or --overwrite")
 
 
 def _stored_dtype(run: RunModel) -> torch.dtype:

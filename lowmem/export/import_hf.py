@@ -15,9 +15,10 @@ from lowmem.config.schema import DataConfig, LorptConfig, ModelConfig, RunConfig
 from lowmem.data.chat_template import save_chat_template
 from lowmem.data.tokenizer_loading import load_tokenizer
 from lowmem.data.tokenizers import Tokenizer
+from lowmem.engine.huggingface_files import GENERATION_CONFIG, read_generation_config
 from lowmem.engine.manifest import MANIFEST_NAME, TOKENIZER_KEY, checkpoint_name, file_hashes
 from lowmem.export.hf import GPT2_ACTIVATIONS, gpt2_weights, llama_weights
-from lowmem.export.tokenizer_files import GENERATION_CONFIG, OWN_TOKENIZER, read_generation_config, run_template
+from lowmem.export.tokenizer_files import OWN_TOKENIZER, run_template
 from lowmem.models.base import LanguageModel
 from lowmem.models.registry import build_model
 from lowmem.nn.linear import Linear
@@ -58,7 +59,11 @@ def read_model_config(source: Path) -> TheirModel:
         raise ConfigError(f"{path} cannot be read ({error}); give a directory that transformers' save_pretrained has written") from error
     family = values.get("model_type") if isinstance(values, dict) else None
     if not isinstance(family, str) or family not in ("llama", "gpt2"):
-        remedy = "use the run it was exported from" if family == "lowmem" else "give a model of one of these"
+        remedy = (
+            "use the run it was exported from"
+            if family == "lowmem"
+            else f"lowmem pretrain --model.path={source} takes any causal language model as it is"
+        )
         raise ConfigError(f"{path} has model_type {str(family)[:80]}, allowed: llama, gpt2; {remedy}")
     _check_types(values, path)
     try:
@@ -181,7 +186,9 @@ def _gpt2(values: Mapping[str, Any], path: Path) -> TheirModel:
 
 def _refuse(problems: Mapping[str, bool], path: Path) -> None:
     if found := [name for name, is_so in problems.items() if is_so]:
-        raise ConfigError(f"{path} has {', '.join(found)}, which lowmem's decoder does not have; give a model without")
+        taken = f"lowmem pretrain --model.path={path.parent} takes it as it is"
+        remedy = "give a model with plain weights" if "quantization_config" in found else taken
+        raise ConfigError(f"{path} has {', '.join(found)}, which lowmem's decoder does not have; {remedy}")
 
 
 SEQ_LEN = 1024  # of the configuration that is written; shorter where the model takes less

@@ -8,13 +8,12 @@ from typing import Any
 from lowmem.data.chat_template import TEMPLATE_FILE, ChatTemplate, load_chat_template
 from lowmem.data.hf_tokenizer import HuggingFaceTokenizer
 from lowmem.data.tokenizers import END_OF_TEXT, UNKNOWN_CHARACTER, ByteTokenizer, CharTokenizer, Tokenizer
-from lowmem.system.errors import CheckpointError, DataError
+from lowmem.system.errors import DataError
 from lowmem.system.files import storage_errors, write_json
 
 _CODE = Path(__file__).parent / "tokenization_lowmem.py"
 OWN_TOKENIZER = "lowmem_tokenizer.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", OWN_TOKENIZER, _CODE.name, TEMPLATE_FILE)
-GENERATION_CONFIG = "generation_config.json"
 UNKNOWN = "<unk>"  # longer than a character, so that none is called that
 
 
@@ -86,21 +85,3 @@ def run_template(run_dir: Path | None, tokenizer: Tokenizer | None) -> ChatTempl
         return None if run_dir is None else load_chat_template(run_dir, tokenizer)
     except DataError:
         return None
-
-
-def read_generation_config(folder: Path) -> dict[str, Any]:
-    """How a directory of transformers, or a run that was imported from one, ends and samples texts; empty if it says nothing.
-
-    Raises:
-        CheckpointError: the file is damaged.
-    """
-    path = folder / GENERATION_CONFIG
-    if not path.exists():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except (OSError, ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} is damaged; restore it, or remove it")
-    return values

@@ -2,7 +2,7 @@
 
 import secrets
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from lowmem.data.chat_records import Message
@@ -78,13 +78,14 @@ class ChatWriter:
 
     Args:
         capacity: tokens of the longest prompt and its answer; more are made room for when they come.
+        end_ids: tokens that end an answer, beside the end-of-document token.
     Attributes:
         reused: tokens of the latest prompt that the cache held already.
     Memory: the model's cache for one text of `capacity` tokens, from the first answer on.
     """
 
-    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, capacity: int):
-        self.reused = 0
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, capacity: int, end_ids: Collection[int] = ()):
+        self.reused, self._end_ids = 0, end_ids
         self._model, self._tokenizer, self._capacity = model, tokenizer, capacity
         self._context: BatchContext | None = None
 
@@ -102,7 +103,7 @@ class ChatWriter:
             CheckpointError: the model's output is not finite.
         """
         seed = secrets.randbits(32) if options.seed is None else options.seed
-        row = Row(self._tokenizer, ids, replace(options, seed=seed), max_new_tokens, stop, on_text)
+        row = Row(self._tokenizer, ids, replace(options, seed=seed), max_new_tokens, stop, on_text, self._end_ids)
         # an answer that is interrupted or fails leaves a cache that nobody knows the contents of
         context, self._context = self._context, None
         with writing(self._model):

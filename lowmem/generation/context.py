@@ -93,6 +93,14 @@ def position_window(model: LanguageModel) -> int | None:
     return model.max_seq_len if learned else None
 
 
+_LONGEST_CHAT = 8192  # many models of transformers are made for far more, whose cache alone would fill the memory
+
+
+def chat_context(model: LanguageModel) -> int:
+    """Tokens that a conversation may have before its oldest turns are forgotten."""
+    return min(model.max_seq_len, _LONGEST_CHAT)
+
+
 def beyond_training(run: RunModel, tokens: int) -> str:
     """A warning that a text is longer than what the run's rotary positions were trained on; empty if it is not.
 

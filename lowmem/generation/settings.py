@@ -37,13 +37,14 @@ class Settings:
     Args:
         preset: a name in `PRESETS`; "" for the defaults.
         given: what was asked for explicitly; it wins over the preset, and None is "not asked for".
+        own: what the model's authors recommend, in place of the defaults where no preset is asked for.
     Raises:
         ConfigError: values that cannot be; the message lists them.
     """
 
-    def __init__(self, preset: str = "", given: Mapping[str, Any] | None = None):
+    def __init__(self, preset: str = "", given: Mapping[str, Any] | None = None, own: Mapping[str, Any] | None = None):
         explicit = {name: value for name, value in (given or {}).items() if value is not None}
-        self._values = _checked({**DEFAULTS, **(PRESETS[preset] if preset else {}), **explicit})
+        self._values = _checked({**DEFAULTS, **(PRESETS[preset] if preset else own or {}), **explicit})
 
     @property
     def options(self) -> SamplingOptions:

@@ -3,7 +3,7 @@
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -88,11 +88,12 @@ class Row:
     """A text in progress. It has its own random numbers, so that no other text of the batch changes it.
 
     Args:
-        prompt_ids: an empty prompt begins a document with the end-of-document token.
+        prompt_ids: an empty prompt begins a document, as `Tokenizer.encode_prompt` says.
         options: with a seed.
         max_new_tokens: at least 1.
         stop: strings that end the text.
         on_text: called with each piece of text that is certain; characters of several bytes are never split.
+        end_ids: tokens that end the text, beside the end-of-document token.
     Attributes:
         new_ids: tokens written.
         stop_reason: None while it goes on.
@@ -106,9 +107,10 @@ class Row:
         max_new_tokens: int,
         stop: Sequence[str] = (),
         on_text: Callable[[str], None] | None = None,
+        end_ids: Collection[int] = (),
     ):
         assert options.seed is not None
-        self.prompt_ids = list(prompt_ids) or [tokenizer.eos_id]
+        self.prompt_ids = list(prompt_ids) or tokenizer.encode_prompt("")
         self.new_ids: list[int] = []
         self.stop_reason: StopReason | None = None
         self.seed = options.seed
@@ -116,6 +118,7 @@ class Row:
         self._generator = torch.Generator().manual_seed(options.seed)
         self._seen, self._counts = set(self.prompt_ids), Counter[int]()
         self._decoder, self._stops, self._text = TokenStreamDecoder(tokenizer), StopFilter(stop), list[str]()
+        self._end_ids = {tokenizer.eos_id, *end_ids}
         self._started, self._seconds = 0.0, 0.0
 
     def start(self) -> None:
@@ -131,7 +134,7 @@ class Row:
             CheckpointError: the logits are not finite.
         """
         token = self._choose(logits_V[: self._tokenizer.vocab_size])
-        if token == self._tokenizer.eos_id:
+        if token in self._end_ids:
             self._finish("eos")
             return
         self.new_ids.append(token)
@@ -186,22 +189,26 @@ def generate(
     on_text: Callable[[str], None] | None = None,
     *,
     stop: Sequence[str] = (),
+    end_ids: Collection[int] = (),
     window: int | None = None,
 ) -> GenerationResult:
     """Continue `prompt` until the model ends the document, writes a stop string, or has written `max_new_tokens`.
 
     Args:
-        prompt: text or token ids; an empty one starts a new document.
+        prompt: text, before which the tokenizer's `begin_ids` are put, or token ids; an empty one starts a new document.
         max_new_tokens: at least 1.
         on_text: called with each piece of text that is certain; characters of several bytes are never split.
         stop: strings that end the text; neither they nor their beginnings are part of it.
+        end_ids: tokens that end it, beside the end-of-document token.
         window: most tokens the model looks at, past which the oldest are dropped; None takes `position_window(model)`.
     Raises:
         ConfigError: `max_new_tokens` is below 1, or a stop string is empty.
         CheckpointError: the model's output is not finite.
     Memory: the model's cache for prompt and continuation.
     """
-    return generate_batch(model, tokenizer, [prompt], options, max_new_tokens, on_text=on_text, stop=stop, window=window)[0]
+    return generate_batch(model, tokenizer, [prompt], options, max_new_tokens, on_text=on_text, stop=stop, end_ids=end_ids, window=window)[
+        0
+    ]
 
 
 def generate_batch(
@@ -215,6 +222,7 @@ def generate_batch(
     on_result: Callable[[int, GenerationResult], None] | None = None,
     on_text: Callable[[str], None] | None = None,
     stop: Sequence[str] = (),
+    end_ids: Collection[int] = (),
     window: int | None = None,
 ) -> list[GenerationResult]:
     """Continue several prompts at once. A finished text makes room for the next prompt.
@@ -243,8 +251,8 @@ def generate_batch(
         return []
     seed = secrets.randbits(32) if options.seed is None else options.seed
     rows = [
-        Row(tokenizer, ids, replace(options, seed=row_seed(seed, index)), max_new_tokens, stop, on_text)
-        for index, ids in enumerate(tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts)
+        Row(tokenizer, ids, replace(options, seed=row_seed(seed, index)), max_new_tokens, stop, on_text, end_ids)
+        for index, ids in enumerate(tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts)
     ]
     longest = max(len(row.prompt_ids) for row in rows)
     results: dict[int, GenerationResult] = {}

@@ -1,7 +1,7 @@
 """What every model of lowmem offers to engines, generation and reports."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -141,8 +141,24 @@ class LanguageModel(nn.Module, ABC):
         return normed, self.head.weight, self.head.bias  # type: ignore[return-value, union-attr]
 
     def num_parameters(self) -> int:
-        """Trainable numbers, shared ones counted once."""
+        """All numbers, frozen ones included, shared ones counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def num_trained_parameters(self) -> int:
+        """Those that are trained."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
+    def lr_scales(self) -> dict[int, float]:
+        """By id of a parameter: how many times the learning rate it has; 1 where it is not named."""
+        return {}
+
+    def undecayed(self) -> set[int]:
+        """Ids of parameters that never decay, besides those that `lowmem.optim.from_config.decay_groups` knows by their kind."""
+        return set()
+
+    def saved_tensors(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds; see `saved_tensors`."""
+        return saved_tensors(self)
 
     def component_bytes(self) -> dict[str, int]:
         """Bytes of the weights by component, as they are stored now."""
@@ -187,6 +203,26 @@ def parameters_by_component(model: nn.Module) -> dict[str, int]:
     return counts
 
 
+def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint of `model` holds, by name: all of it where everything is trained; else what is trained, as the rest is read again
+    from where it came from. Parameters are the model's own.
+
+    Memory: none.
+    """
+    named = model.state_dict(keep_vars=True)
+    if all(parameter.requires_grad for parameter in model.parameters()):
+        return named
+    return {name: tensor for name, tensor in named.items() if tensor.requires_grad}
+
+
+def weight_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype that most of the weights have, which is what adapters of another one must compute in."""
+    sizes: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
 def bytes_by_component(model: nn.Module) -> dict[str, int]:
     """Bytes of the weights as they are stored, by component."""
     sizes: dict[str, int] = {}
@@ -209,11 +245,15 @@ def matrix_parameters(model: nn.Module, exclude: tuple[str, ...]) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and _component(name) not in exclude)
 
 
-def largest_part(model: LanguageModel) -> int:
-    """Parameters of the largest block, of the head or of the embedding: what a layerwise update has a gradient of at a time."""
-    embedding = sum(parameter.numel() for parameter in model.embed_parameters())
-    blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in model.blocks]
-    head = model.num_parameters() - sum(blocks) - (0 if model.head_is_tied() else embedding)
+def largest_part_bytes(model: LanguageModel) -> int:
+    """Bytes of what is trained of the largest block, of the head or of the embedding: a layerwise update has one gradient of them."""
+
+    def trained(parameters: Iterable[nn.Parameter]) -> int:
+        return sum(parameter.numel() * parameter.element_size() for parameter in parameters if parameter.requires_grad)
+
+    embedding = trained(model.embed_parameters())
+    blocks = [trained(block.parameters()) for block in model.blocks]
+    head = trained(model.parameters()) - sum(blocks) - embedding + trained(model.tied_parameters())
     return max(*blocks, embedding, head)
 
 

@@ -2,8 +2,7 @@
 
 Its blocks are called as they are, with the arguments that its own forward pass would give them (`huggingface_body`); their attention is
 lowmem's (`huggingface_attention`), so that windows and segments cost one number a token, and 32-bit sums are kept everywhere. Logits exist
-chunk by chunk. Engines, planner and generation see no difference from lowmem.nn.loss import SoftTargets
-from lowmem's own models.
+chunk by chunk. Engines, planner and generation see no difference from lowmem's own models.
 
 Shapes: B batch, T time, C width, V vocabulary.
 """
@@ -18,8 +17,7 @@ from torch import nn
 
 from lowmem.models.base import LanguageModel, head_loss_options
 from lowmem.models.huggingface_attention import UnsupportedModelError
-from lowmem.models.huggingface_body import BlockArguments, Body
-from lowmem.models.huggingface_cache import continued, new_cache
+from lowmem.models.huggingface_body import BlockArguments, Body, continued, new_cache
 from lowmem.nn.attention import ModelCache
 from lowmem.nn.layers import use_exact_gradients
 from lowmem.nn.linear import accumulate_dtype
@@ -34,6 +32,7 @@ _LOGIT_FACTORS = ("logit_scale", "lm_head_multiplier")
 _LOGIT_DIVISORS = ("logits_scaling",)
 _LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "logits_softcap")
 _KEPT_SHAPES = 8  # lengths whose rotary tables and masks are kept
+_ADAPTERS = ("lora_", "ia3_", "trainable_tokens_")  # begin of the names that PEFT gives
 _ATTENTION, _MLP, _NORM = (
     ("attn", "attention"),
     ("mlp", "ffn", "feed_forward", "moe", "expert", "fc1", "fc2", "fc_"),
@@ -53,6 +52,7 @@ class HuggingFaceModel(LanguageModel):
     Attributes:
         lm: the model itself; its parameters and buffers are all that this module has.
         silenced: names of settings that were switched off.
+        peft: the model as PEFT sees it, where it has an adapter; else None.
     Raises:
         CheckpointError: the model cannot be taken apart; the message names its family and says why.
     Memory: the model's weights.
@@ -64,6 +64,9 @@ class HuggingFaceModel(LanguageModel):
     def __init__(self, model: Any, max_seq_len: int = 0):
         super().__init__()
         self.lm = model
+        self.__dict__["peft"] = None
+        self._lr_scales: dict[str, float] = {}
+        self._undecayed: set[str] = set()
         self.family = str(getattr(model.config, "model_type", "unknown"))
         use_exact_gradients(model)
         for module in model.modules():  # lowmem computes blocks again by itself
@@ -75,12 +78,31 @@ class HuggingFaceModel(LanguageModel):
         except UnsupportedModelError as error:
             raise CheckpointError(f"models of type {self.family} cannot be trained here: {error}") from error
         self.keeps_segments_apart = self._body.keeps_segments_apart
-        self.vocab_size = model.get_input_embeddings().weight.shape[0]
+        self.rows_have_changed()
         self.position_limit = learned_positions(model)
         self.max_seq_len = max_seq_len or self.position_limit or getattr(model.config, "max_position_embeddings", None) or 1 << 30
         self.logit_scale, self.logit_softcap = _logit_settings(model)
         self._arguments: dict[Any, list[BlockArguments]] = {}
         self._segments: torch.Tensor | None = None  # kept alive, so that no other tensor gets its address
+
+    def rows_have_changed(self) -> None:
+        """Learn the size of the vocabulary from the embedding, and give the head its loss."""
+        self.vocab_size = self.lm.get_input_embeddings().weight.shape[0]
+        head = self.lm.get_output_embeddings()
+        if type(head) is nn.Linear:
+            head.__class__ = PlainHead
+
+    def set_training_rules(self, lr_scales: dict[str, float], undecayed: set[str]) -> None:
+        """What `lr_scales` and `undecayed` answer, by names of parameters."""
+        self._lr_scales, self._undecayed = lr_scales, undecayed
+
+    def lr_scales(self) -> dict[int, float]:
+        """See `LanguageModel.lr_scales`."""
+        return {id(p): self._lr_scales[name] for name, p in self.named_parameters() if name in self._lr_scales}
+
+    def undecayed(self) -> set[int]:
+        """See `LanguageModel.undecayed`."""
+        return {id(p) for name, p in self.named_parameters() if name in self._undecayed}
 
     @property
     def blocks(self) -> nn.ModuleList:  # type: ignore[override]
@@ -153,8 +175,8 @@ class HuggingFaceModel(LanguageModel):
         if options.soft_targets is not None and options.reshapes():
             raise ConfigError(f"models of type {self.family} scale or cap their logits and cannot learn from a teacher; drop train.distill")
         normed, head = self.norm(hidden_BTC), self.head
-        if type(head) is nn.Linear:
-            return chunked_cross_entropy(normed, head.weight, head.bias, targets_BT, denominator, options)
+        if type(head) is PlainHead:
+            return head(normed, targets_BT, denominator, options)
         return _loss_through(head, normed, targets_BT, options, self.vocab_size) / denominator
 
     def logits(self, hidden_BTC: torch.Tensor) -> torch.Tensor:
@@ -167,22 +189,24 @@ class HuggingFaceModel(LanguageModel):
 
     def head_is_tied(self) -> bool:
         """Whether the head's weight is the embedding's."""
-        return getattr(self.head, "weight", None) is self.lm.get_input_embeddings().weight
+        return matrix_of(self.head) is matrix_of(self.lm.get_input_embeddings())
 
     def tied_parameters(self) -> list[nn.Parameter]:
-        """The embedding, where it is the head, too."""
-        return [self.lm.get_input_embeddings().weight] if self.head_is_tied() else []
+        """What embedding and head share: the matrix, and rows of it that are trained."""
+        in_embedding = {id(parameter) for parameter in self.lm.get_input_embeddings().parameters()}
+        return [parameter for parameter in self.head.parameters() if id(parameter) in in_embedding] if self.head_is_tied() else []
 
     def embed_parameters(self) -> list[nn.Parameter]:
         """What `embed` uses: every parameter outside of blocks, tail and head that its result depends on."""
         elsewhere = {id(p) for part in (self.blocks, *self._body.tail) for p in part.parameters()}
+        words = {id(p) for p in self.lm.get_input_embeddings().parameters()}
         with torch.enable_grad():
-            used = _leaves(self._body.embed(torch.zeros(1, 2, dtype=torch.int64, device=self._device), 0, None))
-        return [p for p in self.lm.parameters() if id(p) not in elsewhere and (id(p) in used or p is self.lm.get_input_embeddings().weight)]
+            used = leaves(self._body.embed(torch.zeros(1, 2, dtype=torch.int64, device=self.device), 0, None))
+        return [p for p in self.lm.parameters() if id(p) not in elsewhere and (id(p) in used or id(p) in words)]
 
     def dense_head(self) -> tuple[nn.Module, nn.Linear] | None:
         """What comes before the head, and the head, where that is one matrix of its own."""
-        return (self.norm, self.head) if type(self.head) is nn.Linear and not self.head_is_tied() else None
+        return (self.norm, self.head) if type(self.head) is PlainHead and not self.head_is_tied() else None
 
     def head_product(self, hidden_BTC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """x, weight and bias of which the logits are the product.
@@ -191,7 +215,7 @@ class HuggingFaceModel(LanguageModel):
             ConfigError: they are no such product.
         """
         head = self.head
-        if self.logit_softcap or type(head) is not nn.Linear:
+        if self.logit_softcap or type(head) is not PlainHead:
             raise ConfigError(
                 f"the logits of this {self.family} model are no product of one matrix, it cannot teach; choose another teacher"
             )
@@ -206,21 +230,22 @@ class HuggingFaceModel(LanguageModel):
         return new_cache(self._body, batch_size, max_len)
 
     def flops_per_token(self, seq_len: int) -> int:
-        """6 per weight that a token is multiplied by, of experts those it is sent to, and attention over the keys it sees on average."""
+        """6 per weight that a token is multiplied by, 4 where it is frozen, of experts those it is sent to; attention over the keys it sees
+        on average."""
         config = self.lm.config.get_text_config(decoder=True)
         chosen = getattr(config, "num_experts_per_tok", None) or 1
-        matrices = sum(parameter.numel() for parameter in self.head.parameters() if parameter.ndim == 2)
-        for parameter in self.blocks.parameters():
-            if parameter.ndim == 2:
-                matrices += parameter.numel()
-            elif parameter.ndim == 3 and parameter.shape[0] > chosen:
-                matrices += parameter[0].numel() * chosen
+        matrices = 0
+        for parameter in (*self.head.parameters(), *self.blocks.parameters()):
+            used = parameter.numel() if parameter.ndim == 2 else 0
+            if parameter.ndim == 3 and parameter.shape[0] > chosen:
+                used = parameter.numel() // parameter.shape[0] * chosen
+            matrices += used * (6 if parameter.requires_grad else 4)  # a frozen one has no gradient
         heads = getattr(config, "num_attention_heads", None) or 0
         width = heads * (getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0))
-        return 6 * matrices + sum(round(12 * width * _mean_keys(window, seq_len)) for window in _windows(config, len(self.blocks)))
+        return matrices + sum(round(12 * width * _mean_keys(window, seq_len)) for window in _windows(config, len(self.blocks)))
 
     def component_parameters(self) -> dict[str, int]:
-        """Parameters of embedding, positions, attention, mlp, norm and head; components without any are left out."""
+        """Parameters of embedding, positions, attention, mlp, norm, head and adapter; components without any are left out."""
         return self._by_component(lambda parameter: parameter.numel())
 
     def component_bytes(self) -> dict[str, int]:
@@ -240,20 +265,24 @@ class HuggingFaceModel(LanguageModel):
         return named
 
     @property
-    def _device(self) -> torch.device:
-        return self.lm.get_input_embeddings().weight.device
+    def device(self) -> torch.device:
+        """Where it is."""
+        return matrix_of(self.lm.get_input_embeddings()).device
 
     def _by_component(self, size: Callable[[nn.Parameter], int]) -> dict[str, int]:
-        embedding, head = self.lm.get_input_embeddings().weight, list(self.head.parameters())
+        embedding = {id(p) for p in self.lm.get_input_embeddings().parameters()}
+        head = {id(p) for p in self.head.parameters()}
         inside = {id(p): name for name, p in self.blocks.named_parameters()}
         tail = {id(p) for module in self._body.tail for p in module.parameters()}
         sizes: dict[str, int] = {}
         for name, parameter in self.lm.named_parameters():
-            if parameter is embedding:
+            if any(part.startswith(_ADAPTERS) for part in name.split(".")):
+                component = "adapter"
+            elif id(parameter) in embedding:
                 component = "embedding"
             elif id(parameter) in inside:
                 component = _component(inside[id(parameter)])
-            elif any(parameter is p for p in head):
+            elif id(parameter) in head:
                 component = "head"
             else:
                 component = "norm" if id(parameter) in tail or "norm" in name else "positions"
@@ -297,6 +326,16 @@ class HuggingFaceModel(LanguageModel):
         return [arguments.with_tensors(cast) for arguments in recording.blocks]
 
 
+class PlainHead(nn.Linear):
+    """A head that is one matrix. It computes the loss in its own forward, around which ZeRO-3 gathers its weight."""
+
+    def forward(self, input, targets=None, denominator=1.0, options=CrossEntropyOptions()):  # type: ignore[no-untyped-def, override] # noqa: B008
+        """Products (..., V), or with `targets` the loss of `chunked_cross_entropy`."""
+        if targets is None:
+            return super().forward(input)
+        return chunked_cross_entropy(input, self.weight, self.bias, targets, denominator, options)
+
+
 class _BoundBlock:
     """A block with its arguments, which stay bound when backward calls it again, perhaps in another thread."""
 
@@ -309,6 +348,16 @@ class _BoundBlock:
         if self._bound is None or self._bound[0] != kind:
             self._bound = kind, self._model.block_arguments(self._index, hidden_BTC, self._segments)
         return self._bound[1].call(self._model.blocks[self._index], hidden_BTC)
+
+
+def matrix_of(layer: Any) -> Any:
+    """The weight of a layer that an adapter may be around."""
+    while layer is not None:
+        inner = getattr(layer, "token_adapter", None) or getattr(layer, "base_layer", None)
+        if inner is None:
+            return getattr(layer, "weight", None)
+        layer = inner
+    return None
 
 
 def switch_off_randomness(model: nn.Module) -> list[str]:
@@ -374,7 +423,7 @@ def _chunk_loss(head: nn.Module, targets: torch.Tensor, options: CrossEntropyOpt
     return loss
 
 
-def _leaves(tensor: torch.Tensor) -> set[int]:
+def leaves(tensor: torch.Tensor) -> set[int]:
     """The ids of the parameters that a result depends on."""
     found, seen, waiting = set(), set(), [tensor.grad_fn]
     while waiting:
@@ -444,14 +493,14 @@ def check_contract(model: HuggingFaceModel) -> None:
 def _comparisons(model: HuggingFaceModel) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """What is compared, lowmem's logits, the model's own."""
     model.eval()
-    first, second = ((torch.arange(start, start + 14, device=model._device) * 7 % model.vocab_size).view(2, 7) for start in (3, 91))
+    first, second = ((torch.arange(start, start + 14, device=model.device) * 7 % model.vocab_size).view(2, 7) for start in (3, 91))
     expected = own_logits(model, first)
     yield "logits", model(first), expected
     yield "logits", model(second), own_logits(model, second)  # with arguments that were recorded for other tokens
     yield "logits in training", model.train()(first), expected
     model.eval()
     if model.keeps_segments_apart:
-        segments = torch.tensor([[1] * 7 + [2] * 7], dtype=torch.int32, device=model._device)
+        segments = torch.tensor([[1] * 7 + [2] * 7], dtype=torch.int32, device=model.device)
         yield "packed segments", model(first.view(1, 14), segments_BT=segments).view(2, 7, -1), expected
     cache = model.new_cache(2, 7)
     yield "decoding", torch.cat([model(first[:, :4], cache=cache), model(first[:, 4:], cache=cache)], 1), expected

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -89,12 +89,55 @@ class WeightFormat:
     bits: WeightBits | None = None
 
 
-class QuantizedWeight(torch.Tensor):
-    """Looks like a dense tensor of `shape` and `dtype` to autograd, to optimizers and to whoever counts parameters; holds codes and scales.
+class CodedWeight(torch.Tensor):
+    """Looks like a dense tensor of `shape` and `dtype` to autograd, to optimizers and to whoever counts parameters; holds codes.
 
-    Its gradient is an ordinary tensor of that shape and dtype. Layers ask for numbers with `dense` and `dense_rows`; looking up rows of an
-    embedding makes only those. Any other operation makes the whole weight for as long as it lasts; writing into it is refused. Converting
-    it to another dtype returns an ordinary tensor, moving it to another device does not.
+    Layers ask for numbers with `dense` and `dense_rows`. Any other operation makes the whole weight for as long as it lasts; writing into
+    it is refused. Converting it to another dtype returns an ordinary tensor, moving it to another device does not.
+
+    Attributes:
+        PARTS: by what is added to a weight's name in a file, the attributes with the tensors that are kept; those that are None are not.
+    """
+
+    PARTS: ClassVar[dict[str, str]]
+
+    def parts(self) -> dict[str, torch.Tensor]:
+        """What memory and files hold of it, by what is added to its name."""
+        held = {suffix: getattr(self, attribute) for suffix, attribute in self.PARTS.items()}
+        return {suffix: part for suffix, part in held.items() if part is not None}
+
+    def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "CodedWeight":
+        """The same weight with each of its parts changed."""
+        raise NotImplementedError
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """The whole weight as an ordinary tensor."""
+        raise NotImplementedError
+
+    def rows(self, which: slice, dtype: torch.dtype) -> torch.Tensor:
+        """Some rows as an ordinary tensor."""
+        return self.dense(dtype)[which]
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return [self.PARTS[suffix] for suffix in self.parts()], (self.shape, self.dtype)
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def, override]
+        kwargs = kwargs or {}
+        handler = _HANDLERS.get(func)
+        if handler is not None:
+            return handler(*args, **kwargs)
+        if func._schema.is_mutable:
+            raise TypeError(f"{func} would write into a quantised weight, which only an optimizer may; write into .dense(dtype) instead")
+        return func(*(_made(value) for value in args), **{name: _made(value) for name, value in kwargs.items()})
+
+
+class QuantizedWeight(CodedWeight):
+    """A weight that is trained: codes of evenly spaced numbers. Its gradient is an ordinary tensor of its shape and dtype.
+
+    Looking up rows of an embedding makes only those.
 
     Attributes:
         codes: (blocks * 128,) int8, or (blocks * 64,) uint8 for 4 bits.
@@ -103,6 +146,7 @@ class QuantizedWeight(torch.Tensor):
     Memory: 1.03 or 0.53 bytes a number; no copy in floating point is kept.
     """
 
+    PARTS: ClassVar = {CODES: "codes", SCALE: "scale"}
     codes: torch.Tensor
     scale: torch.Tensor
 
@@ -117,6 +161,9 @@ class QuantizedWeight(torch.Tensor):
     def bits(self) -> WeightBits:
         """Of a code."""
         return 8 if self.codes.dtype == torch.int8 else 4
+
+    def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "QuantizedWeight":
+        return QuantizedWeight(change(self.codes), change(self.scale), self.shape, self.dtype)
 
     def blocks(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and scales of the blocks that hold the numbers start, start + 1, ..., sharing memory.
@@ -143,11 +190,9 @@ class QuantizedWeight(torch.Tensor):
         return made[skipped : skipped + count]
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """The whole weight as an ordinary tensor."""
         return self.numbers(0, self.numel(), dtype).view(self.shape)
 
     def rows(self, which: slice, dtype: torch.dtype) -> torch.Tensor:
-        """Some rows as an ordinary tensor."""
         start, stop, _ = which.indices(self.shape[0])
         width = self.numel() // self.shape[0]
         return self.numbers(start * width, (stop - start) * width, dtype).view(stop - start, *self.shape[1:])
@@ -155,24 +200,9 @@ class QuantizedWeight(torch.Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"QuantizedWeight({tuple(self.shape)}, bits={self.bits}, dtype={self.dtype}, requires_grad={self.requires_grad})"
 
-    def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return ["codes", "scale"], (self.shape, self.dtype)
-
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, torch.Tensor], context: Any, outer_size: Any, outer_stride: Any) -> "QuantizedWeight":
         return QuantizedWeight(inner["codes"], inner["scale"], *context)
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def, override]
-        kwargs = kwargs or {}
-        handler = _HANDLERS.get(func)
-        if handler is not None:
-            return handler(*args, **kwargs)
-        if func._schema.is_mutable:
-            raise TypeError(f"{func} would write into a quantised weight, which only an optimizer may; write into .dense(dtype) instead")
-        return func(*(_made(value) for value in args), **{name: _made(value) for name, value in kwargs.items()})
 
 
 def quantize(tensor: torch.Tensor, bits: WeightBits) -> QuantizedWeight:
@@ -202,19 +232,19 @@ def dense(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
     Memory: a copy, where it is quantised or has another dtype.
     """
-    return weight.dense(dtype) if isinstance(weight, QuantizedWeight) else weight.to(dtype)
+    return weight.dense(dtype) if isinstance(weight, CodedWeight) else weight.to(dtype)
 
 
 def dense_rows(weight: torch.Tensor, rows: slice, dtype: torch.dtype) -> torch.Tensor:
     """Some rows of `weight`; see `dense`."""
-    return weight.rows(rows, dtype) if isinstance(weight, QuantizedWeight) else weight[rows].to(dtype)
+    return weight.rows(rows, dtype) if isinstance(weight, CodedWeight) else weight[rows].to(dtype)
 
 
 def stored_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What memory and files hold of `tensors`: of a quantised one its codes and scales, by its name and what they are."""
     stored: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
-        parts = {CODES: tensor.codes, SCALE: tensor.scale} if isinstance(tensor, QuantizedWeight) else {"": tensor}
+        parts = tensor.parts() if isinstance(tensor, CodedWeight) else {"": tensor}
         stored |= {name + suffix: part for suffix, part in parts.items()}
     return stored
 
@@ -268,28 +298,24 @@ def _fits(codes: torch.Tensor, scale: torch.Tensor, shape: torch.Size) -> bool:
 
 def _made(value: Any) -> Any:
     """`value` with whole weights in place of quantised ones."""
-    if isinstance(value, QuantizedWeight):
+    if isinstance(value, CodedWeight):
         return value.dense(value.dtype)
     if isinstance(value, list | tuple):
         return type(value)(_made(item) for item in value)
     return value
 
 
-def _like(weight: QuantizedWeight, codes: torch.Tensor, scale: torch.Tensor) -> QuantizedWeight:
-    return QuantizedWeight(codes, scale, weight.shape, weight.dtype)
-
-
-def _to_copy(weight: QuantizedWeight, *, dtype: torch.dtype | None = None, device: Any = None, **more: Any) -> torch.Tensor:
-    if dtype not in (None, weight.dtype):
-        return weight.dense(dtype).to(device or weight.device)  # type: ignore[arg-type]
+def _to_copy(weight: CodedWeight, *, dtype: torch.dtype | None = None, device: Any = None, **more: Any) -> torch.Tensor:
     device = device or weight.device
-    return _like(weight, weight.codes.to(device, copy=True), weight.scale.to(device, copy=True))
+    if dtype not in (None, weight.dtype):
+        return weight.dense(dtype).to(device)  # type: ignore[arg-type]
+    return weight.changed(lambda part: part.to(device, copy=True))
 
 
-def _embedding(weight: QuantizedWeight, indices: torch.Tensor, *_: Any) -> torch.Tensor:
+def _embedding(weight: CodedWeight, indices: torch.Tensor, *_: Any) -> torch.Tensor:
     """The rows of an embedding that are asked for."""
     width = weight.shape[1]
-    if width % BLOCK:
+    if width % BLOCK or not isinstance(weight, QuantizedWeight):
         return _aten.embedding.default(weight.dense(weight.dtype), indices)
     codes = weight.codes.view(weight.shape[0], -1)[indices.flatten()]
     scale = weight.scale.view(weight.shape[0], -1)[indices.flatten()]
@@ -297,18 +323,22 @@ def _embedding(weight: QuantizedWeight, indices: torch.Tensor, *_: Any) -> torch
     return QuantizedWeight(codes.flatten(), scale.flatten(), shape, weight.dtype).dense(weight.dtype)
 
 
-def _kind(weight: QuantizedWeight, more: dict[str, Any]) -> dict[str, Any]:
+def _part(weight: CodedWeight) -> torch.Tensor:
+    return next(iter(weight.parts().values()))
+
+
+def _kind(weight: CodedWeight, more: dict[str, Any]) -> dict[str, Any]:
     return {"dtype": more.get("dtype") or weight.dtype, "device": more.get("device") or weight.device}
 
 
 _HANDLERS: dict[Any, Callable[..., torch.Tensor]] = {
-    _aten.detach.default: lambda weight: _like(weight, weight.codes, weight.scale),
-    _aten.alias.default: lambda weight: _like(weight, weight.codes, weight.scale),
-    _aten.clone.default: lambda weight, **_: _like(weight, weight.codes.clone(), weight.scale.clone()),
+    _aten.detach.default: lambda weight: weight.changed(lambda part: part),
+    _aten.alias.default: lambda weight: weight.changed(lambda part: part),
+    _aten.clone.default: lambda weight, **_: weight.changed(torch.clone),
     _aten._to_copy.default: _to_copy,
     _aten.embedding.default: _embedding,
-    _aten.new_empty.default: lambda weight, size, **more: weight.scale.new_empty(size, **{"dtype": weight.dtype, **more}),
-    _aten.new_zeros.default: lambda weight, size, **more: weight.scale.new_zeros(size, **{"dtype": weight.dtype, **more}),
+    _aten.new_empty.default: lambda weight, size, **more: _part(weight).new_empty(size, **{"dtype": weight.dtype, **more}),
+    _aten.new_zeros.default: lambda weight, size, **more: _part(weight).new_zeros(size, **{"dtype": weight.dtype, **more}),
     _aten.empty_like.default: lambda weight, **more: torch.empty(weight.shape, **_kind(weight, more)),
     _aten.zeros_like.default: lambda weight, **more: torch.zeros(weight.shape, **_kind(weight, more)),
 }

@@ -1,6 +1,7 @@
 """The optimizer of a run from its configuration: which library, which parameters decay."""
 
 import importlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,34 @@ from lowmem.optim.lion import Lion
 from lowmem.optim.low_bit import LowBitOptimizer
 from lowmem.optim.spectron import Spectron
 from lowmem.system.errors import ConfigError
+
+
+def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
+    """Learning rate of one update.
+
+    Args:
+        step: 1-based count of updates, this one included.
+        total_steps: updates of the whole run, or of its phase; the decay ends there. A longer warm-up is cut to it.
+    Source: cosine, Loshchilov & Hutter 2017, arXiv:1608.03983; warm-up, stable, decay, Hu et al. 2024, arXiv:2404.06395.
+    """
+    warmup = min(optim.warmup_steps, total_steps)
+    if step <= warmup:
+        return optim.lr * step / warmup
+    return optim.lr * _decay(optim, step, warmup, total_steps)
+
+
+def _decay(optim: OptimConfig, step: int, warmup: int, total_steps: int) -> float:
+    """Factor in [min_lr_ratio, 1] after warm-up; exactly min_lr_ratio at the last of `total_steps` unless constant."""
+    if optim.schedule == "constant":
+        return 1.0
+    # wsd: a share of all steps, those of the warm-up too, but no step decays before the warm-up is over
+    steps = min(optim.decay_fraction * total_steps, total_steps - warmup) if optim.schedule == "wsd" else total_steps - warmup
+    progress = min(1.0, max(0.0, (step - (total_steps - steps)) / steps))
+    low = optim.min_lr_ratio
+    if optim.schedule == "cosine":
+        return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
+    return 1 - (1 - low) * progress
+
 
 _EXTRAS = {"bitsandbytes": "bnb", "lion_pytorch": "lion", "deepspeed": "deepspeed"}
 
@@ -106,19 +135,28 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
     What shall decay is the product up @ down, once: with half the decay each, it shrinks by (1 - lr * weight_decay / 2)^2 a step, which to
     first order is what a dense weight does. Learned positions are embeddings too. A tied head is the embedding's own matrix, so it does
-    not decay either.
+    not decay either. A model of `lowmem.models` says which others do not, and which have a multiple of the learning rate.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding | LearnedPositions)}
     factors = {id(p) for module in model.modules() if isinstance(module, LoRPtLinear) for p in (module.down, module.up)}
+    embeddings |= getattr(model, "undecayed", set)()
+    scales: dict[int, float] = getattr(model, "lr_scales", dict)()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decayed = [p for p in trainable if p.ndim >= 2 and id(p) not in embeddings]
     rest = [p for p in trainable if p.ndim < 2 or id(p) in embeddings]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in decayed if id(p) not in factors], "weight_decay": weight_decay},
         {"params": [p for p in decayed if id(p) in factors], "weight_decay": weight_decay / 2},
         {"params": rest, "weight_decay": 0.0},
     ]
-    return [group for group in groups if group["params"]]
+    return [part for group in groups for part in _by_lr_scale(group, scales) if part["params"]]
+
+
+def _by_lr_scale(group: dict[str, Any], scales: dict[int, float]) -> list[dict[str, Any]]:
+    """A group, and beside it those of its parameters that have another learning rate."""
+    others = sorted({scales[id(p)] for p in group["params"] if id(p) in scales})
+    usual = {**group, "params": [p for p in group["params"] if id(p) not in scales]}
+    return [usual] + [{**group, "params": [p for p in group["params"] if scales.get(id(p)) == s], "lr_scale": s} for s in others]
 
 
 def narrower_states(optim: OptimConfig) -> list[str]:

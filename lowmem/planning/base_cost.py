@@ -36,7 +36,7 @@ _TOKENIZER_BYTES_PER_ROW = 1_200  # a byte-level BPE in memory: vocabulary and m
 _TRIAL_TOKENIZER_ROWS = 300
 _TRIAL_MODEL, _TRIAL_SHAPE = "TRIAL", ("model.dim=256", "model.num_layers=2", "model.num_heads=4")
 _MOST_BYTES = 1 << 50  # of a base cost that can be true
-_LIBRARIES = ("torch", "deepspeed", "bitsandbytes", "lion-pytorch", "tokenizers", "numpy", "lowmem")
+_LIBRARIES = ("torch", "deepspeed", "bitsandbytes", "lion-pytorch", "peft", "transformers", "tokenizers", "numpy", "lowmem")
 _LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _TEXT = "the quick brown fox jumps over the lazy dog and runs away from it\n" * 2000
 
@@ -62,7 +62,7 @@ def tokenizer_rows(data: DataConfig) -> int:
     if data.tokenizer == "bytes":
         return ByteTokenizer().vocab_size
     path = Path(data.tokenizer).expanduser()
-    return load_tokenizer(path).vocab_size if data.tokenizer != "chars" and path.exists() else 0
+    return load_tokenizer(path).vocab_size + len(data.add_tokens) if data.tokenizer != "chars" and path.exists() else 0
 
 
 def _has_library(data: DataConfig) -> bool:
@@ -116,16 +116,20 @@ def _kind(config: RunConfig) -> list[str]:
     """The settings that decide which libraries and kernels a run loads, as overrides; a test compares the modules.
 
     lowmem's own optimizers are one kind, for all widths of states and of floating-point weights; torch's and lion-pytorch's import more,
-    and so do quantised weights. Tokenizers of the tokenizers library are one kind, and those of lowmem, which are plain Python, another.
+    and so do quantised weights, PEFT for adapters, and bitsandbytes for NF4. Tokenizers of the tokenizers library are one kind, and those
+    of lowmem, which are plain Python, another.
     """
     model, train, optim, engine = config.model, config.train, config.optim, config.engine
-    narrow = optim.state_bits != 32 or train.weight_dtype != "fp32" or train.update == "layerwise" or optim.name == "spectron"
+    adapted = config.adapter.method not in ("none", "head", "last_k")  # what is trained has 32 bits then, whatever the weights have
+    narrow_weights = train.weight_dtype != "fp32" and not adapted
+    narrow = optim.state_bits != 32 or narrow_weights or train.update == "layerwise" or optim.name == "spectron"
     own = optim.backend == "lowmem" and narrow and engine.name == "local"
-    weights = "int8" if train.weight_dtype in QUANTIZED else "fp32" if own else train.weight_dtype
+    weights = "int8" if train.weight_dtype in QUANTIZED else "fp32" if own and train.weight_dtype != "nf4" else train.weight_dtype
     tokenizer = ["data.tokenizer=bpe", f"data.tokenizer_vocab_size={_TRIAL_TOKENIZER_ROWS}"] if _has_library(config.data) else []
     tokenizer = ["data.tokenizer=bpe"] if tokenizer and model.path else tokenizer  # of the model's own directory
     return [
         *([f"model.path={_TRIAL_MODEL}"] if model.path else [f"model.name={model.name}", *_TRIAL_SHAPE]),
+        f"adapter.method={'lora' if adapted else 'none'}",
         f"train.precision={train.precision}",
         f"train.update={train.update}",
         f"train.weight_dtype={weights}",

@@ -23,7 +23,8 @@ def check_run(config: RunConfig, world_size: int = 1, local_ranks: int = 0) -> d
         config: checked.
         world_size, local_ranks: see `predict_peak`.
     Returns:
-        `predicted`, as in memory.json; `summary` of it for people; `refusal`: one paragraph, empty if the run fits.
+        `predicted`, as in memory.json; `summary` of it for people; `micro_batch_size`: the one asked for, or where that is auto the
+        largest that fits; `refusal`: one paragraph, empty if the run fits.
     Raises:
         ConfigError: the configuration cannot be predicted.
         MemoryBudgetError: there is not enough memory to predict it, let alone to run it.
@@ -48,13 +49,12 @@ def check_run(config: RunConfig, world_size: int = 1, local_ranks: int = 0) -> d
 
 def main() -> None:
     """Answer the request on standard input."""
-    from lowmem.planning.levers import refusal
-    from lowmem.planning.predict import predict_peak
+    from lowmem.planning.levers import predict_fitting, refusal
 
     request = json.load(sys.stdin)
     config = config_from(request["config"])
     try:
-        prediction = predict_peak(config, request["world_size"], request["local_ranks"])
+        prediction = predict_fitting(config, request["world_size"], request["local_ranks"])
     except (MemoryBudgetError, MemoryError) as error:
         print(f"memory ran out: {error}" if isinstance(error, MemoryError) else error, file=sys.stderr)
         sys.exit(MemoryBudgetError.exit_code)
@@ -64,6 +64,7 @@ def main() -> None:
     answer = {
         "predicted": prediction.as_dict(),
         "summary": "; ".join(prediction.lines()[1:]),
+        "micro_batch_size": prediction.config.train.micro_batch_size,
         "refusal": refusal(prediction, request["world_size"], request["local_ranks"]),
     }
     json.dump(answer, sys.stdout)

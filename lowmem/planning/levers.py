@@ -2,10 +2,11 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from lowmem.config.checks import config_problems
-from lowmem.config.schema import RunConfig
+from lowmem.config.schema import RunConfig, auto_micro_batch_sizes
 from lowmem.planning.predict import Prediction, described, predict_peak
 from lowmem.system.units import format_bytes, parse_bytes
 
@@ -77,6 +78,23 @@ def changed(config: RunConfig, *changes: Lever) -> RunConfig:
     for change in changes:
         change.apply(config)
     return config
+
+
+def predict_fitting(config: RunConfig, world_size: int = 1, local_ranks: int = 0) -> Prediction:
+    """The prediction of a run; where its micro-batch is left to lowmem, with the largest that fits the budget, or the smallest of all.
+
+    Args:
+        config, world_size, local_ranks: see `predict_peak`. Ranks of DeepSpeed keep the micro-batch that each of them finds by itself.
+    """
+    sizes: list[int | Literal["auto"]] = [config.train.micro_batch_size]
+    if sizes == ["auto"] and world_size == 1 and (config.budget.ram or config.budget.vram):
+        sizes = list(auto_micro_batch_sizes(config.train.global_batch_size, config.data.seq_len))
+    for size in sizes:
+        tried = replace(config, train=replace(config.train, micro_batch_size=size))
+        prediction = predict_peak(tried, world_size, local_ranks)
+        if not missing_bytes(prediction, margin=0.0):
+            break
+    return prediction
 
 
 def missing_bytes(prediction: Prediction, margin: float = MARGIN) -> dict[str, int]:

@@ -35,7 +35,7 @@ def trace_seconds(config: RunConfig, trace: Trace, model: LanguageModel, rates: 
     cost = trace.costs["steady_steps"]
     products = sum(flops / rates.flops_per_s(dtype) for dtype, flops in cost.matmul_flops.items())
     traffic = cost.moved_bytes / rates.bytes_per_s
-    update = model.num_parameters() / rates.updates_per_s(config)
+    update = model.num_trained_parameters() / rates.updates_per_s(config)
     return (products + traffic + cost.calls * rates.call_s) * (world_size if config.device == "cpu" else 1) + update
 
 
@@ -49,7 +49,8 @@ class Prediction:
 
     Attributes:
         config: resolved.
-        parameters: trainable numbers of the whole model.
+        parameters: numbers of the whole model.
+        trained_parameters: those that are trained.
         host: resident memory of all processes of the run.
         cuda_allocated, cuda_reserved: of each device; empty without one.
         step_s: seconds a step will take on this machine.
@@ -58,6 +59,7 @@ class Prediction:
 
     config: RunConfig
     parameters: int
+    trained_parameters: int
     parameters_by_component: dict[str, int]
     flops_per_token: int
     host: Peaks
@@ -88,7 +90,11 @@ class Prediction:
 
     def lines(self) -> list[str]:
         """For people."""
-        lines = [f"parameters: {self.parameters:,}", f"predicted peak of RAM: {described(self.host)} (base cost {self.base.source})"]
+        trained = f", of which {self.trained_parameters:,} are trained" if self.trained_parameters != self.parameters else ""
+        lines = [
+            f"parameters: {self.parameters:,}{trained}",
+            f"predicted peak of RAM: {described(self.host)} (base cost {self.base.source})",
+        ]
         if self.cuda_reserved.by_phase:
             lines.append(f"predicted peak of VRAM, reserved: {described(self.cuda_reserved)}")
         lines.append(f"predicted speed: {self.tokens_per_s:,.0f} tokens/s")
@@ -100,6 +106,7 @@ class Prediction:
             "config": asdict(self.config),
             "budget": asdict(self.config.budget),
             "parameters": self.parameters,
+            "trained_parameters": self.trained_parameters,
             "parameters_by_component": self.parameters_by_component,
             "flops_per_token": self.flops_per_token,
             "predicted": self.as_dict(),
@@ -133,8 +140,8 @@ def predict_peak(config: RunConfig, world_size: int = 1, local_ranks: int = 0, b
     host, allocated, reserved = (_on_cuda if config.device == "cuda" else _on_cpu)(config, trace, model, world_size, local_ranks)
     host = host.plus("base", base.size_bytes).plus("data", data_bytes(config) * local_ranks)
     return Prediction(
-        config, model.num_parameters(), model.component_parameters(), model.flops_per_token(config.data.seq_len),
-        host, allocated, reserved, step_seconds(config, trace, model, world_size), base,
+        config, model.num_parameters(), model.num_trained_parameters(), model.component_parameters(),
+        model.flops_per_token(config.data.seq_len), host, allocated, reserved, step_seconds(config, trace, model, world_size), base,
     )  # fmt: skip
 
 
@@ -146,7 +153,8 @@ def resolve_without_data(config: RunConfig) -> RunConfig:
     """
     config = settled_model(config)
     device = chosen_device(config, check=False)
-    return resolve(config, device, vocab_size=config.model.vocab_size or _vocab_size(config))
+    rows = 0 if config.data.add_tokens else config.model.vocab_size
+    return resolve(config, device, vocab_size=rows or _vocab_size(config))
 
 
 def _host_tensors(config: RunConfig, world_size: int) -> int:
@@ -267,27 +275,32 @@ def zero_peaks(config: RunConfig, trace: Trace, model: LanguageModel, world_size
 
 
 def _parts(config: RunConfig, model: LanguageModel, world_size: int, stage: int, offload: bool) -> _Parts:
-    numbers = model.num_parameters()
+    """What is frozen has no master copy, states or gradients; in stage 3 it is divided, too."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    numbers = sum(parameter.numel() for parameter in trained)
     share = -(-numbers // world_size)
     itemsize = _computed_itemsize(config)
+    frozen = stored_bytes(parameter for parameter in model.parameters() if not parameter.requires_grad)
     bucket = BUCKET_ELEMENTS * itemsize
     pieces, bits = (world_size if stage else 1), config.optim.state_bits
-    states = sum(state_bytes(parameter.shape, bits, ranks=pieces) for parameter in model.parameters()) * _STATES[config.optim.name]
+    states = sum(state_bytes(parameter.shape, bits, ranks=pieces) for parameter in trained) * _STATES[config.optim.name]
     if stage == 0:
-        stored = 4 if config.train.weight_dtype == "fp32" else 2
-        flattened = numbers * stored if world_size > 1 else 0  # gradients are averaged in one flat copy
-        return _Parts(numbers * stored, 0, states, numbers * stored, flattened, 0)
+        stored = sum(parameter.numel() * (4 if config.train.weight_dtype == "fp32" else parameter.element_size()) for parameter in trained)
+        flattened = stored if world_size > 1 else 0  # gradients are averaged in one flat copy
+        return _Parts(stored + frozen, 0, states, stored, flattened, 0)
     summed = share * 4
     if offload:  # the share is summed in one host buffer and handed to the update in another
         summed *= 2
     if stage == 1:  # summed whole in fp32 beside the 16-bit gradients, then once more as this rank's share
         whole = numbers * (itemsize + 4) + summed
-        return _Parts(numbers * itemsize, share * 4, states // world_size, whole, 2 * share * 4, bucket)
+        return _Parts(numbers * itemsize + frozen, share * 4, states // world_size, whole, 2 * share * 4, bucket)
     if stage == 2:
-        return _Parts(numbers * itemsize, share * 4, states // world_size, summed, share * 4, bucket)
+        return _Parts(numbers * itemsize + frozen, share * 4, states // world_size, summed, share * 4, bucket)
+    everything = model.num_parameters()
     small = sum(p.numel() for p in model.parameters() if p.numel() <= _PERSISTENT_ELEMENTS)
-    gathered = min(_LIVE_ELEMENTS + max(p.numel() for p in model.parameters()), numbers)
-    return _Parts((share + small) * itemsize, share * 4, states // world_size, summed, share * 4, bucket + gathered * itemsize)
+    gathered = min(_LIVE_ELEMENTS + max(p.numel() for p in model.parameters()), everything)
+    held = (-(-everything // world_size) + small) * itemsize
+    return _Parts(held, share * 4, states // world_size, summed, share * 4, bucket + gathered * itemsize)
 
 
 def _computed_itemsize(config: RunConfig) -> int:

@@ -17,7 +17,7 @@ from lowmem.engine.from_config import build_configured_model, build_local_engine
 from lowmem.engine.local import LocalEngine
 from lowmem.engine.teacher import teacher_config
 from lowmem.models.base import LanguageModel
-from lowmem.nn.quantized import QuantizedWeight, stored_tensors
+from lowmem.nn.quantized import CodedWeight, stored_tensors
 from lowmem.system.dry_run import listen, pretend_device, repeats
 from lowmem.system.errors import ConfigError
 
@@ -115,7 +115,7 @@ class Trace(TorchDispatchMode):
                 self.storages[number].category = category
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if any(issubclass(kind, QuantizedWeight) for kind in types):
+        if any(issubclass(kind, CodedWeight) for kind in types):
             return NotImplemented  # comes back as operations on its codes
         if func is _ITEM:
             return True if args[0].dtype == torch.bool else 1.0  # a finite loss, a norm, "all targets are predicted"
@@ -198,13 +198,13 @@ def trace_run(config: RunConfig, world_size: int = 1) -> tuple[Trace, LanguageMo
         precision = "bf16"  # what it keeps in memory; fp8 copies are smaller and live as long as one product
     with meta, trace, pretend_device(config.device), listen(trace.mark):
         with trace.phase("load"):
-            model = build_configured_model(config)
+            model = build_configured_model(config, assumed_new_tokens(config))
             teacher = _teacher(config)
             engine = build_local_engine(config, model, meta, precision, micro_batch_size, teacher)
         trace.mark(model.parameters(), "weights")
         if teacher is not None:
             trace.mark(teacher.parameters(), "teacher")
-        for parameter in model.parameters():
+        for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
             parameter.register_post_accumulate_grad_hook(lambda parameter: trace.mark([parameter.grad], "gradients"))
         trace.mark(_optimizer_tensors(engine), "optimizer_states")
         kinds = sorted({phase.kind for phase in config.all_phases()}, reverse=True)
@@ -222,6 +222,11 @@ def trace_run(config: RunConfig, world_size: int = 1) -> tuple[Trace, LanguageMo
             del batch, batches
     trace.name_storages(model.vocab_size)
     return trace, model
+
+
+def assumed_new_tokens(config: RunConfig) -> range:
+    """Ids for data.add_tokens where the tokenizer that gives them is not read: the last rows."""
+    return range(max(0, config.model.vocab_size - len(config.data.add_tokens)), config.model.vocab_size if config.data.add_tokens else 0)
 
 
 def _for_one_rank(config: RunConfig, world_size: int) -> RunConfig:

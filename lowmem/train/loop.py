@@ -72,7 +72,8 @@ def train(run: Run) -> None:
                 )
     if len(run.speeds) > 1:
         run.display.message(describe_speed(run, next(reversed(run.speeds))))
-    run.display.message(f"done; to let it write: lowmem generate --run {config.run_dir} --interactive")
+    how = "--chat" if config.all_phases()[-1].kind == "chat" else "--interactive"
+    run.display.message(f"done; to let it write: lowmem generate --run {config.run_dir} {how}")
 
 
 def _show_messages(run: Run) -> None:

@@ -34,7 +34,7 @@ def check_beforehand(config: RunConfig, *, fresh: bool) -> None:
     if resumes:
         check_compatible(path, config, resolved=False)
     check_sources(config)
-    tokenizer, rows = known_tokenizer(config.data), config.model.vocab_size
+    tokenizer, rows = known_tokenizer(config.data), 0 if config.data.add_tokens else config.model.vocab_size
     if tokenizer is not None:
         check_vocab(tokenizer, rows)
     elif config.data.tokenizer in ("bpe", "chunk") and 0 < rows < config.data.tokenizer_vocab_size:

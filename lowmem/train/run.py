@@ -20,7 +20,7 @@ from lowmem.train.run_dir import CheckpointStore, RunDir, reading_state
 
 FORMAT_VERSION = 1
 # checkpoints from before these existed lack them
-_NEWER = {"rank", "flat_evaluations", "phase", "phase_start", "phase_ends", "data_ended", "tokenizer_sha256"}
+_NEWER = {"rank", "flat_evaluations", "phase", "phase_start", "phase_ends", "data_ended", "tokenizer_sha256", "base_sha256"}
 _PAST = ("bad_steps", "skipped_steps", "best_step", "phase_start")  # counts of steps that were done
 
 
@@ -42,6 +42,7 @@ class TrainState:
         data: position of the present phase's stream.
         data_fingerprint: what the token shards were built from.
         tokenizer_sha256: of the tokenizer that the weights know; "" in checkpoints of earlier versions.
+        base_sha256: of the files of model.path, where they hold weights that are not trained; else "".
         engine: what `Engine.save` returned.
     """
 
@@ -60,6 +61,7 @@ class TrainState:
     data: dict[str, Any] = field(default_factory=dict)
     data_fingerprint: str = ""
     tokenizer_sha256: str = ""
+    base_sha256: str = ""
     engine: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -162,6 +164,11 @@ class Run:
                     f"{self.state.data_fingerprint[:12]}); "
                     "restore the files it was trained on, choose another run_dir, or start over with --fresh"
                 )
+            if state.base_sha256 != self.state.base_sha256:
+                raise ConfigError(
+                    f"{path} was trained on other weights of model.path {self.config.model.path} (SHA-256 {state.base_sha256[:12]}, now "
+                    f"{self.state.base_sha256[:12]}); restore its files, choose another run_dir, or start over with --fresh"
+                )
             with reading_state(path):
                 self.engine.load(path, state.engine)
                 state.tokenizer_sha256 = self.state.tokenizer_sha256  # the fingerprint has it in it; earlier versions recorded that alone
@@ -179,9 +186,11 @@ class Run:
     def describe(self) -> str:
         """One line for people: the model, where and how it is trained."""
         config, engine = self.config, self.engine
+        count = engine.model.num_trained_parameters()
+        trained = f", {format_count(count)} of them trained" if count < engine.model.num_parameters() else ""
         return "; ".join(
             [
-                f"{config.model.path or config.model.name} with {format_count(engine.model.num_parameters())} parameters "
+                f"{config.model.path or config.model.name} with {format_count(engine.model.num_parameters())} parameters{trained} "
                 f"({format_bytes(engine.memory_components()['weights'])}), {engine.device.type}, {config.train.precision}, "
                 f"{engine.world_size} x {torch.get_num_threads()} threads",
                 f"global batch {config.train.global_batch_size} x {config.data.seq_len} tokens in micro-batches of "

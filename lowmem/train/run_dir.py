@@ -191,7 +191,7 @@ FREE_KEYS = {
     "train.loss_chunk_tokens": _MEMORY, "train.threads": _MEMORY,
     "train.steps": _LENGTH, "train.tokens": _LENGTH,
     "train.save_every": _SAVING, "train.keep_last": _SAVING, "train.eval_every": _SAVING, "train.eval_sequences": _SAVING,
-    "train.max_bad_steps": "when to give up",
+    "train.max_bad_steps": "when to give up", "adapter.merge": _SAVING,
     "model.lorpt.schedule": _GROWTH, "model.lorpt.grow_to": _GROWTH, "model.lorpt.grow_patience": _GROWTH,
 }  # fmt: skip
 # Keys that setup fills in: compared once both sides are resolved.
@@ -278,7 +278,7 @@ class RunDir:
 
     def start_over(self) -> Path | None:
         """Move what is there to PATH.old-N and begin an empty directory; the new name, None if there was nothing."""
-        if not any((self.path / name).exists() for name in ("config.yaml", "finetune.json", "checkpoints", "metrics.jsonl")):
+        if not any((self.path / name).exists() for name in ("config.yaml", "checkpoints", "metrics.jsonl")):
             return None
         here, number = self.path.resolve(), 1
         while (old := here.with_name(f"{here.name}.old-{number}")).exists():

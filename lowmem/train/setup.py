@@ -14,6 +14,7 @@ from lowmem.data.tokenizers import check_vocab
 from lowmem.engine.base import Engine
 from lowmem.engine.deepspeed import processes
 from lowmem.engine.from_config import build_configured_model, build_local_engine
+from lowmem.engine.huggingface_files import base_sha256, resolve_model_path
 from lowmem.engine.recovery import release_memory
 from lowmem.engine.resolve import chosen_device, keeps_documents_apart, keeps_segments_apart, resolve, settled_model
 from lowmem.engine.run_model import load_initial_weights
@@ -74,7 +75,8 @@ def _assemble(
     release_host_memory()  # a tokenizer that was trained here leaves much behind
     config = resolve(config, device, vocab_size=data.tokenizer.vocab_size)
     check_vocab(data.tokenizer, config.model.vocab_size)
-    model = build_configured_model(config)
+    added = config.data.add_tokens
+    model = build_configured_model(config, data.tokenizer.token_ids(added) if added else ())  # type: ignore[attr-defined]
     if config.train.init_from and (fresh or not CheckpointStore(Path(config.run_dir), 1).steps()):
         load_initial_weights(config.train.init_from, model, data.tokenizer)
     check_teacher_tokenizer(config, data.tokenizer)
@@ -83,7 +85,9 @@ def _assemble(
     for rank in [*lorpt.schedule.values(), *([lorpt.grow_to] if lorpt.grow_to else [])]:
         check_rank(list(following_layers(model, lorpt.ranks)), rank)
     checkpoints = CheckpointStore(Path(config.run_dir), config.train.keep_last)
-    state = TrainState(data_fingerprint=_fingerprint(phase_data), tokenizer_sha256=data.tokenizer.sha256())
+    state = TrainState(
+        data_fingerprint=_fingerprint(phase_data), tokenizer_sha256=data.tokenizer.sha256(), base_sha256=_base_sha256(config)
+    )
     run = Run(config, engine, phase_data, state, checkpoints, display, run_dir, loggers=[])
     run.resume(skip_damaged=skip_damaged)
     release_memory(device)  # weights are initialised in fp32, whatever they are kept in
@@ -99,6 +103,13 @@ def _assemble(
         run.loggers = open_loggers(config.loggers, run_dir.path, config, resume_step=run.state.step)
         display.message(run.describe())
     return run
+
+
+def _base_sha256(config: RunConfig) -> str:
+    """Of the weights of `model.path` that stay as they are, for a checkpoint does not hold them; "" where all are trained."""
+    if not config.model.path or config.adapter.method == "none":
+        return ""
+    return base_sha256(resolve_model_path(config.model.path, config.model.revision))
 
 
 def _fingerprint(phase_data: list[PreparedData]) -> str:

@@ -8,7 +8,7 @@ from statistics import median
 from lowmem.config.schema import LorptConfig
 from lowmem.data.batch import Batch
 from lowmem.data.stream import EndOfData
-from lowmem.optim.schedule import learning_rate
+from lowmem.optim.from_config import learning_rate
 from lowmem.system.units import format_count
 from lowmem.train.run import Run, TrainState
 

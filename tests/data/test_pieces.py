@@ -49,7 +49,7 @@ def test_an_empty_document_has_no_piece():
 @pytest.mark.parametrize("limit, expected", [(3, "abc"), (5, "abcé"), (6, "abcé"), (8, "abcé日"), (99, "abcé日x")])
 def test_limit_counts_bytes_and_cuts_between_characters(limit, expected):
     # a b c are one byte each, é two, 日 three: after 3, 5 and 8 bytes a character ends; a limit of 6 falls inside 日
-    pieces = list(limit_bytes([Piece("abc", False), Piece("é日x", True)], limit))
+    pieces = list(limit_bytes([Piece("abc", False, True), Piece("é日x", True, False)], limit))
     assert "".join(piece.text for piece in pieces) == expected
     assert pieces[-1].ends_document
 

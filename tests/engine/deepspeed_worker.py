@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lowmem.config.schema import DataConfig, EngineConfig, OptimConfig, RunConfig, TrainConfig
+from lowmem.config.schema import AdapterConfig, DataConfig, EngineConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from lowmem.data.batch import IGNORE_INDEX, Batch
 from lowmem.system.errors import MemoryBudgetError
 
@@ -40,9 +40,7 @@ class TinyModel(nn.Module):
         self.head = nn.Linear(dim, VOCAB, bias=False)
         self.poison = ""
 
-    def forward(
-        self, tokens: torch.Tensor, targets: torch.Tensor, denominator: float = 1.0, segments_BT: None = None, soft_targets: None = None
-    ) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor, denominator: float = 1.0, segments_BT: None = None) -> torch.Tensor:
         assert segments_BT is None
         hidden = self.embed(tokens)
         hidden = hidden + torch.tanh(self.first(self.norm(hidden)))
@@ -74,10 +72,20 @@ def run_config(case: dict[str, Any]) -> RunConfig:
     optim = {"lr": 1e-2, "clip": 0.5, **case.get("optim", {})}
     train = {"steps": 1, "global_batch_size": GLOBAL_BATCH, "micro_batch_size": 2, "precision": "fp32", **case.get("train", {})}
     data, engine = DataConfig(seq_len=SEQ_LEN), EngineConfig(name="deepspeed", **case["engine"])
-    return RunConfig(data=data, optim=OptimConfig(**optim), train=TrainConfig(**train), engine=engine)
+    config = RunConfig(data=data, optim=OptimConfig(**optim), train=TrainConfig(**train), engine=engine)
+    if "path" in case:  # of a model of transformers
+        config.model = ModelConfig(path=case["path"], max_seq_len=SEQ_LEN)
+        config.adapter = AdapterConfig(**case.get("adapter", {}))
+    return config
 
 
 def make_model(case: dict[str, Any]) -> Any:
+    if "path" in case:
+        from lowmem.engine.from_config import build_configured_model
+
+        model = build_configured_model(run_config({**case, "engine": {}}), tuple(case.get("new_tokens", ())))
+        model.activation_checkpointing = case.get("activation_checkpointing", "none")
+        return model
     if "model" not in case:
         return TinyModel(case.get("dim", DIM))
     from lowmem.config.schema import LorptConfig, ModelConfig
@@ -93,7 +101,9 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     from lowmem.engine.deepspeed.engine import DeepSpeedEngine
 
     config = run_config(case)
-    model = make_model(case).to(torch.bfloat16 if config.train.weight_dtype == "bf16" else torch.float32)
+    model = make_model(case)
+    if "path" not in case:
+        model = model.to(torch.bfloat16 if config.train.weight_dtype == "bf16" else torch.float32)
     engine = DeepSpeedEngine(model, config, device=torch.device("cpu"), micro_batch_size=config.train.micro_batch_size)
     if case.get("load"):
         engine.load(Path(case["load"]), json.loads((Path(case["load"]) / "state.json").read_text()))

@@ -39,7 +39,8 @@ def test_it_says_why_a_directory_carries_code(theirs, run_dir, tmp_path, capsys)
 @pytest.mark.parametrize(
     "option, code, message",
     [
-        ("--format=gguf", 2, "--format is gguf, allowed: hf"),
+        ("--format=gguf", 2, "--format is gguf, allowed: hf, adapter"),
+        ("--format=adapter", 2, "is a model of lowmem's own, which has none; use --format=hf"),
         ("--dtype=int8", 2, "--dtype is int8, allowed: fp32, bf16, fp16"),
         ("--checkpoint=newest", 2, "--checkpoint is newest, allowed: latest, best, or a step"),
         ("--checkpoint=7", 5, "has no checkpoint of step 7; steps with one: 0"),

@@ -137,7 +137,7 @@ def test_a_name_of_the_hub_is_a_directory_of_its_files(saved, monkeypatch):
         ({"model_type": "nothing", "auto_map": {"AutoConfig": "x.Y"}}, "brings code of its own .auto_map. that is never run"),
         ({"model_type": "t5"}, "found model_type 't5', which is no causal language model"),
         ({"model_type": None}, "found model_type None"),
-        ({"model_type": "lowmem"}, "a model that lowmem exported; lowmem import makes a run of it"),
+        ({"model_type": "lowmem"}, "a model of lowmem's own kind; use the run it was exported from"),
         ({"quantization_config": {"quant_method": "fp8"}}, r"has quantization_config \(fp8\); give the model with plain fp32"),
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, r"has quantization_config \(bitsandbytes\)"),
         ({"num_hidden_layers": 3}, "layers.2.*is missing; "),
@@ -231,7 +231,6 @@ def test_settings_that_contradict_the_model(saved, tmp_path):
         ("train", "weight_dtype", "int8", "train.weight_dtype=int8 does not work with model.path"),
         ("train", "precision", "fp8", "train.precision=fp8 does not work with model.path"),
         ("train", "init_from", "runs/x", "it has weights of its own"),
-        ("engine", "name", "deepspeed", "engine.name=deepspeed does not work with model.path"),
     ],
 )
 def test_settings_that_a_model_of_transformers_does_not_take(saved, section, key, value, match):

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from lowmem.config.schema import OptimConfig
-from lowmem.optim.schedule import learning_rate
+from lowmem.optim.from_config import learning_rate
 
 
 def rates(schedule: str, total: int = 100, **fields) -> list[float]:

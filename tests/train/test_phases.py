@@ -100,7 +100,7 @@ def test_a_phase_ends_with_its_data(tmp_path):
 
 
 def test_grow_plan_is_a_schedule_of_lengths():
-    _, overrides = _parse(["--grow_plan", "256,512,768", "--grow_every_steps", "100", "--train.steps=300"])
+    _, overrides = _parse(["--grow_plan", "256,512,768", "--grow_every_steps", "100", "--train.steps=300"], "pretrain")
     config = load_run_config("", overrides)
     assert config.train.seq_len_schedule == {0: 256, 100: 512, 200: 768}
     assert config.data.seq_len == 768

@@ -51,12 +51,14 @@ def test_free_keys_exist():
 
 # Settings whose change on resuming is refused, because the result would silently be another one.
 REFUSED = {
-    "data": "sources exhausted tokenizer tokenizer_vocab_size lowercase seq_len document_mask decode_errors val_fraction val_split "
+    "data": "kind template truncation add_tokens "
+    "sources exhausted tokenizer tokenizer_vocab_size lowercase seq_len document_mask decode_errors val_fraction val_split "
     "val_source",
     "optim": "name lr matrix_lr momentum betas eps weight_decay state_bits backend clip clip_by schedule warmup_steps min_lr_ratio "
     "decay_fraction",
     "train": "global_batch_size seq_len_schedule update boundary_dtype boundary_offload precision weight_dtype label_smoothing z_loss "
-    "distill.teacher distill.weight distill.temperature init_from seed",
+    "double_quant distill.teacher distill.weight distill.temperature init_from seed",
+    "adapter": "method r lora_alpha lora_dropout target_modules loraplus_lr_ratio last_k",
     "engine": "name zero_stage offload config",
     "model": "path revision name dim hidden_dim num_layers num_heads num_kv_heads vocab_size max_seq_len positions rope_theta norm "
     "norm_eps activation bias tie_embeddings attention_rank state_dim lorpt.rank lorpt.targets lorpt.ranks lorpt.bottleneck lorpt.init "

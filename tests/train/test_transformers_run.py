@@ -90,6 +90,51 @@ def test_a_run_is_written_from(tmp_path, capsys):
     assert captured.out.startswith("some words")
 
 
+def test_a_run_is_exported_as_a_directory_of_transformers(tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    assert pretrain(*arguments(tmp_path, "run", "gemma2", **{"train.steps": 2})) == 0
+    out = tmp_path / "out"
+    assert main(["export", "--run", str(tmp_path / "run"), "--out", str(out)]) == 0
+    assert "a gemma2 directory of transformers" in capsys.readouterr().out
+    theirs = AutoModelForCausalLM.from_pretrained(out)
+    run, tokens = load_run_model(tmp_path / "run"), torch.arange(3, 15).view(1, -1)
+    with torch.no_grad():
+        torch.testing.assert_close(run.model(tokens), theirs(input_ids=tokens).logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(load_run_model(out).model(tokens), run.model(tokens), rtol=0, atol=1e-5)
+    assert (out / "tokenizer.json").read_bytes() == (tmp_path / "gemma2" / "tokenizer.json").read_bytes()
+    assert main(["export", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "other"), "--format=adapter"]) == 2
+    assert "has no adapter to write" in capsys.readouterr().err
+
+
+def test_a_model_of_transformers_teaches(tmp_path, capsys):
+    """Another of the same tokenizer, as a directory or as a run."""
+    given = arguments(tmp_path, "alone", "llama", **{"train.steps": 2})
+    assert pretrain(*given) == 0
+    losses = {}
+    for name, teacher in (("directory", tmp_path / "llama"), ("run", tmp_path / "alone")):
+        taught = [*given, f"--run_dir={tmp_path / name}", f"--train.distill.teacher={teacher}", "--train.distill.weight=1.0"]
+        assert pretrain(*taught) == 0
+        losses[name] = next(line["loss"] for line in metrics(tmp_path / name) if "loss" in line)
+    # a model that is its own teacher has the entropy of its predictions to lose, and nothing to learn; a trained teacher differs
+    usual = next(line["loss"] for line in metrics(tmp_path / "alone") if "loss" in line)
+    assert losses["directory"] < usual
+    assert losses["directory"] != losses["run"]
+    save_tiny(tmp_path / "larger", "llama", vocab_size=384)
+    capsys.readouterr()
+    for teacher, message in (
+        ("larger", "has model.vocab_size 384, the student 320; they must share a tokenizer"),
+        ("nowhere", "no config.json"),
+    ):
+        assert pretrain(*given, f"--run_dir={tmp_path / 'new'}", f"--train.distill.teacher={tmp_path / teacher}") == 2
+        assert message in capsys.readouterr().err
+    tokenizer = json.loads((tmp_path / "llama" / "tokenizer.json").read_text())
+    save_tiny(tmp_path / "other", "llama")
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps({**tokenizer, "normalizer": {"type": "NFC"}}))
+    assert pretrain(*given, f"--run_dir={tmp_path / 'new'}", f"--train.distill.teacher={tmp_path / 'other'}") == 2
+    assert "other/tokenizer.json is another tokenizer than this run's" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("update", ["accumulate", "layerwise"])
 def test_a_dry_run_counts_what_the_run_counts(tmp_path, capsys, monkeypatch, update):
     stub_measurements(monkeypatch)

@@ -38,6 +38,29 @@ def tiny_arguments(run_dir: Path, text: Path, **overrides: object) -> list[str]:
     return [f"--{key}={value}" for key, value in values.items()]
 
 
+def finetune_arguments(base: Path, chat: Path, run_dir: Path, **overrides: object) -> list[str]:
+    """Arguments of `lowmem finetune` for a few steps of LoRA on a directory of transformers and conversations."""
+    values = {
+        "model.path": base,
+        "data": chat,
+        "run_dir": run_dir,
+        "device": "cpu",
+        "data.seq_len": 64,
+        "data.val_fraction": 0.1,
+        "data.cache_dir": run_dir.parent / "cache",
+        "optim.lr": 0.01,
+        "optim.warmup_steps": 1,
+        "train.steps": 2,
+        "train.global_batch_size": 2,
+        "train.precision": "fp32",
+        "train.eval_every": 0,
+        "train.save_every": 0,
+        "train.threads": 1,
+    }
+    values |= {key.replace("__", "."): value for key, value in overrides.items()}
+    return [f"--{key}={value}" for key, value in values.items()]
+
+
 def write_text(path: Path, lines: int = 600) -> Path:
     """Text with something to learn, the same every time."""
     path.write_text("".join(f"def function_{n % 37}(x): return x * {n % 11} + {n * n % 101}\n" for n in range(lines)))

@@ -15,7 +15,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -33,8 +33,9 @@ from lowmem.engine.recovery import cannot_be_repeated, first_line, release_memor
 from lowmem.engine.state import random_state, restore_random_state
 from lowmem.memory.limits import is_out_of_memory
 from lowmem.models.base import LanguageModel
+from lowmem.nn.quantized import CodedWeight, stored_bytes
 from lowmem.optim.clipping import clip_gradients, global_norm
-from lowmem.optim.from_config import build_optimizer, narrower_states
+from lowmem.optim.from_config import build_optimizer, narrower_states, set_learning_rate
 from lowmem.optim.kernels.formats import StateBits, mix_key, state_bits_of
 from lowmem.optim.low_bit import LowBitOptimizer
 from lowmem.system.errors import CheckpointError
@@ -46,13 +47,14 @@ def memory_components(ds_engine: Any) -> dict[str, int]:
     Optimizer states exist from the first step on.
     """
     parameters = list(ds_engine.module.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
     held = [parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter for parameter in parameters]
     master = list(partitions(ds_engine))
     inner = getattr(ds_engine.optimizer, "optimizer", ds_engine.optimizer)
     states = [value for state in inner.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
     return {
-        "weights": _bytes(held) + _bytes(master),
-        "gradients": _gradient_bytes(ds_engine, parameters, master),
+        "weights": stored_bytes(held) + _bytes(master),
+        "gradients": _gradient_bytes(ds_engine, trained, master),
         "optimizer_states": _bytes(states),
     }
 
@@ -104,7 +106,7 @@ class DeepSpeedEngine(Engine):
             separate_by_state_width(optimizer, self.world_size)
         _forget_autocast()
         self._linear = torch.nn.functional.linear
-        with redirect_stdout(io.StringIO()):  # BF16_Optimizer prints its memory use; standard output belongs to --json
+        with _codes_aside(model), redirect_stdout(io.StringIO()):  # BF16_Optimizer prints its memory use; standard output belongs to --json
             self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=document)
         self.model: LanguageModel = model
         prepare_optimizer(self._engine, optimizer)
@@ -112,8 +114,7 @@ class DeepSpeedEngine(Engine):
 
     def step(self, batch: Batch, lr: float) -> StepResult:
         self._engine.train()
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self._engine.optimizer, lr)
         loss = repeat_with_smaller_micro_batches(self, partial(self._accumulate, batch), self._discard)
         with self._fatal("in the update"):
             return self._update_whole(loss) if self.zero_stage == 0 else self._update_partitioned(loss)
@@ -321,6 +322,18 @@ class DeepSpeedEngine(Engine):
         everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
         torch.distributed.all_gather(everyone, mine)  # equal lengths: all ranks have generators of the same kinds
         return [json.loads(bytes(text.tolist())) for text in everyone]
+
+
+@contextmanager
+def _codes_aside(model: torch.nn.Module) -> Iterator[None]:
+    """Hide frozen weights that are kept as codes: DeepSpeed would cast and broadcast them, and every rank has read the same ones."""
+    layers = [module for module in model.modules() if isinstance(module._parameters.get("weight"), CodedWeight)]
+    hidden = [module._parameters.pop("weight") for module in layers]
+    try:
+        yield
+    finally:
+        for module, weight in zip(layers, hidden, strict=True):
+            module.register_parameter("weight", weight)
 
 
 def _forget_autocast() -> None:

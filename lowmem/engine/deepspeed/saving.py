@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowmem.models.base import saved_tensors
 from lowmem.system.errors import CheckpointError
 from lowmem.system.tensors import LazyTensor, read_tensors, write_tensors
 
@@ -74,7 +75,7 @@ def has_master_copy(ds_engine: Any, tensor: torch.Tensor) -> bool:
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from module.state_dict(keep_vars=True).items()
+    yield from saved_tensors(module).items()
 
 
 def _whole(ds_engine: Any, tensor: torch.Tensor) -> LazyTensor:

@@ -60,7 +60,10 @@ READERS = {
         "pretrain", "--quiet", *tiny_arguments(run.parent / "new", place / "a.txt", train__steps=1), f"--train.distill.teacher={run}",
         f"--data.tokenizer={run}/tokenizer.json",
     ],
-    "finetune": lambda run, place: ["finetune", "--quiet", f"--base={run}", f"--data={place}/chat.jsonl", f"--out={run}-tuned"],
+    "finetune": lambda run, place: [
+        "finetune", "--quiet", *tiny_arguments(run.parent / "new", place / "chat.jsonl", train__steps=1), f"--train.init_from={run}",
+        f"--data.tokenizer={run}/tokenizer.json", "--adapter.method=none", "--data.val_fraction=0",
+    ],
 }  # fmt: skip
 
 

@@ -5,9 +5,9 @@ import time
 
 import pytest
 
+from lowmem.cli.finetune import DEFAULTS as FINETUNE_DEFAULTS
 from lowmem.cli.main import main
-from lowmem.config.finetune import FinetuneConfig, finetune_problems
-from lowmem.config.load import load_config, load_run_config
+from lowmem.config.load import load_run_config
 from lowmem.system.errors import ConfigError
 
 STEPS = "train.steps=3"
@@ -44,8 +44,8 @@ def test_a_key_that_stands_twice_is_refused(tmp_path, text, key, lines):
 def test_text_on_the_command_line_is_the_text_as_given(text):
     config = load_run_config("", [STEPS, f"run_dir={text}", f"data.tokenizer={text}"])
     assert (config.run_dir, config.data.tokenizer) == (text, text)
-    tuning = load_config(FinetuneConfig, "", ["base=b", f"data={text}", f"out={text}"], finetune_problems)
-    assert (tuning.data, tuning.out) == (text, text)
+    tuning = load_run_config("", [f"model.path={text}", f"data={text}", f"data.template={text}"], defaults=FINETUNE_DEFAULTS)
+    assert (tuning.model.path, tuning.data.sources[0].path, tuning.data.template) == (text, text, text)
 
 
 @pytest.mark.parametrize(
@@ -64,8 +64,12 @@ def test_home_is_expanded_in_every_path(tmp_path, monkeypatch):
     found = [config.run_dir, config.data.tokenizer, config.data.val_source, config.data.cache_dir, config.train.init_from]
     assert {*found, config.train.distill.teacher} == {f"{tmp_path}/x"}
     assert config.data.sources[0].path == f"{tmp_path}/*.txt"
-    tuning = load_config(FinetuneConfig, "", [f"{key}=~/y" for key in ("base", "data", "out", "template")], finetune_problems)
-    assert {tuning.base, tuning.data, tuning.out, tuning.template} == {f"{tmp_path}/y"}
+    paths = ("model.path", "data", "run_dir", "data.template")
+    tuning = load_run_config("", [f"{path}=~/y" for path in paths], defaults=FINETUNE_DEFAULTS)
+    assert {tuning.model.path, tuning.data.sources[0].path, tuning.run_dir, tuning.data.template} == {f"{tmp_path}/y"}
+    path = tmp_path / "x.yaml"
+    path.write_text("data: ~/y\nmodel: {path: b}\n")
+    assert load_run_config(path, defaults=FINETUNE_DEFAULTS).data.sources[0].path == f"{tmp_path}/y"
 
 
 BOMBS = {
@@ -116,7 +120,9 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
     assert "holds nothing, expected sections" in refusal(tmp_path, "")
 
 
-@pytest.mark.parametrize("command", [["pretrain", "--train.steps=3"], ["finetune", "--base=b", "--data=d"], ["plan", "--budget.ram=4GiB"]])
+@pytest.mark.parametrize(
+    "command", [["pretrain", "--train.steps=3"], ["finetune", "--model.path=b", "--data=d"], ["plan", "--budget.ram=4GiB"]]
+)
 def test_one_problem_is_one_line(command, capsys):
     assert main([*command, "--optim.betas=[0.9, 2]"]) == 2
     assert capsys.readouterr().err == "lowmem: error: optim.betas has 2.0, must be in [0, 1)\n"
@@ -132,7 +138,7 @@ def test_messages_name_no_class(tmp_path):
 def test_wsd_decays_in_a_share_of_all_steps():
     """It was a share of those after the warm-up: 9 steps of 50 after 5 for the 10 that a fifth of 50 are."""
     from lowmem.config.schema import OptimConfig
-    from lowmem.optim.schedule import learning_rate
+    from lowmem.optim.from_config import learning_rate
 
     optim = OptimConfig(schedule="wsd", lr=1.0, warmup_steps=5, decay_fraction=0.2, min_lr_ratio=0.0)
     assert [step for step in range(6, 51) if learning_rate(optim, step, 50) < 1] == list(range(41, 51))
@@ -284,9 +290,19 @@ def test_a_dry_run_names_packages_that_are_missing(tmp_path, monkeypatch, capsys
     assert f"has {package}, which is not installed; run: pip install 'lowmem[{package}]'" in capsys.readouterr().err
 
 
-def test_a_dry_run_of_fine_tuning_looks_for_its_records(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("lowmem.finetune.base_model.base_directory", lambda base, out: tmp_path)
+def test_a_dry_run_of_fine_tuning_looks_for_its_records(llama, chat, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    for setting, code in ((f"--data={tmp_path}/none.jsonl", 4), (f"--out={tmp_path}/file/x", 2)):
-        assert main(["finetune", "--base=b", "--data=d", setting, "--dry_run"]) == code
+    words = ["finetune", f"--model.path={llama}", f"--data={chat}", "--device=cpu"]
+    for setting, code in ((f"--data={tmp_path}/none.jsonl", 4), (f"--run_dir={tmp_path}/file/x", 2)):
+        assert main([*words, setting, "--dry_run"]) == code
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_every_key_that_fine_tuning_had_is_answered_with_the_one_it_has(capsys):
+    from lowmem.config.keys import RENAMED, known_keys
+
+    for old, new in RENAMED.items():
+        assert main(["finetune", "--model.path=b", "--data=d", f"--{old}=1"]) == 2
+        assert capsys.readouterr().err == f"lowmem: error: {old} is no key any more; use {new}\n"
+        assert old not in known_keys()
+        assert new.split()[0] in known_keys()

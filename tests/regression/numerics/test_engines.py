@@ -6,14 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from lowmem.config.finetune import FinetuneConfig
 from lowmem.config.schema import ModelConfig, OptimConfig, TrainConfig
 from lowmem.data.batch import Batch
 from lowmem.engine.layerwise import LayerwiseEngine
 from lowmem.engine.local import LocalEngine
-from lowmem.finetune.step import Stepper
+from lowmem.models.base import LanguageModel
+from lowmem.models.huggingface import HuggingFaceModel
 from lowmem.models.registry import build_model
 from tests.engine.deepspeed_worker import GLOBAL_BATCH, launch, make_batch, make_model, run_config
 
@@ -66,8 +65,8 @@ def test_gradients_of_several_micro_batches_are_summed_in_fp32():
         assert ((parameter.grad.double() - exact).abs() <= 63 * 2.0**-24 * size).all(), name
 
 
-def layerwise(**optim: float) -> LayerwiseEngine:
-    model = build_model(SHAPE, vocab_size=VOCAB, max_seq_len=SEQ_LEN, seed=0)
+def layerwise(model: LanguageModel | None = None, **optim: float) -> LayerwiseEngine:
+    model = model or build_model(SHAPE, vocab_size=VOCAB, max_seq_len=SEQ_LEN, seed=0)
     model.activation_checkpointing = "block"
     return LayerwiseEngine(model, OptimConfig(**optim), TrainConfig(update="layerwise"), device=CPU, precision="fp32", micro_batch_size=4)
 
@@ -97,8 +96,18 @@ def scaled(batch: Batch, engine: LayerwiseEngine, factor: float) -> None:
     engine.scaler.scale = scale
 
 
-def test_a_spike_is_clipped_in_the_step_in_which_it_comes():
-    engine = layerwise(clip=1.0)
+def llama() -> LanguageModel:
+    """A model of transformers, as fine-tuning has it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return HuggingFaceModel(LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, attn_implementation="eager", **shape)))
+
+
+@pytest.mark.parametrize("make_model", [lambda: None, llama], ids=["lowmem", "transformers"])
+def test_a_spike_is_clipped_in_the_step_in_which_it_comes(make_model):
+    engine = layerwise(make_model(), clip=1.0)
     norms = applied_norms(engine)
     usual = engine.step(tokens(8), 0.0).grad_norm
     for factor in (0.5 / usual, 1000 / usual, 0.5 / usual):
@@ -130,24 +139,6 @@ def test_a_spike_in_one_part_leaves_the_steps_after_it_alone(part):
     scaled(tokens(8), engine, small)
     assert norms[4] <= math.sqrt(1 + math.log(1000.0**2))
     assert norms[5] == pytest.approx(0.5, rel=1e-4)
-
-
-def test_fine_tuning_clips_a_spike_in_its_own_step():
-    config = FinetuneConfig(base="none", data="none", out="none", update="layerwise", batch_size=1, micro_batch_size=1)
-    config.optim.clip = 1.0
-    layers = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(3)))
-    stepper = Stepper(layers, [{"params": list(layers.parameters()), "weight_decay": 0.0}], config, CPU)
-    stepper.optimizer.update = lambda p, g, grad_scale: squares.append((g.double() * grad_scale).square().sum().item())
-    inputs, norms = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), []
-    for size in (1.0, 1.0, 2000.0, 1.0):
-        squares: list[float] = []
-        stepper._backward = lambda batch, size=size: (layers(inputs).mean() * size).backward() or 0.0
-        _, norm = stepper.step(None, 0.0)
-        norms.append((math.sqrt(sum(squares)), norm))
-    assert norms[2][1] == pytest.approx(2000 * norms[1][1], rel=1e-5)
-    assert norms[1][1] < 1 < norms[2][1]
-    assert norms[2][0] == pytest.approx(1.0, rel=1e-4)
-    assert norms[3][0] == pytest.approx(norms[1][0], rel=1e-6)
 
 
 @pytest.mark.slow

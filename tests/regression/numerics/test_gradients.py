@@ -107,13 +107,14 @@ def test_the_norm_of_a_layerwise_step_in_bf16_is_that_in_fp32(kind):
     assert norms[1] == pytest.approx(norms[0], rel=3e-3)
 
 
-def test_a_base_of_fine_tuning_sums_the_gradients_of_embedding_and_norm_in_fp32(tmp_path):
+def test_a_model_of_transformers_sums_the_gradients_of_embedding_and_norm_in_fp32(tmp_path):
     transformers = pytest.importorskip("transformers")
-    from lowmem.finetune.base_model import load_base
+    from lowmem.engine.huggingface_files import load_model
+    from lowmem.models.huggingface import HuggingFaceModel
 
     config = transformers.GPT2Config(vocab_size=VOCAB, n_embd=DIM, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    model = load_base(tmp_path, nf4=False, dtype=BF16)
+    model = HuggingFaceModel(load_model(tmp_path, BF16)).lm
     tokens, grad = zipf_tokens(512), terms(512, BF16)
     embedding, norm = model.get_input_embeddings().requires_grad_(), model.transformer.ln_f.requires_grad_()
     device = embedding.weight.device

@@ -9,9 +9,6 @@ from pathlib import Path
 import pytest
 
 from lowmem.cli.main import main
-from lowmem.config.finetune import FinetuneConfig
-from lowmem.config.schema import BudgetConfig
-from lowmem.finetune.settle import within_container
 from lowmem.memory import host
 from lowmem.memory.allocator import block_cache_library
 from lowmem.memory.limits import is_out_of_memory
@@ -19,7 +16,7 @@ from lowmem.planning import check
 from lowmem.system.devices import cxx_compiler
 from lowmem.system.errors import StorageError
 from lowmem.system.files import compiled_root
-from tests.train.tiny_run import ROOT, lowmem, tiny_arguments, write_text
+from tests.train.tiny_run import ROOT, finetune_arguments, lowmem, tiny_arguments, write_text
 
 MIB = 1 << 20
 linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux")
@@ -210,16 +207,28 @@ def test_the_smaller_of_budget_and_container_holds(budget, room, holds, said, mo
     assert line.endswith(said) if said else not line
 
 
-def test_pretraining_and_finetuning_stay_within_the_container(monkeypatch, tmp_path, capsys):
+def test_pretraining_and_finetuning_stay_within_the_container(base, chat, monkeypatch, tmp_path, capsys):
     within(monkeypatch, 50 * MIB)  # less than this process has: either is refused before anything is read
     text = write_text(tmp_path / "text.txt")
-    assert main(["pretrain", *tiny_arguments(tmp_path / "run", text)]) == 3
-    error = capsys.readouterr().err
-    assert "the memory limit of this container (its control group) leaves 50" in error
-    assert "its limit is 50" in error
-    config, said = within_container(FinetuneConfig(budget=BudgetConfig(ram="1GiB")))
-    assert config.budget.ram == f"{50 * MIB}B"
-    assert "less than budget.ram=1.00 GiB" in said
+    for words in (["pretrain", *tiny_arguments(tmp_path / "run", text)], ["finetune", *finetune_arguments(base, chat, tmp_path / "tuned")]):
+        capsys.readouterr()
+        assert main(words) == 3
+        error = capsys.readouterr().err
+        assert "the memory limit of this container (its control group) leaves 50" in error
+        assert "its limit is 50" in error
+
+
+def test_a_budget_beyond_the_container_is_predicted_by_the_container(base, chat, monkeypatch, tmp_path, capsys):
+    within(monkeypatch, 50 * MIB)
+    asked = []
+
+    def refused(config, *_):
+        asked.append(config.budget.ram)
+        return {"predicted": {}, "summary": "", "micro_batch_size": 1, "refusal": "too large"}
+
+    monkeypatch.setattr(check, "check_run", refused)
+    assert main(["finetune", *finetune_arguments(base, chat, tmp_path / "tuned", budget__ram="1GiB")]) == 3
+    assert asked == [f"{50 * MIB}B"]
 
 
 def test_a_prediction_that_the_kernel_killed_is_a_refusal(monkeypatch, tmp_path, capsys):

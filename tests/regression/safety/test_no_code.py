@@ -6,10 +6,12 @@ import shutil
 import sys
 
 import pytest
+import torch
 
 from lowmem.cli.main import main
-from lowmem.finetune.base_model import load_base
+from lowmem.engine.huggingface_files import load_model
 from lowmem.system.errors import CheckpointError
+from tests.train.tiny_run import finetune_arguments
 
 
 class _Unreadable:
@@ -34,7 +36,7 @@ def trap(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("model_type", ["own", None])
-def test_code_of_a_base_is_not_run(model_type, llama, trap, tmp_path, capsys):
+def test_code_of_a_base_is_not_run(model_type, llama, chat, trap, tmp_path, capsys):
     mark, code = trap
     base = tmp_path / "base"
     shutil.copytree(llama, base)
@@ -42,26 +44,23 @@ def test_code_of_a_base_is_not_run(model_type, llama, trap, tmp_path, capsys):
     config = json.loads((base / "config.json").read_text())
     config |= {"auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}, "model_type": model_type}
     (base / "config.json").write_text(json.dumps(config))
-    (tmp_path / "chat.jsonl").write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n")
-    assert main(["finetune", "--quiet", f"--base={base}", f"--data={tmp_path}/chat.jsonl", f"--out={tmp_path}/out"]) == 5
-    assert "brings code of its own (auto_map) that is never run, lowmem finetune takes" in capsys.readouterr().err
+    assert main(["finetune", "--quiet", *finetune_arguments(base, chat, tmp_path / "run")]) == 5
+    assert "brings code of its own (auto_map) that is never run, expected one that" in capsys.readouterr().err
     assert not mark.exists()
 
 
-def test_code_of_a_tokenizer_is_not_run(llama, trap, tmp_path):
-    from lowmem.config.finetune import FinetuneConfig
-    from lowmem.finetune.data import tokenizer_folder
-
+def test_code_of_a_tokenizer_is_not_run(llama, chat, trap, tmp_path):
+    """tokenizer.json is all that is read of it, with new tokens and without."""
     mark, code = trap
     base = tmp_path / "base"
     shutil.copytree(llama, base)
     (base / "code.py").write_text(code)
     values = {"auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}, "tokenizer_class": "Tokenizer"}
     (base / "tokenizer_config.json").write_text(json.dumps(values))
-    config = FinetuneConfig(base=str(base), out=str(tmp_path / "out"), add_tokens=["<new>"])
-    with pytest.raises(CheckpointError, match="contains custom code which must be executed"):
-        tokenizer_folder(config, base, load_base(base, nf4=False))
-    assert not mark.exists()
+    for number, tokens in enumerate(("[]", "[<new>]")):
+        words = finetune_arguments(base, chat, tmp_path / f"run-{number}", data__add_tokens=tokens, train__steps=1)
+        assert main(["finetune", "--quiet", *words]) == 0
+        assert not mark.exists()
 
 
 class _Bomb:
@@ -72,22 +71,19 @@ class _Bomb:
         return open, (self.mark, "w")
 
 
-def test_pickles_are_not_opened(llama, trap, tmp_path):
-    """Weights of a base and of an adapter; without safetensors both are refused."""
-    from lowmem.finetune.save import swap_adapter
-
+def test_pickles_are_not_opened(llama, trap, tmp_path, capsys):
+    """Weights of a model and of an adapter; without safetensors both are refused."""
     mark, _ = trap
-    shutil.copytree(llama, tmp_path / "base")
-    model = load_base(tmp_path / "base", nf4=False)
-    (tmp_path / "base/model.safetensors").unlink()
-    (tmp_path / "base/pytorch_model.bin").write_bytes(pickle.dumps(_Bomb(str(mark))))
-    with pytest.raises(CheckpointError, match=r"has no model.safetensors \(weights found: pytorch_model.bin\).* for some can carry code"):
-        load_base(tmp_path / "base", nf4=False)
-    adapter = tmp_path / "adapter"
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(llama, base)
     adapter.mkdir()
-    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "target_modules": ["q_proj"], "base_model_name_or_path": "x"}
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "target_modules": ["q_proj"], "base_model_name_or_path": str(base)}
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
     (adapter / "adapter_model.bin").write_bytes(pickle.dumps(_Bomb(str(mark))))
-    with pytest.raises(CheckpointError, match="has no adapter_model.safetensors; other formats are not read, for they can carry code"):
-        swap_adapter(model, adapter, "one")
+    assert main(["generate", f"--run={adapter}", "--prompt=some words", "--max_new_tokens=1", "--device=cpu"]) == 5
+    assert capsys.readouterr().err.count("\n") == 1
+    (base / "model.safetensors").unlink()
+    (base / "pytorch_model.bin").write_bytes(pickle.dumps(_Bomb(str(mark))))
+    with pytest.raises(CheckpointError, match=r"has no model.safetensors \(weights found: pytorch_model.bin\).* for some can carry code"):
+        load_model(base, torch.float32)
     assert not mark.exists()

@@ -11,7 +11,7 @@ from lowmem.cli.main import main
 from lowmem.engine.run_model import load_run_model
 from lowmem.export.hf import export_run_model
 from tests.reference.read_only import content
-from tests.train.tiny_run import tiny_arguments, write_text
+from tests.train.tiny_run import finetune_arguments, tiny_arguments, write_text
 
 SIZES = (0, 200, 3000)  # bytes that a file may have: nothing at all, short JSON files, everything but weights and tokenizers
 
@@ -64,16 +64,27 @@ def test_an_import_is_whole_or_nothing(size, llama, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_last_writes_of_finetuning(llama, chat, tmp_path, capsys):
-    words = ["finetune", f"--base={llama}", f"--data={chat}", f"--out={tmp_path / 'out'}", "--seq_len=64", "--steps=1", "--batch_size=2"]
-    words += ["--eval_every=0", "--save_every=0", "--adapter.r=4", "--quiet"]
-    assert main(words) == 0
-    before = {name: content(tmp_path / "out" / name) for name in ("adapter", "merged")}
-    for size in (200, 3000, 20000):  # the last: everything but the merged weights
+    def words(run: Path) -> list[str]:
+        return ["finetune", "--quiet", *finetune_arguments(llama, chat, run, train__steps=1)]
+
+    def saved(run: Path) -> dict[str, dict[str, bytes]]:
+        return {name: content(run / name) for name in ("adapter", "merged")}
+
+    whole = tmp_path / "whole"
+    assert main(words(whole)) == 0
+    before = saved(whole)
+    weights = [before["adapter"]["adapter_model.safetensors"], before["merged"]["model.safetensors"]]
+    for size in (200, 3000, len(weights[1]) - 1):  # the last: everything but the merged weights
+        run = tmp_path / f"run-{size}"
         with files_of_at_most(size):
-            refused(capsys, *words)
-        assert {name: content(tmp_path / "out" / name) for name in before} == before
-    assert not [path for path in (tmp_path / "out").rglob("*") if "writing" in path.name or path.suffix == ".tmp"]
-    assert main(words) == 0
+            refused(capsys, *words(run))
+            main(words(whole))
+        assert saved(whole) == before
+        assert saved(run)["merged"] == {}
+        assert not [path for path in run.rglob("*") if "writing" in path.name or path.suffix == ".tmp"]
+        assert main(words(run)) == 0
+        again = saved(run)
+        assert [again["adapter"]["adapter_model.safetensors"], again["merged"]["model.safetensors"]] == weights
 
 
 def test_a_run_leaves_no_half_of_a_file(tmp_path, capsys):

@@ -1,1 +1,0 @@
-"""Fine-tuning: adapters of PEFT, on models of lowmem and of transformers."""
