@@ -40,7 +40,9 @@ class TinyModel(nn.Module):
         self.head = nn.Linear(dim, VOCAB, bias=False)
         self.poison = ""
 
-    def forward(self, tokens: torch.Tensor, targets: torch.Tensor, denominator: float = 1.0, segments_BT: None = None) -> torch.Tensor:
+    def forward(
+        self, tokens: torch.Tensor, targets: torch.Tensor, denominator: float = 1.0, segments_BT: None = None, soft_targets: None = None
+    ) -> torch.Tensor:
         assert segments_BT is None
         hidden = self.embed(tokens)
         hidden = hidden + torch.tanh(self.first(self.norm(hidden)))
