@@ -141,7 +141,7 @@ class LanguageModel(nn.Module, ABC):
         return normed, self.head.weight, self.head.bias  # type: ignore[return-value, union-attr]
 
     def num_parameters(self) -> int:
-        """All numbers, frozen ones included, shared ones counted once."""
+        """All parameters, frozen ones included, shared ones counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def num_trained_parameters(self) -> int:
