@@ -161,7 +161,8 @@ def try_configuration(rng: random.Random, fixtures: Fixtures, at: Path) -> Trial
         )
     if kind == "finetune" and rng.random() < 0.5:
         chosen = [f"--{key}={rng.choice(values)}" for key, values in rng.sample(sorted(FINETUNE_VALUES.items()), rng.randint(1, 3))]
-        return Trial(f"finetune {' '.join(chosen)}", fixtures.finetune(at / "out", *chosen), frozenset({DONE, USAGE, BUDGET}))
+        allowed = {DONE, USAGE, BUDGET, *([DATA] if "--data.kind=text" in chosen else [])}  # conversations are no documents
+        return Trial(f"finetune {' '.join(chosen)}", fixtures.finetune(at / "out", *chosen), frozenset(allowed))
     if kind == "finetune":
         (key, digits), value = rng.choice(sorted(numeric_keys(RunConfig()), key=str)), rng.choice(NOT_NUMBERS)
         allowed = digits if value == str(10**23) else frozenset({USAGE})

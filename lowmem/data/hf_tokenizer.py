@@ -235,14 +235,18 @@ class HuggingFaceTokenizer(Tokenizer):
         """A copy that has these tokens besides, with the ids after the last.
 
         Raises:
-            ConfigError: one is there already.
+            ConfigError: one is there already, or is none, or stands twice.
         """
         from tokenizers import Tokenizer as Library
 
+        if len(set(tokens)) < len(tokens):
+            raise ConfigError(f"data.add_tokens names a token twice: {', '.join(tokens)[:200]}; leave one out")
         if known := [token for token in tokens if self._tokenizer.token_to_id(token) is not None]:
             raise ConfigError(f"data.add_tokens has {', '.join(known)[:200]}, which the tokenizer has already; leave it out")
         more = Library.from_str(self._tokenizer.to_str())
         more.add_tokens(list(tokens))
+        if unusable := [token for token in tokens if more.token_to_id(token) is None]:
+            raise ConfigError(f"data.add_tokens has {unusable[0]!r}, which the tokenizer cannot take; leave it out")
         return HuggingFaceTokenizer(more, self._eos_token, self.kind)
 
     def token_ids(self, tokens: Sequence[str]) -> list[int]:

@@ -8,10 +8,12 @@ from tokenizers import Tokenizer, processors
 
 from lowmem.config.schema import SourceConfig
 from lowmem.data.chat_template import choose_chat_template, load_chat_template
+from lowmem.data.hf_tokenizer import HuggingFaceTokenizer
 from lowmem.data.prepare import build_shards
 from lowmem.data.text import open_source
 from lowmem.data.tokenizer_loading import load_tokenizer
 from lowmem.data.tokenizers import ByteTokenizer
+from lowmem.system.errors import ConfigError
 from tests.reference.tiny_tokenizers import library
 
 MESSAGES = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "fine"}]
@@ -97,3 +99,14 @@ def test_lowmems_own_template_begins_as_the_tokenizer_does(tmp_path):
     assert (ids[0], ids.count(ids[0])) == (tokenizer.begin_ids[0], 1)
     own = ByteTokenizer()
     assert choose_chat_template("", None, own).encode(own, MESSAGES)[0].tolist()[:6] == list(b"[INST]")
+
+
+@pytest.mark.parametrize(
+    "tokens, message", [([""], "has ''"), (["<a>", "<a>"], "names a token twice"), (["a"], "has a, which the tokenizer")]
+)
+def test_tokens_that_cannot_be_added_are_refused(tokens, message):
+    tokenizer = HuggingFaceTokenizer.train(["a text of words " * 9], 300)
+    with pytest.raises(ConfigError, match=message):
+        tokenizer.with_tokens(tokens)
+    more = tokenizer.with_tokens(["<a>", "<b>"])
+    assert more.token_ids(["<a>", "<b>"]) == [tokenizer.vocab_size, tokenizer.vocab_size + 1] == more.encode("<a><b>")
