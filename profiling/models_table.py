@@ -313,8 +313,9 @@ def generate(case: Case) -> str:
     ids = torch.tensor([tokenizer.encode(prompt)])
     with torch.no_grad():
         found = case.model.generate(
-            ids, do_sample=False, max_new_tokens=8, eos_token_id=tokenizer.eos_id, pad_token_id=0, attention_mask=torch.ones_like(ids)
-        )
+            ids, do_sample=False, max_new_tokens=8, eos_token_id=tokenizer.eos_id, pad_token_id=0, attention_mask=torch.ones_like(ids),
+            suppress_tokens=list(range(tokenizer.vocab_size, case.model.config.vocab_size)),  # rows that no token has
+        )  # fmt: skip
     own = [token for token in found[0, ids.shape[1] :].tolist() if token != tokenizer.eos_id]
     assert tokenizer.decode(own) in (text["text"], text.get("completion")), f"{tokenizer.decode(own)!r} and {text}"
     return "yes"
@@ -378,9 +379,10 @@ def main() -> None:
     columns = tuple(column for column in COLUMNS if not (arguments.no_runs and column in RUNS))
     rows: dict[str, dict[str, str]] = json.loads(arguments.rows.read_text()) if arguments.rows and arguments.rows.exists() else {}
     for title in FAMILIES:
-        if arguments.only in title and set(columns) - set(rows.get(title, {})):
+        missing = tuple(column for column in columns if column not in rows.get(title, {}))
+        if arguments.only in title and missing:
             with tempfile.TemporaryDirectory(prefix="lowmem-models-") as folder:
-                rows[title] = rows.get(title, {}) | row(title, Path(folder), columns)
+                rows[title] = rows.get(title, {}) | row(title, Path(folder), missing)
             if arguments.rows:
                 arguments.rows.write_text(json.dumps(rows, indent=1) + "\n")
     text = table({title: rows[title] for title in FAMILIES if title in rows})
