@@ -18,10 +18,13 @@ from lowmem.config.schema import ModelConfig, OptimConfig, TrainConfig
 from lowmem.data.batch import Batch
 from lowmem.engine.layerwise import LayerwiseEngine
 from lowmem.engine.local import LocalEngine
+from lowmem.memory.allocator import set_up_host_memory
 from lowmem.memory.measure import measure_peak
 from lowmem.models.registry import build_model
+from lowmem.system.files import compiled_root
 
 torch.set_num_threads(1)
+set_up_host_memory(compiled_root())  # as a run does: glibc's own thresholds depend on what was freed before
 model = build_model(ModelConfig(dim=512, num_layers=10, num_heads=8), vocab_size=128, max_seq_len=8, seed=0)
 model.activation_checkpointing = "block"
 optim, settings = OptimConfig(state_bits=4), {"device": torch.device("cpu"), "precision": "fp32", "micro_batch_size": 2}
