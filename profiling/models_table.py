@@ -311,12 +311,13 @@ def generate(case: Case) -> str:
 
     tokenizer = load_tokenizer(case.path)
     ids = torch.tensor([tokenizer.encode(prompt)])
+    ends = [tokenizer.eos_id, case.model.generation_config.eos_token_id]  # either ends a text
     with torch.no_grad():
         found = case.model.generate(
-            ids, do_sample=False, max_new_tokens=8, eos_token_id=tokenizer.eos_id, pad_token_id=0, attention_mask=torch.ones_like(ids),
+            ids, do_sample=False, max_new_tokens=8, eos_token_id=ends, pad_token_id=0, attention_mask=torch.ones_like(ids),
             suppress_tokens=list(range(tokenizer.vocab_size, case.model.config.vocab_size)),  # rows that no token has
         )  # fmt: skip
-    own = [token for token in found[0, ids.shape[1] :].tolist() if token != tokenizer.eos_id]
+    own = [token for token in found[0, ids.shape[1] :].tolist() if token not in ends]
     assert tokenizer.decode(own) in (text["text"], text.get("completion")), f"{tokenizer.decode(own)!r} and {text}"
     return "yes"
 
