@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,16 @@ class ModelFacts:
     keeps_segments_apart: bool
 
 
+def check_transformers() -> None:
+    """See that transformers is installed, before anything imports it.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if "transformers" not in sys.modules and find_spec("transformers") is None:
+        raise ConfigError("a model of transformers needs transformers; run: pip install 'lowmem[finetune]'")
+
+
 def resolve_model_path(path: str, revision: str = "") -> Path:
     """The directory that `model.path` names: itself, or the files of that name on the hub, fetched once.
 
@@ -120,6 +131,7 @@ def resolve_model_path(path: str, revision: str = "") -> Path:
         ConfigError: no such directory, and no name of the hub; or a package is missing.
         CheckpointError: the hub cannot be reached or has no such model, or the directory has no config.json.
     """
+    check_transformers()
     place = Path(path).expanduser()
     if place.is_dir():
         if revision:
@@ -280,10 +292,8 @@ def model_config(directory: Path) -> Any:
         ConfigError: transformers is missing.
         CheckpointError: config.json is damaged, names no such model, needs code of its own, or its weights are quantised.
     """
-    try:
-        from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
-    except ImportError as error:
-        raise ConfigError("model.path needs transformers; pip install 'lowmem[finetune]'") from error
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
     values, path = read_config_json(directory), directory / "config.json"
     family = values.get("model_type")
     own = ", which brings code of its own (auto_map) that is never run" if values.get("auto_map") else ""

@@ -15,7 +15,7 @@ from lowmem.data.decoding import irregular_kind
 from lowmem.data.tokenizer_loading import load_tokenizer
 from lowmem.data.tokenizers import Tokenizer, tokenizer_sha256
 from lowmem.engine.from_config import build_configured_model
-from lowmem.engine.huggingface_files import end_ids, first_generation_config
+from lowmem.engine.huggingface_files import check_transformers, end_ids, first_generation_config
 from lowmem.engine.manifest import checkpoint_name, checkpoint_step, checkpoint_steps, recorded_tokenizer, verify_weights
 from lowmem.engine.weights import coded_weights, copy_weights, load_trained, load_weights, stored_weights, summary, weight_problems
 from lowmem.models.base import LanguageModel, move_to
@@ -184,6 +184,7 @@ def _initial_model(config: RunConfig) -> LanguageModel:
 
 def _run_of_directory(directory: Path, kind: Kind, device: torch.device, outline: bool, adapter: Path | None) -> RunModel:
     """A model as transformers or PEFT have written it."""
+    check_transformers()
     from lowmem.engine.huggingface_files import resolve_model_path
     from lowmem.engine.peft_files import adapter_base, base_with_adapter
     from lowmem.models.huggingface import check_contract

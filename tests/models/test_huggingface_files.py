@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -258,3 +259,15 @@ def test_a_model_on_the_meta_device_has_the_shapes_of_the_real_one(saved):
         name: (t.shape, t.dtype) for name, t in meta.state_dict().items()
     }
     assert meta.activation_checkpointing == "block"
+
+
+@pytest.mark.parametrize("command", [["finetune", "--data=c.jsonl", "--model.path"], ["generate", "--prompt=a", "--run"]])
+def test_without_transformers_one_line_says_what_to_install(command, tmp_path, monkeypatch, capsys):
+    from lowmem.cli.main import main
+
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    monkeypatch.delitem(sys.modules, "transformers", raising=False)
+    monkeypatch.setattr("lowmem.engine.huggingface_files.find_spec", lambda name: None)
+    assert main([*command[:-1], f"{command[-1]}={tmp_path}"]) == 2
+    assert "needs transformers; run: pip install 'lowmem[finetune]'" in capsys.readouterr().err
