@@ -1,7 +1,7 @@
 """What tests of several folders share, made once for each process and never changed."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,3 +29,19 @@ def base(tmp_path_factory) -> Iterator[Path]:
     save_theirs(folder, "llama", hidden_size=64, intermediate_size=64)
     with read_only(folder):
         yield folder
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Directories of tiny models of transformers, by family; each is made once a file."""
+    from tests.reference.tiny_families import save_tiny  # imports torch
+
+    made: dict[str, Path] = {}
+
+    def directory(family: str) -> Path:
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp("models") / family
+            save_tiny(made[family], family)
+        return made[family]
+
+    return directory

@@ -15,7 +15,14 @@ from lowmem.data.decoding import irregular_kind
 from lowmem.data.tokenizer_loading import load_tokenizer
 from lowmem.data.tokenizers import Tokenizer, tokenizer_sha256
 from lowmem.engine.from_config import build_configured_model
-from lowmem.engine.huggingface_files import check_transformers, end_ids, first_generation_config
+from lowmem.engine.huggingface_files import (
+    check_transformers,
+    end_ids,
+    first_generation_config,
+    initial_model,
+    model_facts,
+    resolve_model_path,
+)
 from lowmem.engine.manifest import checkpoint_name, checkpoint_step, checkpoint_steps, recorded_tokenizer, verify_weights
 from lowmem.engine.weights import coded_weights, copy_weights, load_trained, load_weights, stored_weights, summary, weight_problems
 from lowmem.models.base import LanguageModel, move_to
@@ -135,8 +142,6 @@ def _run_of_lowmem(run_dir: Path, checkpoint: Any, device: torch.device, outline
         )
     folders: tuple[Path, ...] = (run_dir,)
     if shape.path:
-        from lowmem.engine.huggingface_files import resolve_model_path
-
         base = resolve_model_path(shape.path, shape.revision)
         folders = (run_dir, base)
         if adapter is not None and config.adapter.method != "none":  # the base with another adapter
@@ -173,7 +178,6 @@ def _initial_model(config: RunConfig) -> LanguageModel:
     shape = config.model
     if not shape.path:
         return build_model(shape, vocab_size=shape.vocab_size, max_seq_len=shape.max_seq_len, seed=config.train.seed)
-    from lowmem.engine.huggingface_files import initial_model, resolve_model_path
     from lowmem.models.huggingface import HuggingFaceModel
 
     model = initial_model(resolve_model_path(shape.path, shape.revision), torch.float32)
@@ -185,7 +189,6 @@ def _initial_model(config: RunConfig) -> LanguageModel:
 def _run_of_directory(directory: Path, kind: Kind, device: torch.device, outline: bool, adapter: Path | None) -> RunModel:
     """A model as transformers or PEFT have written it."""
     check_transformers()
-    from lowmem.engine.huggingface_files import resolve_model_path
     from lowmem.engine.peft_files import adapter_base, base_with_adapter
     from lowmem.models.huggingface import check_contract
 
@@ -275,7 +278,6 @@ def model_description(directory: Path) -> ModelDescription:
             return ModelDescription(config, shape.max_seq_len if ends else 0, shape.name != "i3")
     else:
         config = RunConfig(model=ModelConfig(path=str(directory)))
-    from lowmem.engine.huggingface_files import model_facts
 
     facts = model_facts(config.model.path, config.model.revision)
     if kind == "transformers":

@@ -17,7 +17,6 @@ from lowmem.engine.from_config import build_configured_model, build_local_engine
 from lowmem.engine.layerwise import LayerwiseEngine
 from lowmem.engine.local import LocalEngine
 from lowmem.optim.clipping import global_norm
-from tests.reference.tiny_families import save_tiny
 
 pytest.importorskip("peft")
 ROUNDINGS = 5_000 * 2**-24
@@ -28,19 +27,6 @@ CASES = [
     ("gpt2", "lora", {}, (7,)), ("gpt2", "head", {}, ()), ("gemma3_text", "ia3", {}, ()), ("gemma3_text", "lora_plus", {}, (7,)),
     ("gemma3_text", "last_k", {"last_k": 2}, ()), ("falcon_h1", "lora", {}, ()),
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def directories(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, Path] = {}
-
-    def directory(family: str) -> Path:
-        if family not in made:
-            made[family] = tmp_path_factory.mktemp("models") / family
-            save_tiny(made[family], family)
-        return made[family]
-
-    return directory
 
 
 def engine_of(

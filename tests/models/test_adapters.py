@@ -26,19 +26,6 @@ NF4_LORA = ("train.weight_dtype=nf4", "adapter.method=lora")
 ROUNDINGS = 300 * 2**-24  # sums of some hundred numbers in another order
 
 
-@pytest.fixture(scope="module")
-def directories(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, Path] = {}
-
-    def directory(family: str) -> Path:
-        if family not in made:
-            made[family] = tmp_path_factory.mktemp("models") / family
-            save_tiny(made[family], family)
-        return made[family]
-
-    return directory
-
-
 def config_of(path: Path, method: str = "none", nf4: bool = False, **adapter: Any) -> RunConfig:
     train = TrainConfig(precision="fp32", weight_dtype="nf4" if nf4 else "fp32")
     return RunConfig(model=ModelConfig(path=str(path), max_seq_len=64), adapter=AdapterConfig(method=method, **adapter), train=train)
