@@ -316,6 +316,7 @@ def _update_problems(config: RunConfig) -> list[str]:
                 ("optim.clip_by", optim.clip_by, ("auto", "global")),
                 ("train.boundary_dtype", train.boundary_dtype, ("same",)),
                 ("train.boundary_offload", train.boundary_offload, ("none",)),
+                ("train.weights_at", train.weights_at, ("device",)),
             )
             if value not in unused
         ]
@@ -323,6 +324,7 @@ def _update_problems(config: RunConfig) -> list[str]:
         problems.append("train.weight_dtype=fp16 needs train.update=layerwise, which unscales gradients as it applies them; or use fp32")
     if train.boundary_offload == "cpu" and config.device == "cpu":
         problems.append("train.boundary_offload=cpu needs a GPU: with device=cpu boundary activations are in host memory already")
+    problems += _storage_problems(config)
     problems += _spectron_problems(config)
     problems += state_width_problems(optim)
     if optim.backend == "bitsandbytes":
@@ -333,6 +335,28 @@ def _update_problems(config: RunConfig) -> list[str]:
                 f"optim.backend=bitsandbytes keeps 8-bit states and updates whole tensors, found {' and '.join(wrong)}; use lowmem"
             )
     return problems
+
+
+def _storage_problems(config: RunConfig) -> list[str]:
+    """What does not go with blocks that live elsewhere."""
+    train, lorpt, problems = config.train, config.model.lorpt, []
+    if train.storage_dir and "disk" not in (train.weights_at, train.boundary_offload):
+        problems.append(
+            f"train.storage_dir is {train.storage_dir}, but nothing is kept there; remove it, or set train.weights_at=disk or "
+            "train.boundary_offload=disk"
+        )
+    if train.weights_at == "device" or train.update != "layerwise":
+        return problems
+    wrong = {
+        f"train.activation_checkpointing={train.activation_checkpointing}, which keeps what it was computed with; use block": (
+            train.activation_checkpointing not in ("auto", "block")
+        ),
+        "device=cpu, whose weights are in host memory already; use disk": train.weights_at == "host" and config.device == "cpu",
+        "model.lorpt.schedule and grow_to, which change the sizes of weights; drop them": bool(lorpt.schedule or lorpt.grow_to),
+        "adapter.method=dora, which measures weights before they are there; use lora": config.adapter.method == "dora",
+        "train.precision=fp8; use bf16": train.precision == "fp8",
+    }
+    return problems + [f"train.weights_at={train.weights_at} does not work with {what}" for what, found in wrong.items() if found]
 
 
 def _quantized_problems(config: RunConfig) -> list[str]:

@@ -279,8 +279,15 @@ class TrainConfig:
     the global batch, applied and freed before the next one exists; gradients cost one block, boundary activations the global batch."""
     boundary_dtype: Literal["same", "bf16"] = "same"
     """layerwise: what boundary activations are kept in; same is the dtype of the residual stream. bf16 rounds it at every block."""
-    boundary_offload: Literal["none", "cpu"] = "none"
-    """layerwise on a GPU: keep boundary activations in host memory, copied while the GPU computes."""
+    boundary_offload: Literal["none", "cpu", "disk"] = "none"
+    """layerwise: cpu keeps boundary activations of a GPU in host memory, copied while it computes; disk keeps them in a scratch file."""
+    weights_at: Literal["device", "host", "disk"] = "device"
+    """layerwise: where the weights and optimizer states of blocks live. host: of a GPU in pinned host memory; disk: in a scratch file. Two
+    blocks are on the device then, one computed with, one on its way, and the result is the same to the bit. See
+    docs/larger-than-memory.md."""
+    storage_dir: str = ""
+    """Folder of the scratch files of weights_at=disk and boundary_offload=disk, best on an SSD; empty is run_dir. They have no name and are
+    gone when the run ends, however it ends."""
     activation_checkpointing: Literal["auto", "none", "block", "selective", "low_rank"] = "auto"
     """selective: compute norms and activation functions again instead of keeping them, at no measurable cost; low_rank: of LoRPt layers
     keep only the rank-sized latents; block: keep only each block's input; none: keep everything. The result is the same to the bit. auto:

@@ -11,7 +11,9 @@ import torch
 from lowmem.data.batch import Batch
 from lowmem.models.base import LanguageModel
 from lowmem.nn.lorptize import following_layers
+from lowmem.nn.quantized import stored_tensors
 from lowmem.system.errors import ConfigError
+from lowmem.system.tensors import all_finite
 
 
 class MicroBatches:
@@ -176,6 +178,13 @@ class Engine(MicroBatches, ABC):
             ConfigError: this engine cannot, or the rank saves nothing in some layer; nothing has changed then.
         """
         raise ConfigError("this engine cannot change the rank of a model; use engine.name=local, or drop the rank schedule")
+
+    def weights_are_finite(self) -> bool:
+        """Whether no weight of this rank is NaN or infinite; of quantised weights their scales are looked at.
+
+        Memory: two numbers at a time.
+        """
+        return all(all_finite(tensor) for tensor in stored_tensors(dict(self.model.named_parameters())).values())
 
     @abstractmethod
     def memory_components(self) -> dict[str, int]:

@@ -9,7 +9,11 @@ import torch
 from lowmem.config.schema import RunConfig, TrainConfig
 from lowmem.engine.layerwise import LayerwiseEngine
 from lowmem.engine.local import LocalEngine, Teacher
-from lowmem.models.base import LanguageModel, LossOptions
+from lowmem.engine.storage.backing import NoBacking
+from lowmem.engine.storage.blocks import Storage, StreamedBlocks
+from lowmem.engine.storage.disk_file import DiskFile
+from lowmem.engine.storage.host_memory import HostMemory
+from lowmem.models.base import LanguageModel, LossOptions, stays
 from lowmem.models.registry import build_model
 from lowmem.nn.float8 import use_float8
 from lowmem.nn.nf4 import Nf4, store_linears_as_nf4
@@ -21,30 +25,54 @@ _STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _QUANTIZED: dict[str, WeightBits] = {"int8": 8, "int4": 4}
 
 
-def build_configured_model(config: RunConfig, new_tokens: Sequence[int] = ()) -> LanguageModel:
+def open_storage(config: RunConfig, device: torch.device) -> Storage:
+    """Where the blocks of a model will live, empty.
+
+    Args:
+        device: that computes; on the meta device nothing is kept.
+    Raises:
+        StorageError: `train.storage_dir` cannot be written.
+    """
+    place = config.train.weights_at
+    if place == "device":
+        return Storage()
+    return StreamedBlocks(
+        _open_disk(config, device) if place == "disk" else HostMemory(device) if device.type != "meta" else NoBacking(), device
+    )
+
+
+def _open_disk(config: RunConfig, device: torch.device) -> DiskFile | NoBacking:
+    if device.type == "meta":
+        return NoBacking()
+    return DiskFile(Path(config.train.storage_dir or config.run_dir))
+
+
+def build_configured_model(config: RunConfig, new_tokens: Sequence[int] = (), storage: Storage | None = None) -> LanguageModel:
     """The model of a resolved configuration, in its stored dtype, with its adapter, its loss and recomputation set.
 
     Args:
         new_tokens: ids of the rows that data.add_tokens needs.
+        storage: takes over each block as soon as it is there; None leaves all where they are made.
     Raises:
         ConfigError, CheckpointError: see `lowmem.engine.huggingface_files` and `lowmem.models.adapters`.
     Memory: the weights.
     """
     train, model_config = config.train, config.model
     if model_config.path:
-        model: LanguageModel = _model_of_transformers(config, new_tokens)
+        model: LanguageModel = _model_of_transformers(config, new_tokens, storage or Storage())
     elif new_tokens or config.adapter.method != "none":
         what = "data.add_tokens" if new_tokens else f"adapter.method={config.adapter.method}"
         raise ConfigError(f"{what} needs a model of transformers; set model.path, or remove it")
     else:
-        model = _own_model(config)
+        model = _own_model(config, storage or Storage())
     checkpointing = train.activation_checkpointing
     model.loss_options = LossOptions(train.loss_chunk_tokens, train.label_smoothing, train.z_loss)
-    model.activation_checkpointing = ("block" if model_config.path else "selective") if checkpointing == "auto" else checkpointing
+    whole = model_config.path or train.weights_at != "device"
+    model.activation_checkpointing = ("block" if whole else "selective") if checkpointing == "auto" else checkpointing
     return model
 
 
-def _model_of_transformers(config: RunConfig, new_tokens: Sequence[int]) -> LanguageModel:
+def _model_of_transformers(config: RunConfig, new_tokens: Sequence[int], storage: Storage) -> LanguageModel:
     """The model of `model.path` with its weights, checked, and its adapter; on the meta device its outline."""
     from lowmem.engine.huggingface_files import load_model, outline, quiet_transformers, resolve_model_path
     from lowmem.models.adapters import apply_adapter, check_adapter_is_used
@@ -54,18 +82,22 @@ def _model_of_transformers(config: RunConfig, new_tokens: Sequence[int]) -> Lang
     directory, dtype = resolve_model_path(config.model.path, config.model.revision), stored_format(config.train).dtype
     nf4 = Nf4(config.train.double_quant) if config.train.weight_dtype == "nf4" else None
     if torch.get_default_device().type == "meta":
-        model = HuggingFaceModel(_nf4_outline(directory, dtype, nf4) if nf4 else outline(directory, dtype), config.model.max_seq_len)
+        in_parts = nf4 is not None or storage.streams
+        described = _outline_in_parts(directory, dtype, nf4, storage) if in_parts else outline(directory, dtype)
+        model = HuggingFaceModel(described, config.model.max_seq_len)
     else:
-        model = HuggingFaceModel(load_model(directory, dtype, nf4=nf4), config.model.max_seq_len)
-        check_contract(model)
+        model = HuggingFaceModel(
+            load_model(directory, dtype, nf4=nf4, place=storage.place if storage.streams else stays), config.model.max_seq_len
+        )
+        check_contract(model, briefly=storage.streams)
     apply_adapter(model, config.adapter, seed=config.train.seed, new_tokens=new_tokens)
     if model.device.type != "meta":
         check_adapter_is_used(model)
     return model
 
 
-def _nf4_outline(directory: Path, dtype: torch.dtype, nf4: Nf4) -> Any:
-    """An outline with linear layers in NF4; a dry run sees only what stays, as a model is never whole while it is read."""
+def _outline_in_parts(directory: Path, dtype: torch.dtype, nf4: Nf4 | None, storage: Storage) -> Any:
+    """An outline of which a dry run sees what there is at a time, as such a model is never whole while it is read."""
     from torch.utils._python_dispatch import _disable_current_modes
 
     from lowmem.engine.huggingface_files import outline
@@ -73,13 +105,25 @@ def _nf4_outline(directory: Path, dtype: torch.dtype, nf4: Nf4) -> Any:
 
     with _disable_current_modes(), torch.device("meta"):
         model = outline(directory, dtype)
-        store_linears_as_nf4(find_blocks(find_body(model), model.config)[1], nf4.double)
-    for tensor in stored_tensors(dict(model.named_parameters()) | dict(model.named_buffers())).values():
-        tensor.detach()
+        blocks = find_blocks(find_body(model), model.config)[1]
+        if nf4 is not None:
+            store_linears_as_nf4(blocks, nf4.double)
+    inside = {id(tensor) for tensor in blocks.parameters()}
+    everything = dict(model.named_parameters()) | dict(model.named_buffers())
+    _see({name: tensor for name, tensor in everything.items() if id(tensor) not in inside})
+    for index, block in enumerate(blocks):
+        _see(dict(block.named_parameters()))
+        storage.place(block, index)
     return model
 
 
-def _own_model(config: RunConfig) -> LanguageModel:
+def _see(tensors: dict[str, torch.Tensor]) -> None:
+    """Have a dry run know that tensors are there."""
+    for tensor in stored_tensors(tensors).values():
+        tensor.detach()
+
+
+def _own_model(config: RunConfig, storage: Storage) -> LanguageModel:
     train, model_config = config.train, config.model
     return build_model(
         model_config,
@@ -87,6 +131,7 @@ def _own_model(config: RunConfig) -> LanguageModel:
         max_seq_len=model_config.max_seq_len,
         seed=train.seed,
         dtype=stored_format(train),
+        place=storage.place,
     )
 
 
@@ -97,17 +142,21 @@ def build_local_engine(
     precision: Precision,
     micro_batch_size: int,
     teacher: LanguageModel | None = None,
+    storage: Storage | None = None,
 ) -> LocalEngine:
     """The engine of one process that `train.update` asks for.
 
     Args:
+        storage: where the model's blocks are.
         teacher: what `train.distill` names, on `device`.
     """
     engine: LocalEngine
     if precision == "fp8":
         use_float8(model.blocks)
     if config.train.update == "layerwise":
-        engine = LayerwiseEngine(model, config.optim, config.train, device=device, precision=precision, micro_batch_size=micro_batch_size)
+        disk = _open_disk(config, device) if config.train.boundary_offload == "disk" else None
+        settings: dict[str, Any] = {"device": device, "precision": precision, "micro_batch_size": micro_batch_size}
+        engine = LayerwiseEngine(model, config.optim, config.train, **settings, storage=storage, disk=disk)
     else:
         engine = LocalEngine(
             model,

@@ -21,6 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lowmem.memory.limits import is_out_of_memory
+from lowmem.models.arrival import Arrivals
+from lowmem.models.base import Place, stays
 from lowmem.nn.nf4 import Nf4, quantise_on_arrival
 from lowmem.system.errors import CheckpointError, ConfigError
 from lowmem.system.files import file_sha256, json_sha256
@@ -205,12 +207,13 @@ def base_sha256(directory: Path) -> str:
     return json_sha256([[file.name, file_sha256(file)] for file in files])
 
 
-def load_model(directory: Path, dtype: torch.dtype, *, nf4: Nf4 | None = None) -> Any:
+def load_model(directory: Path, dtype: torch.dtype, *, nf4: Nf4 | None = None, place: Place = stays) -> Any:
     """The model of transformers on the CPU, as `from_pretrained` makes it of the same files.
 
     Args:
         dtype: of all weights.
         nf4: how the linear layers of the blocks are kept in NF4, each from the moment it is read; None keeps them in `dtype`.
+        place: is given each block as soon as it is there, and says where it lives.
     Raises:
         ConfigError: transformers or bitsandbytes is missing, or there are no such layers.
         CheckpointError: see `outline`; or weights are missing, damaged, of another shape, quantised, or not finite.
@@ -218,7 +221,8 @@ def load_model(directory: Path, dtype: torch.dtype, *, nf4: Nf4 | None = None) -
     """
     described = outline(directory, dtype)
     stored = {name: tensor for file in weight_files(directory) for name, tensor in stored_tensors(file, dtype).items()}
-    kind = type(described) if nf4 is None else _with_nf4(type(described), nf4)
+    arrivals = None if place is stays else Arrivals(place)
+    kind = type(described) if nf4 is None and arrivals is None else _watched(type(described), nf4, arrivals)
     with _quiet_transformers(), reported_as_damage(directory):
         model, told = kind.from_pretrained(
             None, config=described.config, state_dict=stored, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
@@ -226,6 +230,8 @@ def load_model(directory: Path, dtype: torch.dtype, *, nf4: Nf4 | None = None) -
         )  # fmt: skip
     model.__class__ = type(described)
     _check_loaded(directory, told, stored)
+    if arrivals is not None:
+        arrivals.finish()
     model.config.name_or_path = model.name_or_path = str(directory)
     head = model.get_output_embeddings()
     if head is not None:  # a file with both, and with differing numbers, is not tied, whatever its config.json says
@@ -233,14 +239,18 @@ def load_model(directory: Path, dtype: torch.dtype, *, nf4: Nf4 | None = None) -
     return model
 
 
-def _with_nf4(kind: Any, nf4: Nf4) -> Any:
-    """The class of a model whose layers put their weights into NF4 as they are given them."""
+def _watched(kind: Any, nf4: Nf4 | None, arrivals: Arrivals | None) -> Any:
+    """The class of a model whose layers put their weights into NF4 as they are given them, and whose blocks then go to their place."""
 
     from lowmem.models.huggingface_body import find_blocks, find_body
 
     def build(model: Any, config: Any, *more: Any, **settings: Any) -> None:
         kind.__init__(model, config, *more, **settings)
-        quantise_on_arrival(find_blocks(find_body(model), model.config)[1], nf4.double)
+        blocks = find_blocks(find_body(model), model.config)[1]
+        if nf4 is not None:
+            quantise_on_arrival(blocks, nf4.double)
+        if arrivals is not None:
+            arrivals.watch(blocks)
 
     return type(kind.__name__, (kind,), {"__module__": kind.__module__, "__init__": build})
 

@@ -17,10 +17,13 @@ from torch import nn
 from lowmem.config.schema import OptimConfig, TrainConfig
 from lowmem.data.batch import Batch
 from lowmem.engine.base import StepResult, Tensors, on_device
+from lowmem.engine.boundaries import Boundaries
 from lowmem.engine.layerwise_head import FirstUpdate, LayerwiseHead, LossScale, Pairs, Tied, Updates
 from lowmem.engine.local import LocalEngine
 from lowmem.engine.recovery import HALF_APPLIED, cannot_be_repeated, first_line, once_more, release_memory, smaller_micro_batch
 from lowmem.engine.state import random_state, restore_random_state
+from lowmem.engine.storage.backing import Backing
+from lowmem.engine.storage.blocks import Storage, Visit
 from lowmem.memory.limits import is_out_of_memory
 from lowmem.models.base import LanguageModel, largest_part_bytes
 from lowmem.nn.recompute import run_block
@@ -28,78 +31,7 @@ from lowmem.optim.clipping import BlockClipping
 from lowmem.optim.from_config import build_optimizer, set_learning_rate
 from lowmem.optim.low_bit import LowBitOptimizer
 from lowmem.system.devices import Precision
-from lowmem.system.dry_run import note, representative
-
-
-class Boundaries:
-    """One (B, T, C) tensor per boundary, in device memory or in pinned host memory.
-
-    Args:
-        dtype: what is stored; "same" is the dtype of what is written.
-        offload: "cpu" keeps them in host memory, copied on a stream of their own while the device computes (CUDA only).
-    Memory: B * T * C numbers for each boundary that was written and not freed; with offload that much host memory, and on the device
-        two micro-batches.
-    """
-
-    def __init__(
-        self, sequences: int, device: torch.device, *, dtype: Literal["same", "bf16"] = "same", offload: Literal["none", "cpu"] = "none"
-    ):
-        self.sequences, self.device = sequences, device
-        self.stored_dtype = torch.bfloat16 if dtype == "bf16" else None
-        self.stream = torch.cuda.Stream(device) if offload == "cpu" and device.type == "cuda" else None
-        self.dtype = torch.float32
-        self._kept: dict[int, torch.Tensor] = {}
-        self._fetched: dict[tuple[int, int, int], torch.Tensor] = {}
-
-    def write(self, index: int, rows: slice, hidden: torch.Tensor) -> None:
-        """Keep `hidden` as rows of boundary `index`."""
-        kept = self._kept.get(index)
-        if kept is None:
-            self.dtype = hidden.dtype
-            shape = (self.sequences, *hidden.shape[1:])
-            place = {"device": "cpu", "pin_memory": True} if self.stream else {"device": self.device}
-            kept = self._kept[index] = torch.empty(shape, dtype=self.stored_dtype or hidden.dtype, **place)  # type: ignore[arg-type]
-            note(kept, "boundaries")
-        if self.stream is None:
-            kept[rows] = hidden
-            return
-        narrowed = hidden.to(kept.dtype)
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            kept[rows].copy_(narrowed, non_blocking=True)
-        narrowed.record_stream(self.stream)
-
-    def prefetch(self, index: int, rows: slice) -> None:
-        """Start bringing rows to the device; `read` then finds them there. Nothing without offload."""
-        key = (index, rows.start, rows.stop)
-        if self.stream is None or key in self._fetched or index not in self._kept or rows.start >= self.sequences:
-            return
-        with torch.cuda.stream(self.stream):
-            self._fetched[key] = self._kept[index][rows].to(self.device, non_blocking=True)
-
-    def read(self, index: int, rows: slice) -> torch.Tensor:
-        """Rows of boundary `index` on the device, in the dtype they were written in; not to be changed."""
-        if self.stream is None:
-            return self._kept[index][rows].to(self.dtype)
-        self.prefetch(index, rows)
-        fetched = self._fetched.pop((index, rows.start, rows.stop))
-        torch.cuda.current_stream(self.device).wait_stream(self.stream)
-        fetched.record_stream(torch.cuda.current_stream(self.device))
-        return fetched.to(self.dtype)
-
-    def free(self, index: int) -> None:
-        """Give back the memory of boundary `index`."""
-        self._kept.pop(index, None)
-        for key in [key for key in self._fetched if key[0] == index]:
-            del self._fetched[key]
-
-    def drop_fetched(self) -> None:
-        """Give back the device memory of rows that were prefetched and not read; what was written stays."""
-        self._fetched.clear()
-
-    def nbytes(self) -> int:
-        """Bytes kept."""
-        return sum(kept.numel() * kept.element_size() for kept in self._kept.values())
+from lowmem.system.dry_run import representative
 
 
 Graphs = list[tuple[torch.Tensor, torch.Tensor]]
@@ -119,6 +51,8 @@ class LayerwiseEngine(LocalEngine):
 
     Args:
         train: activation_checkpointing block computes every block twice; none and selective keep the whole forward pass instead.
+        storage: see `LocalEngine`; blocks that are elsewhere are here one at a time, and computed twice.
+        disk: where boundary activations are kept, instead of in memory.
         micro_batch_size: sequences of a block computed at once; the head takes the global batch in its own chunks.
     Memory: weights, states, the gradient of the largest block, head or embedding (in fp32 where several micro-batches are summed), one
         micro-batch of one block's activations, and (num_layers + 1) boundary activations of the whole global batch.
@@ -135,8 +69,12 @@ class LayerwiseEngine(LocalEngine):
         device: torch.device,
         precision: Precision,
         micro_batch_size: int,
+        storage: Storage | None = None,
+        disk: Backing | None = None,
     ):
-        super().__init__(model, optim, device=device, precision=precision, micro_batch_size=micro_batch_size, seed=train.seed)
+        settings: dict[str, Any] = {"device": device, "precision": precision, "micro_batch_size": micro_batch_size, "seed": train.seed}
+        super().__init__(model, optim, **settings, storage=storage)
+        self.disk = disk
         self.scaler = LossScale(enabled=precision == "fp16")
         self.boundary_dtype, self.boundary_offload = train.boundary_dtype, train.boundary_offload
         self.block_micro_batches = [micro_batch_size] * len(model.blocks)
@@ -194,39 +132,79 @@ class LayerwiseEngine(LocalEngine):
     def _to_first_update(self, tensors: Tensors, denominator: float) -> tuple[Boundaries, dict[int, Graphs], float, FirstUpdate | None]:
         """The part of a step that can be done again from its beginning."""
         tokens_BT, targets_BT, segments_BT = tensors
-        boundaries = Boundaries(len(tokens_BT), self.device, dtype=self.boundary_dtype, offload=self.boundary_offload)
+        boundaries = self._boundaries(len(tokens_BT), self.boundary_dtype)
         graphs = self._forward(tokens_BT, segments_BT, boundaries)
         last = len(self.model.blocks)
         hidden = boundaries.read(last, slice(0, len(targets_BT))).detach().requires_grad_(self._lowest < last)
         boundaries.free(last)
         return boundaries, graphs, *self.head.differentiate(hidden, targets_BT, denominator)
 
-    def _forward(self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None, boundaries: Boundaries) -> dict[int, Graphs]:
-        """Write every boundary; the graphs of all blocks, unless they are to be computed again."""
+    def _boundaries(self, sequences: int, dtype: Literal["same", "bf16"] = "same") -> Boundaries:
+        return Boundaries(sequences, self.device, dtype=dtype, offload=self.boundary_offload, disk=self.disk)
+
+    def _losses(self, batch: Batch) -> list[float]:
+        """See `LocalEngine`; blocks that are elsewhere come once for the whole batch."""
+        if not self.storage.streams:
+            return super()._losses(batch)
+        tokens, targets, segments = on_device(batch, self.device)
+        boundaries, last = self._boundaries(len(batch)), len(self.model.blocks)
+        self._forward(tokens, segments, boundaries, keep=False)
+        losses = []
+        for rows in representative(self._slices(tokens, self.micro_batch_size), tokens, distinct=2):
+            with self.autocast():
+                losses.append(self.model.head_loss(boundaries.read(last, rows), targets[rows], 1.0).item())
+        return losses
+
+    def _forward(
+        self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None, boundaries: Boundaries, *, keep: bool = True
+    ) -> dict[int, Graphs]:
+        """Write every boundary; the graphs of all blocks, unless they are to be computed again.
+
+        Args:
+            keep: boundaries for a backward pass; without one only the last is kept.
+        """
         with torch.no_grad(), self.autocast():
             for rows in representative(self._slices(tokens_BT, self.micro_batch_size), tokens_BT):
                 boundaries.write(0, rows, self.model.embed(tokens_BT[rows], segments_BT=_part(segments_BT, rows)))
         graphs: dict[int, Graphs] = {}
         for index in range(len(self.model.blocks)):
-            mode = self.model.activation_checkpointing if index >= self._lowest else "block"
-            slices = self._slices(tokens_BT, self.block_micro_batches[index])
-            pairs = list(zip(slices, [*slices[1:], None], strict=True))
-            for rows, following in representative(pairs, tokens_BT, distinct=2 if mode == "block" else len(pairs)):
-                hidden, block = boundaries.read(index, rows), self.model.block(index, _part(segments_BT, rows))
-                if following is not None:
-                    boundaries.prefetch(index, following)
-                if mode == "block":
-                    with torch.no_grad(), self.autocast():
-                        output = block(hidden)
-                else:
-                    hidden = hidden.detach().requires_grad_(index > self._lowest)
-                    with self.autocast():
-                        output = run_block(block, hidden, mode)
-                    graphs.setdefault(index, []).append((hidden, output))
-                boundaries.write(index + 1, rows, output.detach())
-            if index < self._lowest:
+            kept = keep and index >= self._lowest
+            with self.storage.block(index, ahead=index + 1):
+                self._forward_block(index, tokens_BT, segments_BT, boundaries, graphs if kept else None)
+            if not kept:
                 boundaries.free(index)
         return graphs
+
+    def _forward_block(
+        self,
+        index: int,
+        tokens_BT: torch.Tensor,
+        segments_BT: torch.Tensor | None,
+        boundaries: Boundaries,
+        graphs: dict[int, Graphs] | None,
+    ) -> None:
+        """Write the boundary after block `index`.
+
+        Args:
+            graphs: get those of the block, unless it is to be computed again; None if nothing goes back through it.
+        """
+        mode = "block" if graphs is None else self.model.activation_checkpointing
+        slices = self._slices(tokens_BT, self.block_micro_batches[index])
+        pairs = list(zip(slices, [*slices[1:], None], strict=True))
+        for rows, following in representative(pairs, tokens_BT, distinct=2 if mode == "block" else len(pairs)):
+            hidden, block = boundaries.read(index, rows), self.model.block(index, _part(segments_BT, rows))
+            if following is not None:
+                boundaries.prefetch(index, following)
+            if mode == "block":
+                with torch.no_grad(), self.autocast():
+                    output = block(hidden)
+            else:
+                assert graphs is not None
+                hidden = hidden.detach().requires_grad_(index > self._lowest)
+                with self.autocast():
+                    output = run_block(block, hidden, mode)
+                graphs.setdefault(index, []).append((hidden, output))
+            boundaries.write(index + 1, rows, output.detach())
 
     def _block(
         self, index: int, boundaries: Boundaries, graphs: Graphs, grad: torch.Tensor, segments_BT: torch.Tensor | None
@@ -235,6 +213,14 @@ class LayerwiseEngine(LocalEngine):
 
         When memory runs out the gradients so far are dropped, and the block is done again with a smaller micro-batch.
         """
+        lowest = max(self._lowest, 0)
+        with self.storage.block(index, states=True, ahead=index - 1 if index > lowest else None) as visit:
+            return self._update_block(index, boundaries, graphs, grad, segments_BT, visit)
+
+    def _update_block(
+        self, index: int, boundaries: Boundaries, graphs: Graphs, grad: torch.Tensor, segments_BT: torch.Tensor | None, visit: Visit
+    ) -> torch.Tensor | None:
+        """`_block`, with the block on the device."""
         parameters = [p for p in self.model.blocks[index].parameters() if p.requires_grad]
         while True:
             try:
@@ -254,7 +240,9 @@ class LayerwiseEngine(LocalEngine):
         boundaries.free(index)
         if not parameters:
             return grad_input
-        return grad_input if self.updates.apply(list(zip(parameters, gradients, strict=True))) else None
+        applied = self.updates.apply(list(zip(parameters, gradients, strict=True)))
+        visit.changed = applied and not self.updates.rehearsing
+        return grad_input if applied else None
 
     def _differentiate(
         self,

@@ -13,7 +13,8 @@ from lowmem.config.schema import DistillConfig, OptimConfig
 from lowmem.data.batch import Batch
 from lowmem.engine.base import Engine, StepResult, on_device
 from lowmem.engine.recovery import HALF_APPLIED, cannot_be_repeated, repeat_with_smaller_micro_batches
-from lowmem.engine.state import load_optimizer_tensors, optimizer_tensors, random_state, restore_random_state
+from lowmem.engine.state import Scalars, load_optimizer_tensors, optimizer_tensors, random_state, restore_random_state
+from lowmem.engine.storage.blocks import Storage
 from lowmem.models.base import LanguageModel, move_to, saved_tensors, weight_dtype
 from lowmem.nn.lorptize import adopt_ranks, change_rank, check_rank, following_layers
 from lowmem.nn.loss import SoftTargets
@@ -24,7 +25,8 @@ from lowmem.optim.kernels.formats import mix_key
 from lowmem.optim.low_bit import LowBitOptimizer, resize_states
 from lowmem.system.devices import Precision
 from lowmem.system.dry_run import representative
-from lowmem.system.tensors import load_into, read_tensors, tensor_shapes, write_tensors
+from lowmem.system.errors import ConfigError
+from lowmem.system.tensors import all_finite, check_tensors, copy_tensors, read_tensors, tensor_shapes, write_tensors
 
 
 class Teacher:
@@ -62,6 +64,7 @@ class LocalEngine(Engine):
         model: moved to `device`; its dtype is what is stored.
         optim: the optimizer; schedules are the loop's business.
         teacher: a model to learn from, on `device`; None learns from the text alone.
+        storage: where the model's blocks live, which has them already; None leaves them on the device.
         precision: what is computed in; autocast where it differs from the stored dtype.
         seed: of stochastic rounding.
     Memory: weights, one gradient and the optimizer states per parameter, and one micro-batch of activations. Gradients of 16-bit weights
@@ -78,14 +81,16 @@ class LocalEngine(Engine):
         micro_batch_size: int,
         seed: int = 0,
         teacher: Teacher | None = None,
+        storage: Storage | None = None,
     ):
         super().__init__()
-        self.teacher = teacher
+        self.teacher, self.storage = teacher, storage or Storage()
         self.model: LanguageModel = move_to(model, device)
         self.device = device
         self.micro_batch_size = micro_batch_size
         self.max_norm, self.optim = optim.clip, optim
         self.optimizer = self._build_optimizer(model, optim, seed)
+        self.storage.adopt(model.blocks, self.optimizer)
         allocate_states(self.optimizer)
         self.scaler: Any = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         stored = weight_dtype(model)
@@ -133,8 +138,9 @@ class LocalEngine(Engine):
 
     def save(self, directory: Path) -> dict:
         tensors, scalars = optimizer_tensors(self.model, self.optimizer)
-        write_tensors(directory / "model.safetensors", stored_tensors(saved_tensors(self.model)))
-        write_tensors(directory / "optimizer.safetensors", tensors)
+        elsewhere = self.storage.saved_states(dict(self.model.named_parameters()))
+        write_tensors(directory / "model.safetensors", self.storage.saved(saved_tensors(self.model)))
+        write_tensors(directory / "optimizer.safetensors", {**tensors, **elsewhere})
         return {
             "engine": "local",
             "optimizer_scalars": scalars,
@@ -145,20 +151,32 @@ class LocalEngine(Engine):
 
     def load(self, directory: Path, state: dict) -> None:
         self.load_weights(directory)
-        load_optimizer_tensors(
-            self.model, self.optimizer, dict(read_tensors(directory / "optimizer.safetensors")), state["optimizer_scalars"]
-        )
-        allocate_states(self.optimizer)  # a checkpoint from before the first step may hold none
+        self._load_states(directory / "optimizer.safetensors", state["optimizer_scalars"])
         self.restore_micro_batch(state)
         if state["loss_scale"]:
             self.scaler.load_state_dict(state["loss_scale"])
         restore_random_state(state["random"], self.device)
 
     def load_weights(self, directory: Path) -> None:
-        adopt_ranks(self.model, tensor_shapes(directory / "model.safetensors"))
-        load_into(directory / "model.safetensors", stored_tensors(saved_tensors(self.model)))
+        path = directory / "model.safetensors"
+        if not self.storage.streams:
+            adopt_ranks(self.model, tensor_shapes(path))
+        check_tensors(path, stored_tensors(saved_tensors(self.model)))
+        for tensors in self.storage.each_part(saved_tensors(self.model), changed=True):
+            copy_tensors(path, stored_tensors(tensors))
+
+    def _load_states(self, path: Path, scalars: Scalars) -> None:
+        elsewhere = self.storage.saved_states(dict(self.model.named_parameters()))
+        here = dict(read_tensors(path, skip=elsewhere))
+        load_optimizer_tensors(self.model, self.optimizer, here, scalars, elsewhere=elsewhere)
+        allocate_states(self.optimizer)  # a checkpoint from before the first step may hold none
+        check_tensors(path, elsewhere, more=True)
+        for states in self.storage.each_state(dict(self.model.named_parameters())):
+            copy_tensors(path, states)
 
     def set_rank(self, rank: int, patterns: Mapping[str, object], *, seed: int, step: int) -> None:
+        if self.storage.streams:
+            raise ConfigError("the rank of a model whose blocks are elsewhere cannot change; use train.weights_at=device")
         layers = list(following_layers(self.model, patterns))
         check_rank(layers, rank)
         for position, (_, layer) in enumerate(layers):
@@ -170,6 +188,10 @@ class LocalEngine(Engine):
             for factor, shape in old.items():
                 resize_states(self.optimizer, factor, shape, grown=grown)
 
+    def weights_are_finite(self) -> bool:
+        parts = self.storage.each_part(dict(self.model.named_parameters()))
+        return all(all_finite(tensor) for part in parts for tensor in stored_tensors(part).values())
+
     def memory_components(self) -> dict[str, int]:
         weights = stored_bytes(self.model.parameters())
         gradients = sum(p.numel() * (p.grad_dtype or p.dtype).itemsize for p in self.model.parameters() if p.requires_grad)
@@ -177,6 +199,7 @@ class LocalEngine(Engine):
         taught = {} if self.teacher is None else {"teacher": sum(self.teacher.model.component_bytes().values())}
         return {
             **taught,
+            **self.storage.component_bytes(),
             "weights": weights,
             "gradients": gradients,
             "optimizer_states": sum(state.numel() * state.element_size() for state in states.values()),

@@ -37,6 +37,8 @@ def resolve(config: RunConfig, device: torch.device, *, vocab_size: int) -> RunC
         )
     if train.boundary_offload == "cpu" and device.type == "cpu":
         raise ConfigError("train.boundary_offload is cpu, but the run computes on a CPU, where they are in host memory already; use none")
+    if train.weights_at == "host" and device.type == "cpu":
+        raise ConfigError("train.weights_at is host, but the run computes on a CPU, whose weights are in host memory already; use disk")
     config.device = device.type  # type: ignore[assignment]
     return config
 
@@ -103,7 +105,8 @@ def settled_model(config: RunConfig) -> RunConfig:
     """
     model, train, data = config.model, config.train, config.data
     if train.activation_checkpointing == "auto":
-        train = replace(train, activation_checkpointing="block" if model.path else "selective")
+        whole = model.path or train.weights_at != "device"
+        train = replace(train, activation_checkpointing="block" if whole else "selective")
     if model.path:
         from lowmem.engine.huggingface_files import model_facts, resolve_model_path
 

@@ -24,6 +24,7 @@ from lowmem.engine.huggingface_files import (
     resolve_model_path,
 )
 from lowmem.engine.manifest import checkpoint_name, checkpoint_step, checkpoint_steps, recorded_tokenizer, verify_weights
+from lowmem.engine.storage.blocks import Storage
 from lowmem.engine.weights import coded_weights, copy_weights, load_trained, load_weights, stored_weights, summary, weight_problems
 from lowmem.models.base import LanguageModel, move_to
 from lowmem.models.registry import build_model
@@ -354,9 +355,11 @@ def checkpoint_path(run_dir: Path, checkpoint: int | Literal["latest", "best"]) 
     return root / name
 
 
-def load_initial_weights(source: str, model: LanguageModel, tokenizer: Tokenizer) -> None:
+def load_initial_weights(source: str, model: LanguageModel, tokenizer: Tokenizer, storage: Storage) -> None:
     """Copy the newest weights of another run into `model`, in the form in which that keeps them.
 
+    Args:
+        storage: where its blocks are.
     Raises:
         ConfigError: another shape or another tokenizer; the message says which tensors differ.
         CheckpointError: its weights are missing or damaged, or its tokenizer is not theirs.
@@ -374,7 +377,8 @@ def load_initial_weights(source: str, model: LanguageModel, tokenizer: Tokenizer
         raise ConfigError(
             f"train.init_from is {source}, a model of another shape: {summary(problems)}; take model.* from {source}/config.yaml"
         )
-    copy_weights(weights, targets)
+    for part in storage.each_part(targets, changed=True):
+        copy_weights(weights, part)
 
 
 def initial_weights(source: str) -> tuple[Path, Path]:

@@ -1,6 +1,7 @@
 """What a step leaves besides weights: optimizer states and random number generators, to be saved and put back exactly."""
 
 import base64
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -52,7 +53,13 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> tup
     return tensors, scalars
 
 
-def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], scalars: Scalars) -> None:
+def load_optimizer_tensors(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, torch.Tensor],
+    scalars: Scalars,
+    elsewhere: Collection[str] = (),
+) -> None:
     """Put back copies of what `optimizer_tensors` returned, each on the device of its parameter.
 
     Nothing refers to `tensors` afterwards: those of a safetensors file are mapped onto it, and training would fault, or
@@ -60,6 +67,7 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
 
     Args:
         tensors: consumed: each entry is removed as it is placed, so that host copies do not add up.
+        elsewhere: names of states that are not on the device, and not in `tensors`.
     Raises:
         CheckpointError: a state names a parameter that the model does not have, or is not of the shape and the dtype that it must be.
     Memory: the states; they grow as `tensors` shrinks.
@@ -87,7 +95,9 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
             raise CheckpointError(f"the checkpoint has optimizer states that do not belong together ({error})") from error
     for name, parameter in parameters.items():
         if optimizer.state.get(parameter):
-            _check_states(name, optimizer.state[parameter], _expected_states(optimizer, parameter))
+            expected = _expected_states(optimizer, parameter)
+            here = {key: wanted for key, wanted in expected.items() if f"{name}.{key}" not in elsewhere}
+            _check_states(name, optimizer.state[parameter], here)
 
 
 def _expected_states(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 
 from lowmem.models.base import LanguageModel
 from lowmem.nn.lorptize import adopt_ranks
-from lowmem.nn.quantized import assign, dequantized
+from lowmem.nn.quantized import CODES, SCALE, assign, dequantized
 from lowmem.system.errors import CheckpointError
 from lowmem.system.tensors import WEIGHT_DTYPES, meta_tensors, read_tensors
 
@@ -97,10 +97,12 @@ def copy_weights(path: Path, targets: Mapping[str, torch.Tensor]) -> None:
     """Copy the tensors of a file, in the form in which the targets are kept.
 
     Args:
-        targets: with the names and shapes of the file.
+        targets: with names and shapes of the file, of which it may hold more.
     Memory: one tensor.
     """
-    for name, tensor in dequantized(read_tensors(path), {name: target.shape for name, target in targets.items()}):
+    stored = {name + suffix for name in targets for suffix in ("", CODES, SCALE)}
+    shapes = {name: target.shape for name, target in targets.items()}
+    for name, tensor in dequantized(read_tensors(path, only=stored), shapes) if targets else ():
         assign(targets[name], tensor)
 
 

@@ -34,6 +34,14 @@ class LossOptions:
     z_loss: float = 0.0
 
 
+Place = Callable[[nn.Module, int], nn.Module]  # what becomes of a block, by its number, once it has its weights
+
+
+def stays(block: nn.Module, index: int) -> nn.Module:
+    """The `Place` of blocks that live where they are made."""
+    return block
+
+
 class LanguageModel(nn.Module, ABC):
     """Embedding, a list of blocks, a final norm and a head.
 

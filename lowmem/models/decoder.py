@@ -9,7 +9,16 @@ import torch
 from torch import nn
 
 from lowmem.config.schema import ModelConfig
-from lowmem.models.base import LanguageModel, attention_flops, head_loss_options, matrix_parameters, parameters_by_component, store_as
+from lowmem.models.base import (
+    LanguageModel,
+    Place,
+    attention_flops,
+    head_loss_options,
+    matrix_parameters,
+    parameters_by_component,
+    stays,
+    store_as,
+)
 from lowmem.nn.attention import Attention, LayerCache, LowRankAttention, ModelCache
 from lowmem.nn.layers import DenseHead, Embedding, TiedHead, default_hidden_dim, make_head, make_mlp, make_norm
 from lowmem.nn.lorpt import LinearFactory
@@ -93,6 +102,7 @@ class Decoder(LanguageModel):
         vocab_size: V.
         max_seq_len: longest sequence; only learned positions enforce it, rope and alibi go beyond.
         dtype: what is stored.
+        place: is given each block as soon as it is there, and says where it lives.
     Raises:
         ConfigError: a rank saves nothing, a LoRPt pattern matches no layer, or a setting would be ignored.
     Memory: its weights in `dtype`; each block is cast as soon as it is there.
@@ -100,7 +110,15 @@ class Decoder(LanguageModel):
 
     blocks: nn.ModuleList
 
-    def __init__(self, config: ModelConfig, *, vocab_size: int, max_seq_len: int, dtype: torch.dtype | WeightFormat = torch.float32):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        vocab_size: int,
+        max_seq_len: int,
+        dtype: torch.dtype | WeightFormat = torch.float32,
+        place: Place = stays,
+    ):
         super().__init__()
         check_decoder(config)
         self.config, self.vocab_size, self.max_seq_len = config, vocab_size, max_seq_len
@@ -110,7 +128,10 @@ class Decoder(LanguageModel):
         nn.init.normal_(self.embedding.weight, std=INIT_STD)
         store_as(self.embedding, dtype)
         self.positions = store_as(LearnedPositions(max_seq_len, config.dim), dtype) if config.positions == "learned" else None
-        self.blocks = nn.ModuleList(store_as(DecoderBlock(config, factory, f"blocks.{i}", rotary), dtype) for i in range(config.num_layers))
+        names = [f"blocks.{index}" for index in range(config.num_layers)]
+        self.blocks = nn.ModuleList(
+            place(store_as(DecoderBlock(config, factory, name, rotary), dtype), index) for index, name in enumerate(names)
+        )
         self.norm = store_as(make_norm(config.norm, config.dim, config.norm_eps), dtype)
         head = TiedHead() if config.tie_embeddings else make_head(config.dim, vocab_size, False, factory)
         self.head = store_as(head, dtype)

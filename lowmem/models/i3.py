@@ -15,7 +15,16 @@ import torch
 from torch import nn
 
 from lowmem.config.schema import LorptConfig, ModelConfig
-from lowmem.models.base import LanguageModel, attention_flops, head_loss_options, matrix_parameters, parameters_by_component, store_as
+from lowmem.models.base import (
+    LanguageModel,
+    Place,
+    attention_flops,
+    head_loss_options,
+    matrix_parameters,
+    parameters_by_component,
+    stays,
+    store_as,
+)
 from lowmem.nn.attention import LayerCache, LowRankAttention, ModelCache
 from lowmem.nn.layers import GELUMLP, Embedding, LayerNorm, make_head
 from lowmem.nn.lorpt import LinearFactory
@@ -142,6 +151,7 @@ class I3(LanguageModel):
         vocab_size: V.
         max_seq_len: longest sequence; the learned positions end there.
         dtype: what is stored.
+        place: is given each block as soon as it is there, and says where it lives.
     Raises:
         ConfigError: a field asks for something i3 does not have, a rank saves nothing, or a LoRPt pattern matches no layer.
     Memory: its weights in `dtype`; each block is cast as soon as it is there.
@@ -150,7 +160,15 @@ class I3(LanguageModel):
     blocks: nn.ModuleList
     keeps_segments_apart = False
 
-    def __init__(self, config: ModelConfig, *, vocab_size: int, max_seq_len: int, dtype: torch.dtype | WeightFormat = torch.float32):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        vocab_size: int,
+        max_seq_len: int,
+        dtype: torch.dtype | WeightFormat = torch.float32,
+        place: Place = stays,
+    ):
         super().__init__()
         config = resolve_i3(config)
         self.config, self.vocab_size, self.max_seq_len = config, vocab_size, max_seq_len
@@ -159,7 +177,8 @@ class I3(LanguageModel):
         nn.init.normal_(self.embedding.weight, std=INIT_STD)
         store_as(self.embedding, dtype)
         self.positions = store_as(LearnedPositions(max_seq_len, config.dim), dtype)
-        self.blocks = nn.ModuleList(store_as(I3Block(config, factory, f"blocks.{i}"), dtype) for i in range(config.num_layers))
+        names = [f"blocks.{index}" for index in range(config.num_layers)]
+        self.blocks = nn.ModuleList(place(store_as(I3Block(config, factory, name), dtype), index) for index, name in enumerate(names))
         self.norm = store_as(LayerNorm(config.dim), dtype)
         self.head = store_as(make_head(config.dim, vocab_size, True, factory), dtype)
         factory.check_patterns()

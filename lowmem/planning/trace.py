@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem.config.schema import RunConfig, resolve_micro_batch_size
 from lowmem.data.batch import longest_batch
-from lowmem.engine.from_config import build_configured_model, build_local_engine
+from lowmem.engine.from_config import build_configured_model, build_local_engine, open_storage
 from lowmem.engine.local import LocalEngine
 from lowmem.engine.teacher import teacher_config
 from lowmem.models.base import LanguageModel
@@ -198,9 +198,10 @@ def trace_run(config: RunConfig, world_size: int = 1) -> tuple[Trace, LanguageMo
         precision = "bf16"  # what it keeps in memory; fp8 copies are smaller and live as long as one product
     with meta, trace, pretend_device(config.device), listen(trace.mark):
         with trace.phase("load"):
-            model = build_configured_model(config, assumed_new_tokens(config))
+            storage = open_storage(config, meta)
+            model = build_configured_model(config, assumed_new_tokens(config), storage)
             teacher = _teacher(config)
-            engine = build_local_engine(config, model, meta, precision, micro_batch_size, teacher)
+            engine = build_local_engine(config, model, meta, precision, micro_batch_size, teacher, storage)
         trace.mark(model.parameters(), "weights")
         if teacher is not None:
             trace.mark(teacher.parameters(), "teacher")
@@ -232,7 +233,8 @@ def assumed_new_tokens(config: RunConfig) -> range:
 def _for_one_rank(config: RunConfig, world_size: int) -> RunConfig:
     config = copy.deepcopy(config)
     config.train.global_batch_size //= world_size
-    config.train.boundary_offload = "none"  # no streams here; whose memory they are is for the caller to say
+    if config.train.boundary_offload == "cpu":
+        config.train.boundary_offload = "none"  # no streams here; whose memory they are is for the caller to say
     if config.optim.backend == "bitsandbytes":
         config.optim.backend = "lowmem"  # states of the same size, and bitsandbytes has no kernels without numbers
     return config

@@ -34,11 +34,13 @@ class LazyTensor:
     Attributes:
         shape, dtype: known before it exists.
         get: makes it; called once, in the order of the file.
+        copy_to: appends its bytes to the file of a descriptor instead, where they lie in another file.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     get: Callable[[], torch.Tensor]
+    copy_to: Callable[[int], None] | None = None
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor | LazyTensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -68,6 +70,9 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor | LazyTensor], 
         _write_all(file, memoryview(len(encoded).to_bytes(8, "little") + encoded))
         for name in order:
             value = tensors[name]
+            if isinstance(value, LazyTensor) and value.copy_to is not None:
+                value.copy_to(file.fileno())
+                continue
             tensor = value.get() if isinstance(value, LazyTensor) else value
             if tuple(tensor.shape) != tuple(value.shape) or tensor.dtype != value.dtype:
                 raise TypeError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced as {value.dtype} {tuple(value.shape)}")
@@ -77,11 +82,12 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor | LazyTensor], 
         os.fsync(file.fileno())
 
 
-def read_tensors(path: Path, only: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
+def read_tensors(path: Path, only: Collection[str] = (), skip: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
     """Each tensor of a safetensors file in turn, on the host.
 
     Args:
         only: names of those that are read, where they are there; none is all of them.
+        skip: names of those that are not.
     Raises:
         CheckpointError: the file is missing or damaged.
     Memory: one tensor.
@@ -89,7 +95,7 @@ def read_tensors(path: Path, only: Collection[str] = ()) -> Iterator[tuple[str, 
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                if not only or name in only:
+                if (not only or name in only) and name not in skip:
                     yield name, file.get_tensor(name)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged or missing ({error}); restore the file, or use another checkpoint") from error
@@ -174,21 +180,47 @@ def load_into(path: Path, targets: Mapping[str, torch.Tensor]) -> None:
     """Copy every tensor of a file into the target of the same name, in place.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or its names, shapes or dtypes are not those of `targets`.
+        CheckpointError: see `check_tensors`.
     Memory: one tensor.
     """
+    check_tensors(path, targets)
+    copy_tensors(path, targets)
+
+
+@torch.no_grad()
+def copy_tensors(path: Path, targets: Mapping[str, torch.Tensor]) -> None:
+    """Copy some tensors of a file, which was checked, into the targets of the same names, in place.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    Memory: one tensor.
+    """
+    if targets:
+        for name, tensor in read_tensors(path, only=targets):
+            targets[name].copy_(tensor)
+
+
+def check_tensors(path: Path, targets: Mapping[str, torch.Tensor | LazyTensor], *, more: bool = False) -> None:
+    """Compare the header of a file with what it is to be read into.
+
+    Args:
+        more: the file may hold others besides.
+    Raises:
+        CheckpointError: the file is missing or damaged, or its names, shapes or dtypes are not those of `targets`.
+    Memory: none.
+    """
     missing = set(targets)
-    for name, tensor in read_tensors(path):
+    for name, tensor in meta_tensors(path):
         target = targets.get(name)
+        if target is None and more:
+            continue
         if target is None:
             raise CheckpointError(f"{path} holds {name}, which this model does not have; was it saved with another configuration?")
-        if target.shape != tensor.shape or target.dtype != tensor.dtype:
+        if tuple(target.shape) != tuple(tensor.shape) or target.dtype != tensor.dtype:
             raise CheckpointError(
                 f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, "
                 f"the model has {target.dtype} {tuple(target.shape)}; was it saved with another configuration?"
             )
-        with torch.no_grad():
-            target.copy_(tensor)
         missing.discard(name)
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}; was it saved with another configuration?")

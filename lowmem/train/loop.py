@@ -8,7 +8,7 @@ from lowmem.data.batch import Batch
 from lowmem.engine.base import StepResult
 from lowmem.system.errors import EXIT_INTERRUPTED, DivergedError, StoppedBySignal
 from lowmem.system.process import StopRequest
-from lowmem.train.run import Run, are_finite
+from lowmem.train.run import Run
 from lowmem.train.stages import (
     count_evaluation,
     count_speed,
@@ -129,7 +129,7 @@ def _check_end(run: Run) -> None:
     Steps that were skipped at the very end are none of its business if the held-out loss is a number afterwards.
     """
     state, evaluated = run.state, run.last_evaluation
-    if run.engine.any_rank(not are_finite(dict(run.engine.model.named_parameters()))):
+    if run.engine.any_rank(not run.engine.weights_are_finite()):
         raise _diverged(run, f"weights are not finite after step {state.step}")
     if evaluated is not None and evaluated[0] == state.step:
         if not math.isfinite(evaluated[1]):

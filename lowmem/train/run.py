@@ -1,6 +1,5 @@
 """A run: its parts, where it is, and what it must remember to go on exactly from there."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -10,9 +9,7 @@ from lowmem.config.schema import PhaseConfig, RunConfig
 from lowmem.data.prepare import PreparedData
 from lowmem.engine.base import Engine
 from lowmem.memory.measure import PeakRecorder
-from lowmem.nn.quantized import stored_tensors
 from lowmem.system.errors import CheckpointError, ConfigError
-from lowmem.system.tensors import all_finite
 from lowmem.system.units import format_bytes, format_count
 from lowmem.train.display import ProgressDisplay
 from lowmem.train.loggers import MetricsLogger
@@ -198,11 +195,3 @@ class Run:
                 *engine.describe(),
             ]
         )
-
-
-def are_finite(weights: Mapping[str, torch.Tensor]) -> bool:
-    """Whether no element is NaN or infinite; of quantised weights their scales are looked at.
-
-    Memory: two numbers at a time.
-    """
-    return all(all_finite(tensor) for tensor in stored_tensors(weights).values())

@@ -13,11 +13,12 @@ from lowmem.data.prepare import PreparedData, prepare_phases
 from lowmem.data.tokenizers import check_vocab
 from lowmem.engine.base import Engine
 from lowmem.engine.deepspeed import processes
-from lowmem.engine.from_config import build_configured_model, build_local_engine
+from lowmem.engine.from_config import build_configured_model, build_local_engine, open_storage
 from lowmem.engine.huggingface_files import base_sha256, resolve_model_path
 from lowmem.engine.recovery import release_memory
 from lowmem.engine.resolve import chosen_device, keeps_documents_apart, keeps_segments_apart, resolve, settled_model
 from lowmem.engine.run_model import load_initial_weights
+from lowmem.engine.storage.blocks import Storage
 from lowmem.engine.teacher import check_teacher_tokenizer, load_teacher
 from lowmem.memory.allocator import release_host_memory, set_up_host_memory
 from lowmem.memory.host import granted_memory
@@ -76,11 +77,12 @@ def _assemble(
     config = resolve(config, device, vocab_size=data.tokenizer.vocab_size)
     check_vocab(data.tokenizer, config.model.vocab_size)
     added = config.data.add_tokens
-    model = build_configured_model(config, data.tokenizer.token_ids(added) if added else ())  # type: ignore[attr-defined]
+    storage = open_storage(config, device)
+    model = build_configured_model(config, data.tokenizer.token_ids(added) if added else (), storage)  # type: ignore[attr-defined]
     if config.train.init_from and (fresh or not CheckpointStore(Path(config.run_dir), 1).steps()):
-        load_initial_weights(config.train.init_from, model, data.tokenizer)
+        load_initial_weights(config.train.init_from, model, data.tokenizer, storage)
     check_teacher_tokenizer(config, data.tokenizer)
-    engine = _build_engine(config, model, device)
+    engine = _build_engine(config, model, device, storage)
     lorpt = config.model.lorpt
     for rank in [*lorpt.schedule.values(), *([lorpt.grow_to] if lorpt.grow_to else [])]:
         check_rank(list(following_layers(model, lorpt.ranks)), rank)
@@ -117,7 +119,7 @@ def _fingerprint(phase_data: list[PreparedData]) -> str:
     return prints[0] if len(prints) == 1 else json_sha256(prints)
 
 
-def _build_engine(config: RunConfig, model: LanguageModel, device: torch.device) -> Engine:
+def _build_engine(config: RunConfig, model: LanguageModel, device: torch.device, storage: Storage) -> Engine:
     try:
         micro_batch_size = resolve_micro_batch_size(config, processes.world_size() if config.engine.name == "deepspeed" else 1)
     except ValueError as error:
@@ -127,7 +129,7 @@ def _build_engine(config: RunConfig, model: LanguageModel, device: torch.device)
 
         return DeepSpeedEngine(model, config, device=device, micro_batch_size=micro_batch_size)
     teacher = load_teacher(config, device)
-    return build_local_engine(config, model, device, resolve_precision(config.train.precision, device), micro_batch_size, teacher)
+    return build_local_engine(config, model, device, resolve_precision(config.train.precision, device), micro_batch_size, teacher, storage)
 
 
 def _try_worst_case(run: Run) -> None:

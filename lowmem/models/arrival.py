@@ -1,0 +1,57 @@
+"""Blocks of a model that are taken over one by one while a library fills it with weights, so that it is never whole."""
+
+from typing import Any
+
+from torch import nn
+
+from lowmem.models.base import Place
+
+
+class Arrivals:
+    """Watches modules on the meta device until they are given parameters with elements.
+
+    Args:
+        place: is given each block as soon as all of it is there.
+    Memory: the blocks whose weights are there in part.
+    """
+
+    def __init__(self, place: Place):
+        self._place = place
+        self._blocks: list[nn.Module] = []
+        self._owners: dict[int, int] = {}
+        self._missing: set[int] = set()
+        self._watching: dict[type, type] = {}
+
+    def watch(self, blocks: nn.ModuleList) -> None:
+        """Expect the weights of these blocks, in any order."""
+        self._blocks, self._missing = list(blocks), set(range(len(blocks)))
+        for index, block in enumerate(blocks):
+            for module in block.modules():
+                self._owners[id(module)] = index
+                module.__class__ = self._watched(type(module))
+
+    def finish(self) -> None:
+        """Place what is left, and watch no more."""
+        for index in sorted(self._missing):
+            self._place(self._blocks[index], index)
+        self._missing.clear()
+        usual = {watched: kind for kind, watched in self._watching.items()}
+        for block in self._blocks:
+            for module in block.modules():
+                module.__class__ = usual.get(type(module), type(module))
+
+    def _watched(self, kind: type) -> type:
+        if kind not in self._watching:
+
+            def arrive(module: nn.Module, name: str, value: Any) -> None:
+                kind.__setattr__(module, name, value)  # type: ignore[call-arg, arg-type]
+                if isinstance(value, nn.Parameter) and not value.is_meta:
+                    self._arrived(self._owners[id(module)])
+
+            self._watching[kind] = type(kind.__name__, (kind,), {"__setattr__": arrive, "__module__": kind.__module__})
+        return self._watching[kind]
+
+    def _arrived(self, index: int) -> None:
+        if index in self._missing and not any(parameter.is_meta for parameter in self._blocks[index].parameters()):
+            self._missing.discard(index)
+            self._place(self._blocks[index], index)
