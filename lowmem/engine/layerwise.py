@@ -33,7 +33,6 @@ from lowmem.optim.low_bit import LowBitOptimizer
 from lowmem.system.devices import Precision
 from lowmem.system.dry_run import representative
 
-
 Graphs = list[tuple[torch.Tensor, torch.Tensor]]
 
 

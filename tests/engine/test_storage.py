@@ -1,6 +1,6 @@
 """Blocks whose weights and states live on a disk or in host memory: the bits of a resident run, from one file to the next."""
 
-import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -70,3 +70,174 @@ def test_losses_norms_and_checkpoints_are_those_of_a_resident_run(place, name, s
         assert streamed.step(make_batch(step), 1e-2) == resident.step(make_batch(step), 1e-2)
     assert streamed.evaluate([make_batch(99)]) == resident.evaluate([make_batch(99)])
     assert saved_bytes(streamed, tmp_path / "a") == saved_bytes(resident, tmp_path / "b")
+
+
+@pytest.mark.parametrize(("first", "then"), [("disk", "disk"), ("disk", "device"), ("device", "host")])
+def test_a_checkpoint_goes_on_wherever_the_blocks_live(first, then, tmp_path):
+    """To the bit, boundaries and all."""
+    whole = make_engine(Storage(), "even", "bf16", state_bits=8)
+    begun = make_engine(make_storage(first, tmp_path), "even", "bf16", state_bits=8, disk=DiskFile(tmp_path))
+    for step in range(3):
+        whole.step(make_batch(step), 1e-2)
+        begun.step(make_batch(step), 1e-2)
+    state = begun.save(tmp_path)
+    resumed = make_engine(make_storage(then, tmp_path), "even", "bf16", state_bits=8)
+    resumed.load(tmp_path, state)
+    assert resumed.weights_are_finite()
+    for step in range(3, 6):
+        assert resumed.step(make_batch(step), 1e-2) == whole.step(make_batch(step), 1e-2)
+    assert saved_bytes(resumed, tmp_path / "a") == saved_bytes(whole, tmp_path / "b")
+
+
+def test_elements_that_are_not_there_are_nan_and_take_no_memory(tmp_path):
+    for stored in ("fp32", "int8"):
+        engine = make_engine(make_storage("disk", tmp_path), "decoder", stored)
+        weight = engine.model.blocks[1].mlp.down.weight
+        assert weight.shape[0] == 64
+        held = [part for p in engine.model.blocks.parameters() for part in (p.parts().values() if isinstance(p, CodedWeight) else (p,))]
+        assert {part.untyped_storage().nbytes() for part in held} <= {part.element_size() for part in held}
+        values = weight.dense(torch.float32) if isinstance(weight, CodedWeight) else weight
+        assert values.isnan().all()
+        state = engine.optimizer.state[weight]
+        assert not any(isinstance(value, torch.Tensor) for value in state.values())
+
+
+def test_a_model_called_as_a_whole_brings_each_block_for_its_turn(tmp_path):
+    tokens = torch.from_numpy(make_batch(0).inputs)
+    resident, streamed = make_engine(Storage()).model, make_engine(make_storage("disk", tmp_path)).model
+    with torch.no_grad():
+        for _ in range(2):
+            assert streamed(tokens).equal(resident(tokens))
+        cache, other = streamed.new_cache(len(tokens), SEQ_LEN), resident.new_cache(len(tokens), SEQ_LEN)
+        for part in (slice(0, 5), slice(5, 6), slice(6, 7)):
+            assert streamed(tokens[:, part], cache=cache).equal(resident(tokens[:, part], cache=other))
+    assert all(parameter.isnan().all() for parameter in streamed.blocks.parameters())
+
+
+def test_what_was_never_changed_is_not_written(tmp_path):
+    storage = make_storage("disk", tmp_path)
+    engine = make_engine(storage)
+    before = storage.backing.bytes_written
+    engine.evaluate([make_batch(0)])
+    engine.rehearse(make_batch(0))
+    assert storage.backing.bytes_written == before
+    engine.step(make_batch(0), 1e-2)
+    storage.flush()
+    assert storage.backing.bytes_written - before == storage.component_bytes()["elsewhere"]
+
+
+def test_a_block_is_read_once_on_the_way_up_and_its_states_once_on_the_way_down(tmp_path):
+    storage = make_storage("disk", tmp_path)
+    engine = make_engine(storage)  # three blocks, two of which are there when the way down begins
+    engine.step(make_batch(0), 1e-2)
+    before, sizes = storage.backing.bytes_read, [storage._weights[0].size, storage._states[0].size]
+    engine.step(make_batch(1), 1e-2)
+    # up: the last block's slot has the first block, which was updated last; down: the first block is read again
+    assert storage.backing.bytes_read - before <= (2 + 1) * sizes[0] + 3 * sizes[1]
+
+
+def test_a_block_that_is_spoilt_is_left_as_it_was(tmp_path):
+    """A gradient that is not finite: nothing of this block and those below is written."""
+    resident, streamed = make_engine(Storage()), make_engine(make_storage("disk", tmp_path))
+    for engine in (resident, streamed):
+        engine.step(make_batch(0), 1e-2)
+        differentiate, calls = engine._differentiate, []
+
+        def spoilt(index, *more, differentiate=differentiate, calls=calls):
+            grad, sums = differentiate(index, *more)
+            calls.append(index)
+            if index == 1:
+                sums[0].fill_(float("inf"))
+            return grad, sums
+
+        engine._differentiate = spoilt
+        assert engine.step(make_batch(1), 1e-2).skipped == "nonfinite"
+        engine._differentiate = differentiate
+    assert streamed.step(make_batch(2), 1e-2) == resident.step(make_batch(2), 1e-2)
+    assert saved_bytes(streamed, tmp_path / "a") == saved_bytes(resident, tmp_path / "b")
+
+
+def test_memory_that_runs_out_in_a_block_is_met_with_a_smaller_micro_batch(tmp_path):
+    resident, streamed = make_engine(Storage()), make_engine(make_storage("disk", tmp_path))
+    for engine in (resident, streamed):
+        differentiate = engine._differentiate
+
+        def failing(index, *more, engine=engine, differentiate=differentiate):
+            if index == 1 and engine.block_micro_batches[1] == 2:
+                raise torch.OutOfMemoryError("injected")
+            return differentiate(index, *more)
+
+        engine._differentiate = failing
+        engine.step(make_batch(0), 1e-2)
+        assert engine.block_micro_batches == [2, 1, 2]
+    assert saved_bytes(streamed, tmp_path / "a") == saved_bytes(resident, tmp_path / "b")
+
+
+def test_the_rank_of_blocks_elsewhere_does_not_change(tmp_path):
+    engine = make_engine(make_storage("disk", tmp_path), "lorpt")
+    with pytest.raises(ConfigError, match="train.weights_at=device"):
+        engine.set_rank(4, {}, seed=0, step=1)
+
+
+@pytest.mark.parametrize("folder", ["disk", "memory"])
+def test_a_file_gives_back_what_it_was_given(folder, tmp_path, monkeypatch):
+    """Through O_DIRECT and without it."""
+    if folder == "memory":
+        opened = os.open
+        monkeypatch.setattr(os, "open", lambda name, flags, *more, **known: _refuse(flags, opened, name, *more, **known))
+    file = DiskFile(tmp_path)
+    assert file.direct == (folder == "disk")
+    assert not list(tmp_path.iterdir())  # it has no name
+    start, more = file.reserve(3 * ALIGNMENT - 5), file.reserve(1)
+    assert (start, more, file.size) == (0, 3 * ALIGNMENT, 4 * ALIGNMENT)
+    buffer, back = aligned_buffer(2 * ALIGNMENT), aligned_buffer(2 * ALIGNMENT)
+    buffer.copy_(torch.arange(2 * ALIGNMENT, dtype=torch.int32).to(torch.uint8))
+    file.read(ALIGNMENT, back).result()
+    assert not back.any()
+    file.write(ALIGNMENT, buffer)
+    file.read(ALIGNMENT, back).result()
+    assert back.equal(buffer)
+    numbers = torch.arange(100, dtype=torch.float32)
+    file.put(17, numbers)
+    file.get(17, found := torch.empty(100))
+    assert found.equal(numbers)
+    with open(tmp_path / "copy", "wb", buffering=0) as copy:
+        file.copy_to(copy.fileno(), 17, 400)
+        file.copy_to(copy.fileno(), ALIGNMENT, 100)
+    assert (tmp_path / "copy").read_bytes() == numbers.numpy().tobytes() + buffer[:100].numpy().tobytes()
+    file.close()
+
+
+def _refuse(flags, opened, name, *more, **known):
+    if flags & os.O_DIRECT:
+        raise OSError(22, "Invalid argument")
+    return opened(name, flags, *more, **known)
+
+
+def test_a_folder_that_is_none_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="scratch file for weights in .*/file cannot be created.*train.storage_dir"):
+        DiskFile(tmp_path / "file")
+
+
+def _no_room(*_):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_disk_without_room_says_so_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "posix_fallocate", _no_room)
+    with pytest.raises(StorageError, match="cannot grow to .*No space left.*checkpoints written before are intact"):
+        make_engine(make_storage("disk", tmp_path))
+
+
+@pytest.mark.parametrize(("call", "what"), [("pwritev", "written"), ("preadv", "read")])
+def test_a_disk_that_fails_later_says_so(call, what, tmp_path, monkeypatch):
+    engine = make_engine(make_storage("disk", tmp_path))
+    monkeypatch.setattr(os, call, _no_room)
+
+    def steps():
+        for step in range(2):
+            engine.step(make_batch(step), 1e-2)
+
+    with pytest.raises(StorageError, match=f"cannot be {what}: No space left.*run the same command again"):
+        steps()

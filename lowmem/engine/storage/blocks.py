@@ -234,15 +234,15 @@ class StreamedBlocks(Storage):
     def block(self, index: int, *, states: bool = False, ahead: int | None = None, blank: bool = False) -> Iterator[Visit]:
         visit, parts = Visit(), self._sections(index, states)
         self._check_writes()
-        for sections, slots in parts:
-            self._start(sections, slots, index, blank)
-        if ahead in self._weights:
-            for sections, slots in self._sections(ahead, states):
-                self._start(sections, slots, ahead)
-        for sections, slots in parts:
-            self._attach(sections[index], slots[index % 2])
         self._here.add(index)
         try:
+            for sections, slots in parts:
+                self._start(sections, slots, index, blank)
+            if ahead in self._weights and (ahead - index) % 2:  # else it has the slot of this one
+                for sections, slots in self._sections(ahead, states):
+                    self._start(sections, slots, ahead)
+            for sections, slots in parts:
+                self._attach(sections[index], slots[index % 2])
             yield visit
         finally:
             self._here.discard(index)
@@ -272,6 +272,9 @@ class StreamedBlocks(Storage):
             if isinstance(self.backing, DiskFile) and self.device.type == "cuda":
                 slot.staging = aligned_buffer(largest, pinned=True)
             note(slot.buffer, "weights" if sections is self._weights else "optimizer_states")
+        if blank:  # nothing may be on its way from or to this buffer; a read would come after it
+            self._check_writes(wait=True)
+            slot.transfer.result()
         slot.holds = index
         slot.transfer = Done() if blank else self._read(section.start, slot, section.size)
 
