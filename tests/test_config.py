@@ -186,6 +186,18 @@ def test_contradictions_are_named(override, expected):
     assert expected in problems_of("train.steps=10", *_split(override))
 
 
+@pytest.mark.parametrize("engine", [{}, {"engine.name": "deepspeed", "engine.zero_stage": 3}])
+def test_nvme_offload_is_refused_with_its_reason_and_what_to_use(engine):
+    message = problems_of("train.steps=10", *(f"{key}={value}" for key, value in engine.items()), "engine.offload=nvme")
+    assert "engine.offload is 'nvme', expected none | cpu; DeepSpeed's NVMe offload trains wrongly" in message
+    assert "train.update=layerwise and train.weights_at=disk" in message
+    assert len(message.splitlines()) == 1
+
+
+def test_a_value_without_a_reason_has_the_plain_message():
+    assert problems_of("train.steps=10", "engine.offload=disk").endswith("engine.offload is 'disk', expected none | cpu")
+
+
 def test_contradictions_are_found_beside_numbers_that_mean_nothing():
     message = problems_of("train.steps=3", "optim.lr=.nan", "model.num_heads=3", "data.seq_len=0")
     assert "3 problems" in message

@@ -227,6 +227,16 @@ RENAMED = {
     "seed": "train.seed", "out": "run_dir", "adapter.double_quant": "train.double_quant",
 }  # fmt: skip
 
+# DeepSpeed 0.19.8 adds a gradient to its group at the gradient's offset and reads it there past the page cache, which the kernel refuses
+# where that is no multiple of 512 bytes; DeepSpeed does not look whether it was read, and updates with what the buffer held before.
+NVME_REFUSAL = (
+    "DeepSpeed's NVMe offload trains wrongly, without an error, where a gradient's offset is no multiple of 512 bytes, and its files are "
+    "not in lowmem's checkpoints; use cpu, or on one process engine.name=local with train.update=layerwise and train.weights_at=disk"
+)
+
+# Values that a key does not take though other programs have them there: why not, and what to use.
+REFUSED_VALUES = {"engine.offload": {"nvme": NVME_REFUSAL}}
+
 # Keys that name a file or a folder: ~ is expanded in them.
 PATHS: dict[type, tuple[str, ...]] = {
     SourceConfig: ("path",),

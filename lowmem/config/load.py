@@ -18,7 +18,18 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from lowmem.config.checks import config_problems
-from lowmem.config.keys import MAX_ENTRIES, RENAMED, bounded, expand_home, hints, item_class, known_keys, shown, value_problems
+from lowmem.config.keys import (
+    MAX_ENTRIES,
+    REFUSED_VALUES,
+    RENAMED,
+    bounded,
+    expand_home,
+    hints,
+    item_class,
+    known_keys,
+    shown,
+    value_problems,
+)
 from lowmem.config.schema import RunConfig
 from lowmem.system.errors import ConfigError
 
@@ -527,7 +538,8 @@ class _Leaf:
         kind = hints(self.cls)[self.name]
         if is_dataclass(kind):
             return [f"{self.dotted} is {shown(self.value)}, expected a section with keys below it"]
-        wrong = [f"{self.dotted} is {shown(self.value)}, expected {_describe(kind)}"]
+        refused = REFUSED_VALUES.get(self.dotted, {}).get(self.value, "") if isinstance(self.value, str) else ""
+        wrong = [f"{self.dotted} is {shown(self.value)}, expected {_describe(kind)}" + (f"; {refused}" if refused else "")]
         if self.misfit():
             return wrong
         try:

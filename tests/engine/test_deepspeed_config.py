@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from lowmem.config.keys import NVME_REFUSAL
 from lowmem.config.schema import EngineConfig, OptimConfig, RunConfig, TrainConfig
 from lowmem.engine.deepspeed import ds_config
 from lowmem.engine.deepspeed.ds_config import build_deepspeed_config, default_document, offloads_optimizer, zero_stage
@@ -82,6 +83,7 @@ def test_equal_numbers_and_free_settings_are_accepted(tmp_path: Path) -> None:
         ({"zero_optimization": True}, "zero_optimization is true, must be an object"),
         ({"zero_optimization": {"stage": 2, "zenflow": {}}}, "zero_optimization.zenflow cannot be used"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param.device is nvme; allowed: none, cpu"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, f"allowed: none, cpu; {NVME_REFUSAL}"),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param needs stage 3, found stage 2"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "offload_optimizer needs stage 1, 2 or 3, found stage 0"),
         ({"bf16": {"bf16_master_weights_and_grads": True}}, "bf16.bf16_master_weights_and_grads cannot be used"),

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lowmem.config.keys import shown
+from lowmem.config.keys import NVME_REFUSAL, shown
 from lowmem.config.load import read_config_text
 from lowmem.config.schema import EngineConfig, RunConfig
 from lowmem.system.errors import ConfigError
@@ -266,7 +266,7 @@ def _refusals(where: str, document: dict[str, Any], config: RunConfig, stage: in
         if key in document.get("zero_optimization", {})
     ]
     problems += [
-        f"{where}: zero_optimization.{name}.device is {device}; allowed: none, cpu (lowmem's checkpoints hold no swapped tensors)"
+        f"{where}: zero_optimization.{name}.device is {device}; allowed: none, cpu; {NVME_REFUSAL}"
         for name, device in offload.items()
         if device != "cpu"
     ]
