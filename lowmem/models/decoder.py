@@ -9,7 +9,15 @@ import torch
 from torch import nn
 
 from lowmem.config.schema import ModelConfig
-from lowmem.models.base import LanguageModel, attention_flops, head_loss_options, matrix_parameters, parameters_by_component, store_as
+from lowmem.models.base import (
+    LanguageModel,
+    MatrixHead,
+    attention_flops,
+    head_loss_options,
+    matrix_parameters,
+    parameters_by_component,
+    store_as,
+)
 from lowmem.nn.attention import Attention, LayerCache, LowRankAttention, ModelCache
 from lowmem.nn.layers import DenseHead, Embedding, TiedHead, default_hidden_dim, make_head, make_mlp, make_norm
 from lowmem.nn.lorpt import LinearFactory
@@ -144,9 +152,16 @@ class Decoder(LanguageModel):
         """Whether the embedding is the head."""
         return self.config.tie_embeddings
 
-    def dense_head(self) -> tuple[nn.Module, nn.Linear] | None:
-        """Norm and head, unless the head is tied or LoRPt."""
-        return (self.norm, self.head) if isinstance(self.head, DenseHead) else None
+    def dense_head(self) -> MatrixHead | None:
+        """Norm and matrix, unless the head is LoRPt."""
+        if self.config.tie_embeddings:
+            return MatrixHead(self.norm, self.embedding.weight, None)  # type: ignore[arg-type]
+        head = self.head
+        return MatrixHead(self.norm, head.weight, head.bias) if isinstance(head, DenseHead) else None  # type: ignore[arg-type]
+
+    def lookup_parameter(self) -> nn.Parameter | None:
+        """The embedding's matrix."""
+        return self.embedding.weight  # type: ignore[return-value]
 
     def _head_weights(self) -> tuple[torch.Tensor, ...]:
         return (self.embedding.weight,) if self.config.tie_embeddings else ()
