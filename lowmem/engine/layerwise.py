@@ -18,9 +18,10 @@ from lowmem.config.schema import OptimConfig, TrainConfig
 from lowmem.data.batch import Batch
 from lowmem.engine.base import StepResult, Tensors, on_device
 from lowmem.engine.boundaries import Boundaries
-from lowmem.engine.layerwise_head import FirstUpdate, LayerwiseHead, LossScale, Pairs, Tied, Updates
+from lowmem.engine.layerwise_embedding import LayerwiseEmbedding
+from lowmem.engine.layerwise_head import FirstUpdate, LayerwiseHead, LossScale, Tied, Updates
 from lowmem.engine.local import LocalEngine
-from lowmem.engine.recovery import HALF_APPLIED, cannot_be_repeated, first_line, once_more, release_memory, smaller_micro_batch
+from lowmem.engine.recovery import HALF_APPLIED, cannot_be_repeated, first_line, release_memory, smaller_micro_batch
 from lowmem.engine.state import random_state, restore_random_state
 from lowmem.engine.storage.backing import Backing
 from lowmem.engine.storage.blocks import Storage, Visit
@@ -83,7 +84,10 @@ class LayerwiseEngine(LocalEngine):
         parts = len(trained) + 1 + bool(self._embed_parameters)
         self.clipping = BlockClipping(optim.clip, "block" if optim.clip_by == "block" else "previous", parts)
         self.updates = Updates(self.optimizer, self.clipping, self.scaler, device)
-        self.head = LayerwiseHead(model, self.updates, self.autocast, self.autocast_dtype, self.messages.append)
+        lookup = model.lookup_parameter() if self.clipping.mode == "previous" else None
+        lookup = lookup if any(lookup is parameter for parameter in self._embed_parameters) else None
+        self.head = LayerwiseHead(model, self.updates, lookup, self.autocast, self.autocast_dtype, self.messages.append)
+        self.embedding = LayerwiseEmbedding(model, self.updates, self._embed_parameters, lookup, self.autocast)
         _import_autograd()
 
     def _build_optimizer(self, model: LanguageModel, optim: OptimConfig, seed: int) -> torch.optim.Optimizer:
@@ -281,17 +285,7 @@ class LayerwiseEngine(LocalEngine):
         return grad_input, sums
 
     def _embedding(self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None, grad: torch.Tensor, tied: Tied) -> None:
-        def gradients() -> Pairs:
-            with self.autocast():
-                hidden = self.model.embed(tokens_BT, segments_BT=segments_BT)
-            found = torch.autograd.grad(hidden, self._embed_parameters, grad)
-            pairs = [(parameter, gradient.contiguous()) for parameter, gradient in zip(self._embed_parameters, found, strict=True)]
-            for parameter, gradient in pairs:
-                if parameter in tied:
-                    gradient += tied[parameter]
-            return pairs
-
-        self.updates.apply(once_more(gradients, self.device))
+        self.embedding.update(tokens_BT, segments_BT, grad, tied, self._slices(tokens_BT, self.micro_batch_size))
 
     def _discard(self) -> None:
         self.clipping.forget()

@@ -1,5 +1,6 @@
 """What a layerwise step does with gradients: loss scale, clipping and update of one part after the other, and the head, whose loss comes
-first and whose updates come later; where its gradient would be a sum over chunks, in blocks of rows.
+first and whose updates come later; where its gradient would be a sum over chunks, in blocks of rows. Those of a head that is the embedding
+wait for the end of the step.
 """
 
 import math
@@ -11,9 +12,10 @@ import torch
 from torch import nn
 
 from lowmem.engine.recovery import fits, once_more
-from lowmem.models.base import LanguageModel, head_loss_options
+from lowmem.models.base import LanguageModel, MatrixHead, head_loss_options
 from lowmem.nn.loss import CrossEntropyByRows, auto_chunk_tokens
-from lowmem.optim.clipping import BlockClipping
+from lowmem.nn.rows import GradientRows, MatrixRows, ResidentGradient, ResidentRows
+from lowmem.optim.clipping import BlockClipping, global_norm
 from lowmem.optim.low_bit import LowBitOptimizer
 from lowmem.system.dry_run import note
 
@@ -79,6 +81,19 @@ class Updates:
         self.optimizer, self.clipping, self.scale, self.device = optimizer, clipping, scale, device
         self.rehearsing = False
 
+    def rows_of(self, parameter: nn.Parameter) -> MatrixRows:
+        """The rows of a matrix, from where they are."""
+        return ResidentRows(parameter, self.optimizer.window)
+
+    def gradient_rows_of(self, matrix: MatrixRows, dtype: torch.dtype) -> GradientRows:
+        """Where the gradient of a matrix is kept until the end of the step.
+
+        Memory: the gradient in `dtype`.
+        """
+        gradient = torch.empty(matrix.shape, dtype=dtype, device=self.device)
+        note(gradient, "gradients")
+        return ResidentGradient(gradient)
+
     def apply(self, pairs: Pairs) -> bool:
         """Clip and update; false, and no update, if a gradient is not finite."""
         return self.update(pairs, once_more(partial(self.factor, pairs), self.device))
@@ -102,17 +117,24 @@ class Updates:
             self.optimizer.update(parameter, gradient, grad_scale=factor)
         return True
 
-    def begin_rows(self, parameter: torch.Tensor) -> None:
+    def is_finite(self, gradient: torch.Tensor) -> bool:
+        """Whether a gradient that is to be applied later is finite; if it is not, this step has no norm."""
+        norm = once_more(partial(global_norm, [gradient]), self.device).item()
+        if not math.isfinite(norm):
+            self.clipping.factor([gradient], math.nan)
+        return self.rehearsing or math.isfinite(norm)
+
+    def begin_rows(self, matrix: MatrixRows) -> None:
         """Prepare the update of a matrix that comes in rows."""
         if not self.rehearsing:
-            self.optimizer.begin(parameter)
+            self.optimizer.begin(matrix.parameter)
 
-    def apply_rows(self, parameter: torch.Tensor, first: int, gradient: torch.Tensor, unscale: float) -> bool:
+    def apply_rows(self, matrix: MatrixRows, first: int, gradient: torch.Tensor, unscale: float) -> bool:
         """Clip and update some rows of a matrix; false, and no update, if their gradient is not finite.
 
         Args:
             first: number of the first row.
-            gradient: of whole rows.
+            gradient: of whole rows, contiguous.
             unscale: what the gradient is to be multiplied by.
         """
         factor = once_more(partial(self.clipping.factor, [gradient], unscale), self.device)
@@ -121,11 +143,12 @@ class Updates:
         if math.isnan(factor):
             return False
         note(gradient, "gradients")
-        self.optimizer.update(parameter, gradient.view(-1), start=first * parameter.shape[1], grad_scale=factor)
+        with matrix.updating(slice(first, first + len(gradient))) as window:
+            self.optimizer.apply(matrix.parameter, window, gradient.view(-1), start=first * matrix.shape[1], grad_scale=factor)
         return True
 
 
-Tied = dict[nn.Parameter, torch.Tensor]
+Tied = dict[nn.Parameter, GradientRows]
 FirstUpdate = Callable[[], tuple[torch.Tensor | None, Tied]]
 
 
@@ -134,23 +157,25 @@ class LayerwiseHead:
 
     Args:
         updates: what becomes of gradients.
+        lookup: the embedding's matrix, where its gradient goes by rows; a head that is tied to it may, too.
         autocast: computes in the precision of the run.
         dtype: of that precision where it differs from what is stored.
         tell: is told what a person should know of memory that ran out.
     Attributes:
-        block_tokens: tokens whose gradient is added at once where the head goes by rows; 0 leaves it to `CrossEntropyByRows`.
+        block_tokens: tokens that meet a block of rows at once where the head goes by rows; 0 leaves it to `CrossEntropyByRows`.
     """
 
     def __init__(
         self,
         model: LanguageModel,
         updates: Updates,
+        lookup: nn.Parameter | None,
         autocast: Callable[[], AbstractContextManager],
         dtype: torch.dtype | None,
         tell: Callable[[str], None],
     ):
         self.model, self.updates, self.autocast, self.dtype, self.tell = model, updates, autocast, dtype, tell
-        self.block_tokens = 0
+        self.lookup, self.block_tokens = lookup, 0
         self.in_embedding = {id(parameter) for parameter in model.embed_parameters()}
         inside = {id(parameter) for parameter in model.blocks.parameters()}
         outer = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
@@ -166,9 +191,9 @@ class LayerwiseHead:
             hidden: (B, T, C) of the last block, a leaf; where it requires no gradient, because nothing below is trained, it is returned
                 as its gradient.
         """
-        dense = self.model.dense_head()
-        if dense is not None and self._by_rows(targets_BT.numel(), dense[1]):
-            return self._differentiate_by_rows(*dense, hidden, targets_BT, denominator)
+        head = self.model.dense_head()
+        if head is not None and self._by_rows(targets_BT.numel(), head.weight):
+            return self._differentiate_by_rows(head, hidden, targets_BT, denominator)
         with self.autocast():
             loss = self.model.head_loss(hidden, targets_BT, denominator)
         value = loss.item()
@@ -177,37 +202,41 @@ class LayerwiseHead:
         grad, gradients = _gradients(self.updates.scale.scale(loss), hidden, self.parameters)
         both = [(parameter, gradient.contiguous()) for parameter, gradient in zip(self.parameters, gradients, strict=True)]
         pairs = [pair for pair in both if id(pair[0]) not in self.in_embedding]
-        tied = {parameter: gradient for parameter, gradient in both if id(parameter) in self.in_embedding}
+        tied: Tied = {parameter: ResidentGradient(gradient) for parameter, gradient in both if id(parameter) in self.in_embedding}
         factor = self.updates.factor(pairs)
         return value, lambda: (grad if self.updates.update(pairs, factor) else None, tied)
 
-    def _by_rows(self, tokens: int, head: nn.Linear) -> bool:
+    def _by_rows(self, tokens: int, weight: nn.Parameter) -> bool:
         """Whether the head's gradient, if it has one, would have to be summed over several chunks of tokens: then it comes in rows instead.
 
-        Not when blocks are clipped by their own norms: the head's is known only once all rows are there.
+        Not when blocks are clipped by their own norms: the head's is known only once all rows are there. Nor where the head is an
+        embedding whose gradient does not come in rows.
         """
-        vocab_size, width = head.weight.shape
-        chunk = self.model.loss_options.chunk_tokens or auto_chunk_tokens(vocab_size, width, head.weight.element_size())
-        return head.weight.requires_grad and tokens > chunk and self.updates.clipping.mode == "previous"
+        vocab_size, width = weight.shape
+        chunk = self.model.loss_options.chunk_tokens or auto_chunk_tokens(vocab_size, width, weight.element_size())
+        possible = self.updates.clipping.mode == "previous" and (id(weight) not in self.in_embedding or weight is self.lookup)
+        return weight.requires_grad and tokens > chunk and possible
 
     def _differentiate_by_rows(
-        self, norm: nn.Module, head: nn.Linear, hidden: torch.Tensor, targets_BT: torch.Tensor, denominator: float
+        self, head: MatrixHead, hidden: torch.Tensor, targets_BT: torch.Tensor, denominator: float
     ) -> tuple[float, FirstUpdate | None]:
-        """As `differentiate`, with a block of rows of the head updated before the gradient of the next one exists."""
+        """As `differentiate`, with a block of rows of the head updated, or handed on, before the gradient of the next one exists."""
         device = self.updates.device
         with self.autocast():
-            normed = norm(hidden)
+            normed = head.norm(hidden)
         options, dtype = head_loss_options(self.model), self.dtype or normed.dtype
-        fit = partial(fits, device=device)
-        work = CrossEntropyByRows(normed, head.weight, head.bias, targets_BT, options, dtype, self.block_tokens, fit)
+        matrix, fit = self.updates.rows_of(head.weight), partial(fits, device=device)
+        work = CrossEntropyByRows(normed, matrix, head.bias, targets_BT, options, dtype, self.block_tokens, fit)
         value = work.loss.item() / denominator
         if not math.isfinite(value):
+            self._remember(work)
             return value, None
         work.allocate()
-        trained = [parameter for parameter in norm.parameters() if parameter.requires_grad]
+        tied: Tied = {head.weight: self.updates.gradient_rows_of(matrix, work.wide)} if head.weight is self.lookup else {}
+        trained = [parameter for parameter in head.norm.parameters() if parameter.requires_grad]
 
         def first_update() -> tuple[torch.Tensor | None, Tied]:
-            if not self._update_rows(work, head, denominator):
+            if not self._update_rows(work, denominator, tied.get(head.weight)):
                 return None, {}
             scale = self.updates.scale.get_scale() / denominator
 
@@ -216,24 +245,40 @@ class LayerwiseHead:
                 # the graph is kept, because this may be done twice
                 grad, gradients = _gradients(normed, hidden, trained, grad_normed, retain_graph=True)
                 pairs = list(zip(trained, gradients, strict=True))
-                return grad, pairs if work.grad_bias is None else [*pairs, (head.bias, work.grad_bias * scale)]
+                if head.bias is not None and work.grad_bias is not None and head.bias.requires_grad:
+                    pairs.append((head.bias, work.grad_bias * scale))
+                return grad, pairs
 
             grad, pairs = once_more(norm_gradients, device)
-            return grad if self.updates.apply(pairs) else None, {}
+            return grad if self.updates.apply(pairs) else None, tied
 
         return value, first_update
 
-    def _update_rows(self, work: CrossEntropyByRows, head: nn.Linear, denominator: float) -> bool:
-        """False, and no more updates, from the first rows on whose gradient is not finite."""
-        before = work.block_tokens
-        self.updates.begin_rows(head.weight)
+    def _update_rows(self, work: CrossEntropyByRows, denominator: float, tied: GradientRows | None) -> bool:
+        """False, and no more updates, from the first rows on whose gradient is not finite.
+
+        Args:
+            tied: takes the gradient, scaled as that of the embedding is, in place of an update.
+        """
+        scale = self.updates.scale.get_scale() / denominator
+        if tied is None:
+            self.updates.begin_rows(work.matrix)
         for first, grad_rows, _ in work.gradients():
-            if not self.updates.apply_rows(head.weight, first, grad_rows, 1 / denominator):
+            if tied is None:
+                finite = self.updates.apply_rows(work.matrix, first, grad_rows, 1 / denominator)
+            else:
+                finite = self.updates.is_finite(grad_rows.mul_(scale))
+                tied.write(slice(first, first + len(grad_rows)), grad_rows)
+            if not finite:
                 return False
-        if work.block_tokens != before:
-            self.block_tokens = work.block_tokens
-            self.tell(f"memory ran out in the head; its gradient goes on with {work.block_tokens} tokens at once")
+        self._remember(work)
         return True
+
+    def _remember(self, work: CrossEntropyByRows) -> None:
+        """Begin with what fitted from now on."""
+        if work.ran_out:
+            self.block_tokens = work.block_tokens
+            self.tell(f"memory ran out in the head; it goes on with {work.block_tokens} tokens at once")
 
 
 def _gradients(

@@ -1,7 +1,8 @@
 """What every model of lowmem offers to engines, generation and reports."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -40,6 +41,21 @@ Place = Callable[[nn.Module, int], nn.Module]  # what becomes of a block, by its
 def stays(block: nn.Module, index: int) -> nn.Module:
     """The `Place` of blocks that live where they are made."""
     return block
+
+
+@dataclass(frozen=True)
+class MatrixHead:
+    """A head whose logits are norm(hidden) @ weight.T + bias, scaled and capped as the model's options say.
+
+    Attributes:
+        norm: what comes before the matrix.
+        weight: (V, C); the embedding's where the head is tied.
+        bias: (V,) or None.
+    """
+
+    norm: nn.Module
+    weight: nn.Parameter
+    bias: nn.Parameter | None
 
 
 class LanguageModel(nn.Module, ABC):
@@ -135,8 +151,12 @@ class LanguageModel(nn.Module, ABC):
         """Those of `embed_parameters` that `head_loss` uses, too."""
         return [self.embedding.weight] if self.head_is_tied() else []  # type: ignore[union-attr, list-item]
 
-    def dense_head(self) -> tuple[nn.Module, nn.Linear] | None:
-        """The final norm and the head, where `head_loss` is one plain matrix of its own after that norm."""
+    def dense_head(self) -> "MatrixHead | None":
+        """The final norm and the matrix, where `head_loss` is that of products with one plain matrix, its own or the embedding's."""
+        return None
+
+    def lookup_parameter(self) -> nn.Parameter | None:
+        """The matrix of which `embed` looks up a row for each token, where it uses the token ids for nothing else."""
         return None
 
     def head_product(self, hidden_BTC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -171,6 +191,34 @@ class LanguageModel(nn.Module, ABC):
     def component_bytes(self) -> dict[str, int]:
         """Bytes of the weights by component, as they are stored now."""
         return bytes_by_component(self)
+
+
+def padding_rows(model: nn.Module, parameter: nn.Parameter) -> set[int]:
+    """Rows of an embedding's matrix that get no gradient from being looked up."""
+    found = {getattr(module, "padding_idx", None) for module, _ in _holders(model, parameter)}
+    return {row % parameter.shape[0] for row in found if row is not None}
+
+
+@contextmanager
+def stand_in(model: nn.Module, parameter: nn.Parameter, value: torch.Tensor) -> Iterator[nn.Parameter]:
+    """Have the modules that hold `parameter` hold `value` in its place, as a parameter of its own, all rows of which get gradients."""
+    replacement, holders = nn.Parameter(value), _holders(model, parameter)
+    padding = [getattr(module, "padding_idx", None) for module, _ in holders]
+    try:
+        for module, name in holders:
+            module._parameters[name] = replacement
+            if hasattr(module, "padding_idx"):
+                module.padding_idx = None  # type: ignore[assignment]
+        yield replacement
+    finally:
+        for (module, name), row in zip(holders, padding, strict=True):
+            module._parameters[name] = parameter
+            if hasattr(module, "padding_idx"):
+                module.padding_idx = row  # type: ignore[assignment]
+
+
+def _holders(model: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module, str]]:
+    return [(module, name) for module in model.modules() for name, held in module._parameters.items() if held is parameter]
 
 
 _MATRICES = {nn.Linear: ("weight",), nn.Embedding: ("weight",), LoRPtLinear: ("down", "up")}  # what may be quantised

@@ -11,6 +11,7 @@ from torch import nn
 from lowmem.config.schema import ModelConfig
 from lowmem.models.base import (
     LanguageModel,
+    MatrixHead,
     Place,
     attention_flops,
     head_loss_options,
@@ -165,9 +166,16 @@ class Decoder(LanguageModel):
         """Whether the embedding is the head."""
         return self.config.tie_embeddings
 
-    def dense_head(self) -> tuple[nn.Module, nn.Linear] | None:
-        """Norm and head, unless the head is tied or LoRPt."""
-        return (self.norm, self.head) if isinstance(self.head, DenseHead) else None
+    def dense_head(self) -> MatrixHead | None:
+        """Norm and matrix, unless the head is LoRPt."""
+        if self.config.tie_embeddings:
+            return MatrixHead(self.norm, self.embedding.weight, None)  # type: ignore[arg-type]
+        head = self.head
+        return MatrixHead(self.norm, head.weight, head.bias) if isinstance(head, DenseHead) else None  # type: ignore[arg-type]
+
+    def lookup_parameter(self) -> nn.Parameter | None:
+        """The embedding's matrix."""
+        return self.embedding.weight  # type: ignore[return-value]
 
     def _head_weights(self) -> tuple[torch.Tensor, ...]:
         return (self.embedding.weight,) if self.config.tie_embeddings else ()

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lowmem.models.base import LanguageModel, head_loss_options
+from lowmem.models.base import LanguageModel, MatrixHead, head_loss_options
 from lowmem.models.huggingface_attention import UnsupportedModelError
-from lowmem.models.huggingface_body import BlockArguments, Body, continued, new_cache
+from lowmem.models.huggingface_body import BlockArguments, Body, UsesOfIds, continued, new_cache
 from lowmem.nn.attention import ModelCache
 from lowmem.nn.layers import use_exact_gradients
 from lowmem.nn.linear import accumulate_dtype
@@ -204,9 +204,18 @@ class HuggingFaceModel(LanguageModel):
             used = leaves(self._body.embed(torch.zeros(1, 2, dtype=torch.int64, device=self.device), 0, None))
         return [p for p in self.lm.parameters() if id(p) not in elsewhere and (id(p) in used or id(p) in words)]
 
-    def dense_head(self) -> tuple[nn.Module, nn.Linear] | None:
-        """What comes before the head, and the head, where that is one matrix of its own."""
-        return (self.norm, self.head) if type(self.head) is PlainHead and not self.head_is_tied() else None
+    def dense_head(self) -> MatrixHead | None:
+        """What comes before the head, and its matrix, where no adapter is around it."""
+        head = self.head
+        return MatrixHead(self.norm, head.weight, head.bias) if type(head) is PlainHead else None  # type: ignore[arg-type]
+
+    def lookup_parameter(self) -> nn.Parameter | None:
+        """The embedding's matrix, where `embed` was seen to do nothing else with token ids."""
+        weight = matrix_of(self.lm.get_input_embeddings())
+        tokens = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
+        with torch.no_grad(), UsesOfIds(tokens) as uses:
+            self._body.embed(tokens, 0, None)
+        return weight if not uses.others and len(uses.lookups) == 1 and uses.lookups[0] is weight else None
 
     def head_product(self, hidden_BTC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """x, weight and bias of which the logits are the product.

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, Cache, PreTrainedModel
 
 from lowmem.models.huggingface_attention import NAME, MaskRequest, UnsupportedModelError, lowmem_attention, masks_for, register
@@ -342,6 +343,43 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors are the same numbers in the same order, shapes aside."""
     place = [(x.untyped_storage()._cdata, x.storage_offset(), x.numel(), x.is_contiguous()) for x in (a, b)]
     return a is b or place[0] == place[1]
+
+
+class UsesOfIds(TorchDispatchMode):
+    """Notes, while active, what is computed from token ids.
+
+    Args:
+        ids: of the tokens.
+    Attributes:
+        lookups: matrices of which rows were looked up by them, in order.
+        others: operations that made anything else of them.
+    """
+
+    def __init__(self, ids: torch.Tensor):
+        super().__init__()
+        self.lookups: list[Any] = []
+        self.others: list[str] = []
+        self._ids = [ids]  # and copies; kept, so that no other tensor gets their place
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not any(self._is_ids(value) for value in (*args, *(kwargs or {}).values())):
+            return result
+        name = func._overloadpacket.__name__
+        if name == "embedding" and not self._is_ids(args[0]):
+            self.lookups.append(args[0])
+        elif name in ("clone", "_to_copy"):
+            self._ids.append(result)
+        elif not self._is_ids(result) and not name.startswith(("new_", "ones_like", "zeros_like", "empty_like", "full_like")):
+            self.others.append(name)
+        return result
+
+    def _is_ids(self, value: Any) -> bool:
+        if isinstance(value, list | tuple):
+            return any(self._is_ids(part) for part in value)
+        if not isinstance(value, torch.Tensor) or value.is_floating_point():
+            return False
+        return any(value.untyped_storage()._cdata == ids.untyped_storage()._cdata for ids in self._ids)
 
 
 class TokenCache(ModelCache[LayerCache]):

@@ -196,6 +196,10 @@ class I3(LanguageModel):
             raise ValueError("i3 takes one segment a row; its recurrent state would carry one over into the next")
         return self.positions(self.embedding(tokens_BT), start)
 
+    def lookup_parameter(self) -> nn.Parameter | None:
+        """The embedding's matrix."""
+        return self.embedding.weight  # type: ignore[return-value]
+
     def head_loss(
         self,
         hidden_BTC: torch.Tensor,

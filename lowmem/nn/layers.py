@@ -49,7 +49,9 @@ def embedding(indices: torch.Tensor, weight: torch.Tensor, padding_idx: int | No
     return _Embedding.apply(indices, weight, -1 if padding_idx is None else padding_idx)
 
 
-def embedding_gradient(indices: torch.Tensor, grad: torch.Tensor, rows: int, padding_idx: int = -1) -> torch.Tensor:
+def embedding_gradient(
+    indices: torch.Tensor, grad: torch.Tensor, rows: int, padding_idx: int = -1, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """For every row the sum of the gradients of the tokens that chose it, in fp32 (fp64 for fp64), rounded once; always the same bits.
 
     Args:
@@ -57,8 +59,9 @@ def embedding_gradient(indices: torch.Tensor, grad: torch.Tensor, rows: int, pad
         grad: (..., C).
         rows: V.
         padding_idx: a row that gets nothing; -1 for none.
+        dtype: of the result; None is that of `grad`.
     Returns:
-        (V, C) in the dtype of `grad`.
+        (V, C).
     Memory: the result; for 16-bit gradients some columns of both in fp32 as well, together `WIDE_BYTES` or 32 columns.
     """
     width = grad.shape[-1]
@@ -68,7 +71,7 @@ def embedding_gradient(indices: torch.Tensor, grad: torch.Tensor, rows: int, pad
         return torch.ops.aten.embedding_dense_backward(grad_NC, indices_N, rows, padding_idx, False)
     fitting = WIDE_BYTES // (wide.itemsize * (rows + len(indices_N)))
     columns = min(max(fitting // MIN_COLUMNS, 1) * MIN_COLUMNS, width)
-    result_VC = grad.new_empty(rows, width)
+    result_VC = grad.new_empty(rows, width, dtype=dtype)
     starts = range(0, width, columns)
     for start in representative(starts, grad, distinct=1 if width % columns == 0 else len(starts)):
         part = slice(start, min(start + columns, width))

@@ -14,7 +14,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from lowmem.nn.linear import accumulate_dtype, compute_dtype
-from lowmem.nn.quantized import QuantizedWeight, dense, dense_rows
+from lowmem.nn.quantized import CodedWeight, dense
+from lowmem.nn.rows import MatrixRows
 from lowmem.system.dry_run import autocast_kind, device_kind, is_fake, representative
 
 IGNORE_INDEX = -100
@@ -22,6 +23,7 @@ AUTO_LOGIT_BYTES = 16 << 20
 CPU_BLOCK_BYTES = 4 << 20  # wide rows of logits alive at once: small enough for the cache
 GPU_BLOCK_BYTES = 64 << 20  # large enough that launching kernels takes no time
 GRAD_BLOCK_ROWS = 2048  # rows of the weight gradient that are added to the wide sum at once
+BLOCK_TOKENS = 1024  # tokens that meet such rows at once where a head goes by rows
 
 
 @dataclass(frozen=True)
@@ -325,32 +327,42 @@ def _attempt(cell: Callable[[], None]) -> bool:
     return True
 
 
+def row_blocks(count: int) -> list[slice]:
+    """The rows of a matrix of so many, `GRAD_BLOCK_ROWS` at a time."""
+    return [slice(first, min(first + GRAD_BLOCK_ROWS, count)) for first in range(0, count, GRAD_BLOCK_ROWS)]
+
+
 class CrossEntropyByRows:
-    """Loss first, gradients afterwards, as in `lowmem.nn.loss.chunked_cross_entropy`.
+    """Loss first, gradients afterwards, as in `lowmem.nn.loss.chunked_cross_entropy`. The matrix is read twice, a block of rows at a time:
+    the first pass keeps for each token the largest logit so far and the sum of the exponentials beside it.
 
     Args:
         hidden: (..., C).
-        weight: (V, C); rows may be changed once their gradient was yielded.
+        matrix: (V, C); rows may be changed once their gradient was yielded.
         bias: (V,) or None.
         targets: (...) int64; IGNORE_INDEX where nothing is predicted.
-        options: label smoothing, z-loss; chunk_tokens bounds the tokens whose logits are alive at once.
+        options: label smoothing, z-loss; no more logits are alive at once than chunk_tokens tokens have.
         dtype: what products are computed in.
-        block_tokens: tokens whose gradient is added at once; 0 is GRAD_BLOCK_ROWS.
-        attempt: calls a function that adds the gradient of one block of rows over one block of tokens, all of it or nothing. False says
+        block_tokens: tokens that meet a block of rows at once; 0 is BLOCK_TOKENS.
+        attempt: calls a function that takes one block of rows over one block of tokens into account, all of it or nothing. False says
             that its memory was not there: it is done again with half the tokens, and so are the others after it.
     Attributes:
         loss: sum over the predicted tokens, fp32 (fp64 for fp64).
         grad_hidden: (N, C) fp32, whole once `gradients` is exhausted; of the sum, not the mean.
         grad_bias: (V,) fp32, likewise; None without bias.
         block_tokens: as it is now.
-    Memory: one chunk of logits and four numbers a token; from `allocate` on `grad_hidden`, and a block of rows of the weight's
-        gradient and, if its dtype is another, of the weight.
+        ran_out: whether it had to be lowered.
+    Raises:
+        MemoryError: a single token is too much.
+    Memory: a block of rows of the matrix, if it is stored in another dtype, the logits of a block of rows and of tokens, and five numbers
+        a token; from `allocate` on `grad_hidden` and a block of rows of the matrix's gradient.
+    Source: the running maximum and sum, Milakov & Gimelshein 2018, arXiv:1805.02867, algorithm 3.
     """
 
     def __init__(
         self,
         hidden: torch.Tensor,
-        weight: torch.Tensor,
+        matrix: MatrixRows,
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         options: CrossEntropyOptions,
@@ -358,83 +370,112 @@ class CrossEntropyByRows:
         block_tokens: int = 0,
         attempt: Callable[[Callable[[], None]], bool] = _attempt,
     ):
-        self.weight, self.bias, self.options, self.dtype = weight.detach(), bias, options, dtype
+        self.matrix, self.bias, self.options, self.dtype = matrix, None if bias is None else bias.detach(), options, dtype
+        self.vocab_size, width = matrix.shape
+        self.blocks = row_blocks(self.vocab_size)
         self.wide = accumulate_dtype(dtype)
-        self.hidden_NC = hidden.detach().reshape(-1, weight.shape[1]).to(dtype)
+        self.hidden_NC = hidden.detach().reshape(-1, width).to(dtype)
         self.targets_N1 = targets.reshape(-1, 1)
         self.live_N1 = self.targets_N1 != IGNORE_INDEX
-        self.chunk = options.chunk_tokens or auto_chunk_tokens(weight.shape[0], weight.shape[1], dtype.itemsize)
-        self.loss, self.max_N1, self.sum_N1 = self._first_pass()
-        self.block_tokens, self.attempt = block_tokens or GRAD_BLOCK_ROWS, attempt
+        most = options.chunk_tokens * self.vocab_size // self.blocks[0].stop if options.chunk_tokens else BLOCK_TOKENS
+        self.block_tokens, self.attempt, self.ran_out = block_tokens or max(1, min(most, BLOCK_TOKENS)), attempt, False
+        as_it_is = matrix.dtype == dtype or isinstance(matrix.parameter, CodedWeight)
+        self.weight_RC = None if as_it_is else self.hidden_NC.new_empty(self.blocks[0].stop, width)
+        self.loss = self._first_pass()
         self.grad_hidden = self.hidden_NC.new_empty(0)
         self.grad_bias: torch.Tensor | None = None
 
-    def _first_pass(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        maxima, sums, total = [], [], torch.zeros((), dtype=self.wide, device=self.hidden_NC.device)
-        weight = dense(self.weight, self.dtype)
-        for start in range(0, len(self.hidden_NC), self.chunk):
-            tokens = slice(start, start + self.chunk)
-            logits = self._logits(tokens, weight, self.bias)
-            target = self.targets_N1[tokens].clamp_min(0)
-            largest = logits.amax(1, keepdim=True)
-            target_logit, mean = logits.gather(1, target), logits.mean(1, keepdim=True)
-            total_exp = logits.sub_(largest).exp_().sum(1, keepdim=True)
-            lse = largest + total_exp.log()
-            losses = torch.lerp(lse - target_logit, lse - mean, self.options.label_smoothing) + self.options.z_loss * lse * lse
-            total += losses.masked_fill(~self.live_N1[tokens], 0).sum()
-            maxima.append(largest)
-            sums.append(total_exp)
-        return total, torch.cat(maxima), torch.cat(sums)
+    def _first_pass(self) -> torch.Tensor:
+        """The loss; from here on `max_N1` and `sum_N1` are what softmax needs."""
+        zeros = torch.zeros_like(self.targets_N1, dtype=self.wide)
+        # the lowest finite number: beside it the sum of nothing is 0, where -inf would make it NaN
+        self.max_N1, self.sum_N1 = torch.full_like(zeros, torch.finfo(self.wide).min), zeros
+        self.target_N1, self.total_N1 = torch.zeros_like(zeros), torch.zeros_like(zeros) if self.options.label_smoothing else None
+        for rows in representative(self.blocks, self.hidden_NC):
+            self._over_tokens(partial(self._observe, rows, self._read(rows)))
+        lse = self.max_N1 + self.sum_N1.log()
+        losses = lse - self.target_N1
+        if self.total_N1 is not None:
+            losses = torch.lerp(losses, lse - self.total_N1 / self.vocab_size, self.options.label_smoothing)
+        losses = losses + self.options.z_loss * lse * lse
+        del self.target_N1, self.total_N1
+        return losses.masked_fill(~self.live_N1, 0).sum()
+
+    def _read(self, rows: slice) -> torch.Tensor:
+        """Rows of the matrix in the dtype of products; the next ones may overwrite them."""
+        stored = self.matrix.read(rows)
+        return dense(stored, self.dtype) if self.weight_RC is None else self.weight_RC[: len(stored)].copy_(stored)
+
+    def _observe(self, rows: slice, weight: torch.Tensor, tokens: slice) -> None:
+        """Take the logits of `rows` into account for `tokens`; nothing is allocated once the first number is changed.
+
+        Memory: the logits of the cell.
+        """
+        logits = self._logits(tokens, rows, weight)
+        before, here, column = self.max_N1[tokens], *self._targets_in(tokens, rows)
+        largest = torch.maximum(before, logits.amax(1, keepdim=True))
+        target_logit = torch.where(here, logits.gather(1, column), 0)
+        total = None if self.total_N1 is None else logits.sum(1, keepdim=True)
+        of_block = logits.sub_(largest).exp_().sum(1, keepdim=True)
+        shrunk = (before - largest).exp_()
+        self.sum_N1[tokens].mul_(shrunk).add_(of_block)
+        before.copy_(largest)
+        self.target_N1[tokens].add_(target_logit)
+        if self.total_N1 is not None and total is not None:
+            self.total_N1[tokens].add_(total)
+
+    def _targets_in(self, tokens: slice, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which tokens have their target among `rows`, and which of them that is; any other where they do not."""
+        target = self.targets_N1[tokens]
+        here = (target >= rows.start) & (target < rows.stop)
+        return here, (target - rows.start).clamp_(0, rows.stop - rows.start - 1)
+
+    def _over_tokens(self, cell: Callable[[slice], None]) -> None:
+        """Call `cell` for all tokens, for as many at once as fit."""
+        start = 0
+        while start < len(self.hidden_NC):
+            tokens = slice(start, start + self.block_tokens)
+            if self.attempt(partial(cell, tokens)):
+                start = tokens.stop
+            else:
+                self._halve_tokens()
+
+    def _halve_tokens(self) -> None:
+        tokens = min(self.block_tokens, len(self.hidden_NC))
+        if tokens == 1:
+            raise MemoryError(f"one token and {self.blocks[0].stop} rows of the head do not fit")
+        self.block_tokens, self.ran_out = tokens // 2, True
 
     def allocate(self) -> None:
         """Allocate all that `gradients` fills, if that was not done yet."""
         if self.grad_hidden.numel():
             return
-        rows, width = min(GRAD_BLOCK_ROWS, len(self.weight)), self.weight.shape[1]
-        self.grad_weight_RC = self.weight.new_empty(rows, width, dtype=self.wide)
-        as_it_is = self.weight.dtype == self.dtype or isinstance(self.weight, QuantizedWeight)
-        self.weight_RC = None if as_it_is else self.weight.new_empty(rows, width, dtype=self.dtype)
+        self.grad_weight_RC = self.hidden_NC.new_empty(self.blocks[0].stop, self.matrix.shape[1], dtype=self.wide)
         if self.bias is not None:
             self.grad_bias = torch.zeros_like(self.bias, dtype=self.wide)
         self.grad_hidden = torch.zeros_like(self.hidden_NC, dtype=self.wide)
 
     def gradients(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
-        """First row, (R, C) gradient of those rows of the weight and (R,) of the bias, in fp32; the sum's, not the mean's.
+        """First row, (R, C) gradient of those rows of the matrix and (R,) of the bias, in fp32; the sum's, not the mean's.
 
-        The gradient of the weight is overwritten by the next one.
+        The gradient of the matrix is overwritten by the next one.
 
         Raises:
             MemoryError: a single token is too much.
         """
         self.allocate()
-        for first in representative(range(0, len(self.weight), GRAD_BLOCK_ROWS), self.weight):
-            rows = slice(first, min(first + GRAD_BLOCK_ROWS, len(self.weight)))
-            if self.weight_RC is None:
-                weight = dense_rows(self.weight, rows, self.dtype)
-            else:
-                weight = self.weight_RC[: len(self.weight[rows])].copy_(self.weight[rows])
+        for rows in representative(self.blocks, self.hidden_NC):
+            weight = self._read(rows)
             grad_weight = self.grad_weight_RC[: len(weight)].zero_()
-            start = 0
-            while start < len(self.hidden_NC):
-                tokens = slice(start, start + self.block_tokens)
-                if self.attempt(partial(self._add_cell, tokens, rows, weight, grad_weight)):
-                    start = tokens.stop
-                else:
-                    self._halve_tokens()
-            yield first, grad_weight, None if self.grad_bias is None else self.grad_bias[rows]
+            self._over_tokens(partial(self._add_cell, rows, weight, grad_weight))
+            yield rows.start, grad_weight, None if self.grad_bias is None else self.grad_bias[rows]
 
-    def _halve_tokens(self) -> None:
-        tokens = min(self.block_tokens, len(self.hidden_NC))
-        if tokens == 1:
-            raise MemoryError(f"the head's gradient of one token and {min(GRAD_BLOCK_ROWS, len(self.weight))} rows does not fit")
-        self.block_tokens = tokens // 2
-
-    def _add_cell(self, tokens: slice, rows: slice, weight: torch.Tensor, grad_weight: torch.Tensor) -> None:
+    def _add_cell(self, rows: slice, weight: torch.Tensor, grad_weight: torch.Tensor, tokens: slice) -> None:
         """Add to the gradients of `rows` and of `tokens` what each has from the other; nothing is allocated between the additions.
 
         Memory: the logits of the cell, and one more gradient of `rows` and of `tokens`.
         """
-        grad_logits = self._logit_gradient(tokens, rows, weight, None if self.bias is None else self.bias[rows])
+        grad_logits = self._logit_gradient(tokens, rows, weight)
         of_bias = None if self.grad_bias is None else grad_logits.sum(0)
         grad_logits = grad_logits.to(self.dtype)
         of_hidden = (grad_logits @ weight).to(self.wide)
@@ -444,25 +485,23 @@ class CrossEntropyByRows:
         grad_weight.add_(of_weight)
         self.grad_hidden[tokens].add_(of_hidden)
 
-    def _logits(self, tokens: slice, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def _logits(self, tokens: slice, rows: slice, weight: torch.Tensor) -> torch.Tensor:
         logits = (self.hidden_NC[tokens] @ weight.t()).to(self.wide)
-        logits = logits if bias is None else logits.add_(bias)
+        logits = logits if self.bias is None else logits.add_(self.bias[rows])
         return self.options.reshape_(logits) if self.options.reshapes() else logits
 
-    def _logit_gradient(self, tokens: slice, rows: slice, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def _logit_gradient(self, tokens: slice, rows: slice, weight: torch.Tensor) -> torch.Tensor:
         """(M, R): softmax * (1 + 2 c lse) - (1 - s) * target - s / V, zero where nothing is predicted."""
         smoothing, z_loss = self.options.label_smoothing, self.options.z_loss
         largest, total = self.max_N1[tokens], self.sum_N1[tokens]
-        logits = self._logits(tokens, weight, bias)
+        logits = self._logits(tokens, rows, weight)
         slope = self.options.slope(logits) if self.options.reshapes() else None
         grad = logits.sub_(largest).exp_().div_(total)
         if z_loss:
             grad.mul_(1 + 2 * z_loss * (largest + total.log()))
         if smoothing:
-            grad.sub_(smoothing / len(self.weight))
-        target = self.targets_N1[tokens]
-        here = (target >= rows.start) & (target < rows.stop)
-        column = (target - rows.start).clamp(0, rows.stop - rows.start - 1)
+            grad.sub_(smoothing / self.vocab_size)
+        here, column = self._targets_in(tokens, rows)
         grad.scatter_add_(1, column, here.to(self.wide) * (smoothing - 1))
         if slope is not None:
             grad.mul_(slope)

@@ -197,6 +197,45 @@ class QuantizedWeight(CodedWeight):
         width = self.numel() // self.shape[0]
         return self.numbers(start * width, (stop - start) * width, dtype).view(stop - start, *self.shape[1:])
 
+    def some_rows(self, which: slice) -> "QuantizedWeight":
+        """Some rows as they are stored, sharing memory.
+
+        Args:
+            which: the first one begins at a multiple of 128 numbers.
+        """
+        start, stop, _ = which.indices(self.shape[0])
+        width = self.numel() // self.shape[0]
+        if start * width % BLOCK:
+            raise ValueError(f"row {start} begins at number {start * width}, must begin at a multiple of {BLOCK}")
+        return QuantizedWeight(*self.blocks(start * width, (stop - start) * width), torch.Size((stop - start, *self.shape[1:])), self.dtype)
+
+    def chosen_rows(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The rows of those numbers as an ordinary tensor.
+
+        Args:
+            ids: (n,) int64.
+        Memory: them; 8 MiB where rows are not whole blocks.
+        """
+        width = self.numel() // self.shape[0]
+        size = BLOCK * self.bits // 8
+        codes_BS, made = self.codes.view(-1, size), self.scale.new_empty(len(ids), width, dtype=dtype)
+        within = torch.arange(width, device=ids.device)
+        span = (width + BLOCK - 2) // BLOCK + 1 if width % BLOCK else width // BLOCK  # blocks that a row may touch
+        each = torch.arange(span, device=ids.device)
+        at_once = max(1, _CHUNK_BLOCKS // span)
+        for first in representative(range(0, len(ids), at_once), self.codes):
+            begins = ids[first : first + at_once] * width
+            touched = ((begins // BLOCK).unsqueeze(1) + each).clamp_(max=len(codes_BS) - 1).flatten()
+            numbers = made.new_empty(len(touched), BLOCK)
+            decode_into(numbers, codes_BS[touched], self.scale[touched])
+            numbers = numbers.view(len(begins), -1)
+            out = made[first : first + at_once]
+            if width % BLOCK:
+                torch.gather(numbers, 1, (begins % BLOCK).unsqueeze(1) + within, out=out)
+            else:
+                out.copy_(numbers)
+        return made
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"QuantizedWeight({tuple(self.shape)}, bits={self.bits}, dtype={self.dtype}, requires_grad={self.requires_grad})"
 
@@ -314,13 +353,9 @@ def _to_copy(weight: CodedWeight, *, dtype: torch.dtype | None = None, device: A
 
 def _embedding(weight: CodedWeight, indices: torch.Tensor, *_: Any) -> torch.Tensor:
     """The rows of an embedding that are asked for."""
-    width = weight.shape[1]
-    if width % BLOCK or not isinstance(weight, QuantizedWeight):
+    if not isinstance(weight, QuantizedWeight):
         return _aten.embedding.default(weight.dense(weight.dtype), indices)
-    codes = weight.codes.view(weight.shape[0], -1)[indices.flatten()]
-    scale = weight.scale.view(weight.shape[0], -1)[indices.flatten()]
-    shape = torch.Size((*indices.shape, width))
-    return QuantizedWeight(codes.flatten(), scale.flatten(), shape, weight.dtype).dense(weight.dtype)
+    return weight.chosen_rows(indices.flatten(), weight.dtype).view(*indices.shape, weight.shape[1])
 
 
 def _part(weight: CodedWeight) -> torch.Tensor:

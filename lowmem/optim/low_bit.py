@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from lowmem.nn.quantized import QuantizedWeight
+from lowmem.nn.rows import Window
 from lowmem.optim.kernels.formats import BLOCK, FORMATS, StateBits, StepScalars, mix_key, scale_count, state_bits_of
 from lowmem.optim.kernels.operator import optimizer_step_
 from lowmem.optim.kernels.reference import decode_signed, decode_unsigned, encode_signed, encode_unsigned, random_bits, second_bits
@@ -96,66 +97,102 @@ class LowBitOptimizer(torch.optim.Optimizer):
         if grad.is_sparse:
             raise ValueError("the gradient is sparse, lowmem's optimizers update dense ones; use nn.Embedding(sparse=False)")
         count = grad.numel()
+        quantized = isinstance(parameter, QuantizedWeight)
+        if grad.is_contiguous() and (quantized or parameter.is_contiguous()):
+            self.apply(parameter, self.window(parameter, start, count), grad.view(-1), start=start, grad_scale=grad_scale)
+            return
+        self._check_range(parameter, start, count)
+        self._check_state(parameter)
+        for first in range(0, count, _STAGED_NUMBERS):
+            last = min(first + _STAGED_NUMBERS, count)
+            here, gradients = start + first, grad.new_empty(last - first)
+            _copy_range(grad, first, gradients)
+            if quantized:
+                window = self.window(parameter, here, last - first)
+            else:
+                window = Window(parameter.new_empty(last - first), None, self._states(parameter, here, last - first))
+                _copy_range(parameter.detach(), here, window.weights)
+            self.apply(parameter, window, gradients, start=here, grad_scale=grad_scale)
+            if not quantized:
+                _copy_range(parameter.detach(), here, window.weights, back=True)
+
+    def window(self, parameter: torch.Tensor, start: int, count: int) -> Window:
+        """Weights and states of the numbers start, start + 1, ... of a contiguous or quantised parameter, sharing memory.
+
+        Args:
+            start: a multiple of 128.
+        Raises:
+            ValueError: a start or end inside a block, or states of another width than the group's `state_bits`.
+        """
+        self._check_range(parameter, start, count)
+        self._check_state(parameter)
+        states = self._states(parameter, start, count)
+        if isinstance(parameter, QuantizedWeight):
+            return Window(*parameter.blocks(start, count), states)
+        return Window(parameter.detach().view(-1)[start : start + count], None, states)
+
+    @torch.no_grad()
+    def apply(self, parameter: torch.Tensor, window: Window, grad: torch.Tensor, *, start: int = 0, grad_scale: float = 1.0) -> None:
+        """Apply the step begun to what `window` holds, wherever that lies.
+
+        Args:
+            parameter: says which group, step and random numbers these are; nothing of its own numbers is looked at.
+            window: of the numbers start, start + 1, ...
+            grad: their gradient, flat and contiguous, of any of the dtypes of `update`.
+            grad_scale: multiplies the gradient as it is read.
+        Raises:
+            ValueError: states of another size than `grad` needs.
+        Memory: none.
+        """
+        if not grad.numel():
+            return
+        group, step, bits = self._groups[parameter], self.state[parameter]["step"], self.bits_of(parameter)
+        self._check_window(parameter, window, grad.numel())
+        key = mix_key(self.seed, step, self._positions[parameter])
+        scalars = self.scalars(group, step, grad_scale=grad_scale, key=key, offset=start)
+        held = window.states.get
+        scales = held("exp_avg_scale"), held("exp_avg_sq_scale")
+        optimizer_step_(window.weights, grad, window.states["exp_avg"], held("exp_avg_sq"), *scales, scalars, bits, window.weight_scale)
+        _written(parameter)
+
+    def _states(self, parameter: torch.Tensor, start: int, count: int) -> dict[str, torch.Tensor]:
+        """Parts of the states, by name, flat."""
+        state, bits = self.state[parameter], self.bits_of(parameter)
+        blocks = slice(start // BLOCK, scale_count(start + count))
+        codes = slice(start, start + count) if bits == 32 else slice(blocks.start * BLOCK * bits // 8, blocks.stop * BLOCK * bits // 8)
+        parts = {name: state[name].view(-1)[codes] for name in self.names_of(parameter)}
+        if bits != 32:
+            parts |= {f"{name}_scale": state[f"{name}_scale"][blocks] for name in self.names_of(parameter)}
+        return parts
+
+    def _check_range(self, parameter: torch.Tensor, start: int, count: int) -> None:
         if start % BLOCK:
             raise ValueError(f"start is {start}, must be a multiple of {BLOCK}")
         if (start + count) % BLOCK and start + count != parameter.numel():
             raise ValueError(f"the update ends at {start + count}, must end at a multiple of {BLOCK} or at the end ({parameter.numel()})")
-        self._check_state(parameter)
-        quantized = isinstance(parameter, QuantizedWeight)
-        if grad.is_contiguous() and (quantized or parameter.is_contiguous()):
-            weights = None if quantized else parameter.detach().view(-1)[start : start + count]
-            self._update_flat(parameter, weights, grad.view(-1), start, grad_scale)
-            _written(parameter)
-            return
-        for first in range(0, count, _STAGED_NUMBERS):
-            last = min(first + _STAGED_NUMBERS, count)
-            gradients = grad.new_empty(last - first)
-            _copy_range(grad, first, gradients)
-            if quantized:
-                self._update_flat(parameter, None, gradients, start + first, grad_scale)
-                continue
-            weights = parameter.new_empty(last - first)
-            _copy_range(parameter.detach(), start + first, weights)
-            self._update_flat(parameter, weights, gradients, start + first, grad_scale)
-            _copy_range(parameter.detach(), start + first, weights, back=True)
-        _written(parameter)
-
-    def _update_flat(
-        self, parameter: torch.Tensor, weights: torch.Tensor | None, grad: torch.Tensor, start: int, grad_scale: float
-    ) -> None:
-        """Update the numbers from `start` on, of which `weights` is a view or a copy; None: those of a quantised parameter."""
-        count, weight_scale = grad.numel(), None
-        if not count:
-            return
-        if weights is None:
-            assert isinstance(parameter, QuantizedWeight)
-            weights, weight_scale = parameter.blocks(start, count)
-        state, group = self.state[parameter], self._groups[parameter]
-        bits = self.bits_of(parameter)
-        key = mix_key(self.seed, state["step"], self._positions[parameter])
-        scalars = self.scalars(group, state["step"], grad_scale=grad_scale, key=key, offset=start)
-        per_number = slice(start, start + count)
-        blocks = slice(start // BLOCK, scale_count(start + count))
-        codes = per_number if bits == 32 else slice(blocks.start * BLOCK * bits // 8, blocks.stop * BLOCK * bits // 8)
-
-        def part(name: str, which: slice) -> torch.Tensor | None:
-            return state[name].view(-1)[which] if name in state else None
-
-        exp_avg = part("exp_avg", codes)
-        assert exp_avg is not None
-        scales = part("exp_avg_scale", blocks), part("exp_avg_sq_scale", blocks)
-        optimizer_step_(weights, grad, exp_avg, part("exp_avg_sq", codes), *scales, scalars, bits, weight_scale)
 
     def _check_state(self, parameter: torch.Tensor) -> None:
-        """Kernels trust the sizes of states: a width that was changed after the first step must not reach them."""
+        """See that states have the width that their group asks for, which may have been changed since the first step."""
         state, bits = self.state[parameter], self.bits_of(parameter)
         for name in self.names_of(parameter):
-            numel = parameter.numel() if bits == 32 else FORMATS[bits].code_bytes(parameter.numel())
-            if (state[name].dtype, state[name].numel()) != (_code_dtype(name, bits), numel):
-                raise ValueError(
-                    f"{name} has {state[name].numel()} numbers of {state[name].dtype}, state_bits={bits} needs {numel} of "
-                    f"{_code_dtype(name, bits)}; the width of a parameter's states cannot change once they exist"
-                )
+            self._check_codes(name, state[name], bits, parameter.numel())
+
+    def _check_window(self, parameter: torch.Tensor, window: Window, count: int) -> None:
+        """Kernels trust the sizes of what they are given."""
+        bits = self.bits_of(parameter)
+        for name in self.names_of(parameter):
+            self._check_codes(name, window.states[name], bits, count)
+        if window.weight_scale is None and window.weights.numel() != count:
+            raise ValueError(f"the window has {window.weights.numel()} weights, the gradient {count}; both are of the same numbers")
+
+    @staticmethod
+    def _check_codes(name: str, codes: torch.Tensor, bits: int, count: int) -> None:
+        wanted = count if bits == 32 else FORMATS[bits].code_bytes(count)
+        if (codes.dtype, codes.numel()) != (_code_dtype(name, bits), wanted):
+            raise ValueError(
+                f"{name} has {codes.numel()} numbers of {codes.dtype}, state_bits={bits} needs {wanted} of "
+                f"{_code_dtype(name, bits)}; the width of a parameter's states cannot change once they exist"
+            )
 
     def names_of(self, parameter: torch.Tensor) -> tuple[str, ...]:
         """Names of the moments that `parameter` has."""

@@ -76,11 +76,11 @@ def applied_gradients(engine: LocalEngine) -> dict[str, torch.Tensor]:
         return gradients
     found: dict[str, torch.Tensor] = {}
 
-    def note(parameter: torch.Tensor, grad: torch.Tensor, *, start: int = 0, grad_scale: float = 1.0) -> None:
+    def note(parameter: torch.Tensor, window: Any, grad: torch.Tensor, *, start: int = 0, grad_scale: float = 1.0) -> None:
         flat = found.setdefault(names[id(parameter)], torch.zeros(parameter.numel()))
         flat[start : start + grad.numel()] += grad.float().flatten() * grad_scale
 
-    engine.optimizer.update = note
+    engine.optimizer.apply = note
     engine.step(batch_of(0), 0.0)
     shapes = {name: p.shape for name, p in engine.model.named_parameters()}
     return {name: gradient.view(shapes[name]) for name, gradient in found.items()}

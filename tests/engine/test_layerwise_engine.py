@@ -63,14 +63,14 @@ def applied_gradients(engine: LayerwiseEngine, batch: Batch) -> dict[str, torch.
     """Every gradient the optimizer is given during one step, by the name of its parameter; each exactly once."""
     names = {id(parameter): name for name, parameter in engine.model.named_parameters()}
     found: dict[str, torch.Tensor] = {}
-    update = engine.optimizer.update
+    apply = engine.optimizer.apply
 
-    def record(parameter, grad, **more):
+    def record(parameter, window, grad, **more):
         assert names[id(parameter)] not in found
-        found[names[id(parameter)]] = grad.clone()
-        update(parameter, grad, **more)
+        found[names[id(parameter)]] = grad.view(parameter.shape).clone()
+        apply(parameter, window, grad, **more)
 
-    engine.optimizer.update = record
+    engine.optimizer.apply = record
     engine.step(batch, LR)
     return found
 
@@ -109,16 +109,16 @@ def test_a_head_in_rows_gets_the_same_gradients(monkeypatch):
     reference, engine = make_rows(accumulate()), make_rows(layerwise(micro=3))
     reference._accumulate(make_batch(0))
     expected = reference.model.head.weight.grad
-    found, update = [], engine.optimizer.update
+    found, apply = [], engine.optimizer.apply
 
-    def record(parameter, grad, **more):
+    def record(parameter, window, grad, **more):
         if parameter is engine.model.head.weight:
             found.append((more["start"], grad.clone() * more["grad_scale"]))
         elif parameter is engine.model.norm.weight:
             assert (grad - reference.model.norm.weight.grad).norm() <= 1e-6 * grad.norm()
-        update(parameter, grad, **more)
+        apply(parameter, window, grad, **more)
 
-    engine.optimizer.update = record
+    engine.optimizer.apply = record
     result = engine.step(make_batch(0), LR)
     assert [start for start, _ in found] == [0, 512, 1024, 1536, 2048]  # 67 rows
     gradient = torch.cat([rows for _, rows in found]).view_as(expected)
@@ -292,10 +292,10 @@ def test_a_bad_gradient_stops_the_step_at_its_block():
 def test_block_clipping_keeps_the_global_norm_below_the_limit():
     engine = layerwise(clip=0.05, clip_by="block")
     squares = []
-    update = engine.optimizer.update
-    engine.optimizer.update = lambda p, g, grad_scale: (
+    apply = engine.optimizer.apply
+    engine.optimizer.apply = lambda p, window, g, start, grad_scale: (
         squares.append((g.double() * grad_scale).square().sum().item()),
-        update(p, g, grad_scale=grad_scale),
+        apply(p, window, g, start=start, grad_scale=grad_scale),
     )
     result = engine.step(make_batch(0), LR)
     assert result.grad_norm > 0.05
@@ -307,10 +307,10 @@ def test_block_clipping_keeps_the_global_norm_below_the_limit():
 def test_clipping_by_an_estimate_of_the_global_norm():
     """Where each part keeps its share of the norm the estimate is the norm: clipping is that of whole gradients."""
     engine = layerwise(clip=0.05)
-    squares, update = [], engine.optimizer.update
-    engine.optimizer.update = lambda p, g, grad_scale: (
+    squares, apply = [], engine.optimizer.apply
+    engine.optimizer.apply = lambda p, window, g, start, grad_scale: (
         squares.append((g.double() * grad_scale).square().sum().item()),
-        update(p, g, grad_scale=grad_scale),
+        apply(p, window, g, start=start, grad_scale=grad_scale),
     )
     for step in range(4):
         squares.clear()

@@ -41,8 +41,8 @@ print(json.dumps({"peak": peak.host_peak_bytes, **engine.memory_components()}))
 """
 
 
-def measure(update: str) -> dict[str, int]:
-    command = [sys.executable, "-W", "error", "-c", SCRIPT, update]
+def measure(update: str, script: str = SCRIPT) -> dict[str, int]:
+    command = [sys.executable, "-W", "error", "-c", script, update]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
@@ -57,3 +57,21 @@ def test_gradients_take_one_block():
     # and what the allocator keeps of both: two blocks more.
     saved = whole["peak"] - layerwise["peak"]
     assert saved > whole["gradients"] - 4 * layerwise["gradients"]
+
+
+# One small block and a large vocabulary: matrix, states and the gradients of both ends are nearly all there is.
+LARGE_VOCABULARY = (
+    SCRIPT.replace("dim=512, num_layers=10, num_heads=8", "dim=256, num_layers=1, num_heads=4, tie_embeddings=TIED")
+    .replace("vocab_size=128, max_seq_len=8", "vocab_size=32768, max_seq_len=128")
+    .replace("integers(0, 128, (4, 9))", "integers(0, 32768, (8, 129))")
+)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_of_a_large_vocabulary_take_some_rows_of_it(tied):
+    matrix = 32768 * 256 * 4
+    peaks = {update: measure(update, LARGE_VOCABULARY.replace("TIED", str(tied))) for update in ("accumulate", "layerwise")}
+    held = {update: found["weights"] + found["optimizer_states"] for update, found in peaks.items()}
+    over = {update: found["peak"] - held[update] for update, found in peaks.items()}
+    # accumulation has a gradient of each matrix; a layerwise step that of a tied one alone
+    assert over["accumulate"] - over["layerwise"] > (0.5 if tied else 1.5) * matrix

@@ -190,10 +190,19 @@ def test_the_gradient_of_the_norm_is_computed_again_from_the_same_graph(monkeypa
     assert bits(engine) == bits(other)
 
 
-def test_a_token_of_the_head_that_does_not_fit_ends_the_run(monkeypatch):
-    engine = make_engine("dense in rows, layerwise")
-    monkeypatch.setattr(layerwise_head, "fits", lambda work, device: False)
-    with pytest.raises(MemoryBudgetError, match="the head's gradient of one token and 67 rows does not fit.*last checkpoint"):
+@pytest.mark.parametrize("fitting, message", [(0, "nothing smaller exists"), (6, "last checkpoint")])
+def test_a_token_of_the_head_that_does_not_fit_ends_the_run(fitting, message, monkeypatch):
+    """In the first pass, which has six cells of 32 tokens, or in the second."""
+    engine, left = make_engine("dense in rows, layerwise"), [fitting]
+
+    def fits(work, device) -> bool:
+        left[0] -= 1
+        if left[0] >= 0:
+            work()
+        return left[0] >= 0
+
+    monkeypatch.setattr(layerwise_head, "fits", fits)
+    with pytest.raises(MemoryBudgetError, match=f"one token and 67 rows of the head do not fit.*({message})"):
         engine.step(make_batch(0), LR)
 
 

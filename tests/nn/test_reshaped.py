@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from lowmem.nn import causal_attention as module
 from lowmem.nn.causal_attention import blocked_attention, causal_attention, visible_attention
 from lowmem.nn.loss import IGNORE_INDEX, CrossEntropyByRows, CrossEntropyOptions, chunked_cross_entropy
+from lowmem.nn.rows import ResidentRows
 
 ROWS, HEADS, TIME, WIDTH = 3, 4, 70, 8
 
@@ -106,7 +107,9 @@ def test_the_loss_of_scaled_and_capped_logits_is_the_definition(options, by_rows
     inputs = [x for x in (hidden, weight, offset) if x is not None]
     wanted = torch.autograd.grad(expected, inputs)
     if by_rows:
-        work = CrossEntropyByRows(hidden, weight, None if offset is None else offset.detach(), targets, options, torch.float64)
+        work = CrossEntropyByRows(
+            hidden, ResidentRows(weight), None if offset is None else offset.detach(), targets, options, torch.float64
+        )
         loss, parts = work.loss, [(rows.clone(), part) for _, rows, part in work.gradients()]
         found = [work.grad_hidden, torch.cat([rows for rows, _ in parts]), *([work.grad_bias] if bias else [])]
     else:

@@ -9,6 +9,7 @@ from lowmem.nn.lorpt import Factors, low_rank
 from lowmem.nn.loss import CrossEntropyByRows, CrossEntropyOptions, SoftTargets, chunked_cross_entropy
 from lowmem.nn.quantized import quantize
 from lowmem.nn.recurrent import hybrid_scan
+from lowmem.nn.rows import ResidentRows
 
 TOKENS, WIDTH, VOCAB = 8192, 32, 40
 BF16 = torch.bfloat16
@@ -62,6 +63,10 @@ def head(scale: float = 0.2) -> list[torch.Tensor]:
     return [numbers(TOKENS, WIDTH), numbers(VOCAB, WIDTH, std=scale, seed=1), numbers(VOCAB, seed=2)]
 
 
+def in_rows(parts: list[torch.Tensor]) -> tuple[torch.Tensor, ResidentRows, torch.Tensor]:
+    return parts[0], ResidentRows(parts[1]), parts[2]
+
+
 def skewed_targets() -> torch.Tensor:
     targets = torch.randint(0, VOCAB, (TOKENS,), generator=torch.Generator().manual_seed(3))
     targets[::2] = 7
@@ -81,7 +86,7 @@ def test_a_frequent_target_does_not_swallow_the_gradients_of_the_head(options):
     exact = losses([part.double() for part in head()], skewed_targets(), options)
     # a logit of size 1 is off by 2^-9, and its probability with it, its gradient by another rounding, as is the result
     assert all(((ours.double() - theirs).norm() / theirs.norm()).item() < 3 * UNIT for ours, theirs in zip(found, exact, strict=True))
-    rows = CrossEntropyByRows(*head(), skewed_targets(), options, BF16)
+    rows = CrossEntropyByRows(*in_rows(head()), skewed_targets(), options, BF16)
     of_weight = torch.cat([block.clone() for _, block, _ in rows.gradients()]) / TOKENS
     assert ((of_weight.double() - exact[2]).norm() / exact[2].norm()).item() < 3 * UNIT
 
@@ -100,7 +105,7 @@ def test_logits_of_ten_thousand_are_finite(dtype, taught):
     options = CrossEntropyOptions(64, 0.1, 1e-4, soft(parts, 30.0) if taught else None)
     assert all(tensor.isfinite().all() for tensor in losses(parts, skewed_targets(), options))
     if not taught:
-        rows = CrossEntropyByRows(*parts, skewed_targets(), options, dtype)
+        rows = CrossEntropyByRows(*in_rows(parts), skewed_targets(), options, dtype)
         assert all(block.isfinite().all() for _, block, _ in rows.gradients())
         assert rows.loss.isfinite()
         assert rows.grad_hidden.isfinite().all()
@@ -111,7 +116,7 @@ def test_without_a_target_there_is_no_loss_and_no_gradient(taught):
     parts, nothing = head(), torch.full((TOKENS,), -100)
     options = CrossEntropyOptions(64, 0.1, 1e-4, soft(parts) if taught else None)
     assert not any(tensor.any() for tensor in losses(parts, nothing, options))
-    rows = CrossEntropyByRows(*parts, nothing, CrossEntropyOptions(64, 0.1, 1e-4), BF16)
+    rows = CrossEntropyByRows(*in_rows(parts), nothing, CrossEntropyOptions(64, 0.1, 1e-4), BF16)
     assert not any(block.any() for _, block, _ in rows.gradients())
     assert not rows.loss
     assert not rows.grad_hidden.any()

@@ -74,7 +74,7 @@ def layerwise(model: LanguageModel | None = None, **optim: float) -> LayerwiseEn
 def applied_norms(engine: LayerwiseEngine) -> list[float]:
     """Of every later step: what its gradients, as they are applied, have for a norm. Weights stay."""
     norms: list[float] = []
-    engine.optimizer.update = lambda p, g, *, start=0, grad_scale=1.0: squares.append((g.double() * grad_scale).square().sum().item())
+    engine.optimizer.apply = lambda p, w, g, *, start=0, grad_scale=1.0: squares.append((g.double() * grad_scale).square().sum().item())
     squares: list[float] = []
     step = engine.step
 
