@@ -83,9 +83,13 @@ class LayerwiseEngine(LocalEngine):
         self._lowest = -1 if self._embed_parameters else min(trained, default=len(model.blocks))  # the part below which nothing is trained
         parts = len(trained) + 1 + bool(self._embed_parameters)
         self.clipping = BlockClipping(optim.clip, "block" if optim.clip_by == "block" else "previous", parts)
-        self.updates = Updates(self.optimizer, self.clipping, self.scaler, device)
+        self.updates = Updates(self.optimizer, self.clipping, self.scaler, device, self.storage)
         lookup = model.lookup_parameter() if self.clipping.mode == "previous" else None
         lookup = lookup if any(lookup is parameter for parameter in self._embed_parameters) else None
+        matrix = model.dense_head() if self.clipping.mode == "previous" else None
+        for weight in (lookup, None if matrix is None else matrix.weight):
+            if weight is not None and weight.requires_grad and (weight is lookup or id(weight) not in map(id, model.embed_parameters())):
+                self.storage.adopt_matrix(weight, self.optimizer)
         self.head = LayerwiseHead(model, self.updates, lookup, self.autocast, self.autocast_dtype, self.messages.append)
         self.embedding = LayerwiseEmbedding(model, self.updates, self._embed_parameters, lookup, self.autocast)
         _import_autograd()
@@ -148,15 +152,23 @@ class LayerwiseEngine(LocalEngine):
     def _losses(self, batch: Batch) -> list[float]:
         """See `LocalEngine`; blocks that are elsewhere come once for the whole batch."""
         if not self.storage.streams:
-            return super()._losses(batch)
+            return [self._loss_of(micro_batch) for micro_batch in self._micro_batches(batch)]
         tokens, targets, segments = on_device(batch, self.device)
         boundaries, last = self._boundaries(len(batch)), len(self.model.blocks)
         self._forward(tokens, segments, boundaries, keep=False)
         losses = []
         for rows in representative(self._slices(tokens, self.micro_batch_size), tokens, distinct=2):
-            with self.autocast():
-                losses.append(self.model.head_loss(boundaries.read(last, rows), targets[rows], 1.0).item())
+            losses.append(self.head.loss(boundaries.read(last, rows), targets[rows]))
         return losses
+
+    def _loss_of(self, batch: Batch) -> float:
+        tokens, targets, segments = on_device(batch, self.device)
+        with self.autocast():
+            hidden = self.embedding.embed(tokens, segments)
+        for index in range(len(self.model.blocks)):
+            with self.autocast():
+                hidden = self.model.block(index, segments)(hidden)
+        return self.head.loss(hidden, targets)
 
     def _forward(
         self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None, boundaries: Boundaries, *, keep: bool = True
@@ -168,7 +180,7 @@ class LayerwiseEngine(LocalEngine):
         """
         with torch.no_grad(), self.autocast():
             for rows in representative(self._slices(tokens_BT, self.micro_batch_size), tokens_BT):
-                boundaries.write(0, rows, self.model.embed(tokens_BT[rows], segments_BT=_part(segments_BT, rows)))
+                boundaries.write(0, rows, self.embedding.embed(tokens_BT[rows], _part(segments_BT, rows)))
         graphs: dict[int, Graphs] = {}
         for index in range(len(self.model.blocks)):
             kept = keep and index >= self._lowest

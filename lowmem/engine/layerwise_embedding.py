@@ -42,6 +42,17 @@ class LayerwiseEmbedding:
         self.model, self.updates, self.parameters, self.lookup, self.autocast = model, updates, parameters, lookup, autocast
         self.others = [parameter for parameter in parameters if parameter is not lookup]
 
+    def embed(self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None) -> torch.Tensor:
+        """What the model's `embed` returns, wherever its matrix lives.
+
+        Memory: where that is elsewhere, a row for each token.
+        """
+        if self.lookup is None or not self.updates.storage.has_matrix(self.lookup):
+            return self.model.embed(tokens_BT, segments_BT=segments_BT)
+        rows = self.updates.rows_of(self.lookup).gather(tokens_BT.flatten())
+        with stand_in(self.model, self.lookup, rows):
+            return self.model.embed(_own_rows(tokens_BT), segments_BT=segments_BT)
+
     def update(
         self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None, grad: torch.Tensor, tied: Tied, slices: list[slice]
     ) -> None:
@@ -85,7 +96,7 @@ class LayerwiseEmbedding:
         def differentiate(rows: slice) -> None:
             """Nothing is changed before all of it is there."""
             tokens = tokens_BT[rows]
-            ids = torch.arange(tokens.numel(), device=tokens.device).view(tokens.shape)  # each token has a row of its own
+            ids = _own_rows(tokens)
             with stand_in(self.model, self.lookup, matrix.gather(tokens.flatten())) as looked_up, self.autocast():  # type: ignore[arg-type]
                 hidden = self.model.embed(ids, segments_BT=None if segments_BT is None else segments_BT[rows])
                 found, *more = torch.autograd.grad(hidden, [looked_up, *self.others], grad[rows])
@@ -125,6 +136,11 @@ class LayerwiseEmbedding:
             once_more(partial(fill, grad, rows, slice(bounds[index], bounds[index + 1])), device)
             if not self.updates.apply_rows(matrix, rows.start, grad, 1 / self.updates.scale.get_scale()):
                 return
+
+
+def _own_rows(tokens: torch.Tensor) -> torch.Tensor:
+    """In place of token ids: each token has a row of its own."""
+    return torch.arange(tokens.numel(), device=tokens.device).view(tokens.shape)
 
 
 def _empty(like: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:

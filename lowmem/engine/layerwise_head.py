@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from lowmem.engine.recovery import fits, once_more
+from lowmem.engine.storage.blocks import Storage
 from lowmem.models.base import LanguageModel, MatrixHead, head_loss_options
 from lowmem.nn.loss import CrossEntropyByRows, auto_chunk_tokens
-from lowmem.nn.rows import GradientRows, MatrixRows, ResidentGradient, ResidentRows
+from lowmem.nn.rows import GradientRows, MatrixRows, ResidentGradient
 from lowmem.optim.clipping import BlockClipping, global_norm
 from lowmem.optim.low_bit import LowBitOptimizer
 from lowmem.system.dry_run import note
@@ -73,26 +74,22 @@ class Updates:
     Args:
         scale: what the loss was multiplied by.
         device: where memory is given back if clipping runs out of it.
+        storage: where matrices are.
     Attributes:
         rehearsing: nothing is updated; clipping goes on as in a step.
     """
 
-    def __init__(self, optimizer: LowBitOptimizer, clipping: BlockClipping, scale: LossScale, device: torch.device):
-        self.optimizer, self.clipping, self.scale, self.device = optimizer, clipping, scale, device
+    def __init__(self, optimizer: LowBitOptimizer, clipping: BlockClipping, scale: LossScale, device: torch.device, storage: Storage):
+        self.optimizer, self.clipping, self.scale, self.device, self.storage = optimizer, clipping, scale, device, storage
         self.rehearsing = False
 
     def rows_of(self, parameter: nn.Parameter) -> MatrixRows:
         """The rows of a matrix, from where they are."""
-        return ResidentRows(parameter, self.optimizer.window)
+        return self.storage.rows_of(parameter, self.optimizer)
 
     def gradient_rows_of(self, matrix: MatrixRows, dtype: torch.dtype) -> GradientRows:
-        """Where the gradient of a matrix is kept until the end of the step.
-
-        Memory: the gradient in `dtype`.
-        """
-        gradient = torch.empty(matrix.shape, dtype=dtype, device=self.device)
-        note(gradient, "gradients")
-        return ResidentGradient(gradient)
+        """Where the gradient of a matrix is kept until the end of the step."""
+        return self.storage.gradient_rows_of(matrix, dtype, self.device)
 
     def apply(self, pairs: Pairs) -> bool:
         """Clip and update; false, and no update, if a gradient is not finite."""
@@ -206,8 +203,20 @@ class LayerwiseHead:
         factor = self.updates.factor(pairs)
         return value, lambda: (grad if self.updates.update(pairs, factor) else None, tied)
 
+    def loss(self, hidden: torch.Tensor, targets_BT: torch.Tensor) -> float:
+        """Sum of the losses of the predicted tokens, computed as a step computes them."""
+        head = self.model.dense_head()
+        with self.autocast():
+            if head is None or not self._by_rows(targets_BT.numel(), head.weight):
+                return self.model.head_loss(hidden, targets_BT, 1.0).item()
+            normed = head.norm(hidden)
+        options, dtype = head_loss_options(self.model), self.dtype or normed.dtype
+        matrix, fit = self.updates.rows_of(head.weight), partial(fits, device=self.updates.device)
+        return CrossEntropyByRows(normed, matrix, head.bias, targets_BT, options, dtype, self.block_tokens, fit).loss.item()
+
     def _by_rows(self, tokens: int, weight: nn.Parameter) -> bool:
         """Whether the head's gradient, if it has one, would have to be summed over several chunks of tokens: then it comes in rows instead.
+        So does a matrix that is elsewhere.
 
         Not when blocks are clipped by their own norms: the head's is known only once all rows are there. Nor where the head is an
         embedding whose gradient does not come in rows.
@@ -215,7 +224,7 @@ class LayerwiseHead:
         vocab_size, width = weight.shape
         chunk = self.model.loss_options.chunk_tokens or auto_chunk_tokens(vocab_size, width, weight.element_size())
         possible = self.updates.clipping.mode == "previous" and (id(weight) not in self.in_embedding or weight is self.lookup)
-        return weight.requires_grad and tokens > chunk and possible
+        return self.updates.storage.has_matrix(weight) or (weight.requires_grad and tokens > chunk and possible)
 
     def _differentiate_by_rows(
         self, head: MatrixHead, hidden: torch.Tensor, targets_BT: torch.Tensor, denominator: float

@@ -164,6 +164,8 @@ class LocalEngine(Engine):
         check_tensors(path, stored_tensors(saved_tensors(self.model)))
         for tensors in self.storage.each_part(saved_tensors(self.model), changed=True):
             copy_tensors(path, stored_tensors(tensors))
+        for rows in self.storage.each_rows(saved_tensors(self.model), changed=True):
+            copy_tensors(path, rows)
 
     def _load_states(self, path: Path, scalars: Scalars) -> None:
         elsewhere = self.storage.saved_states(dict(self.model.named_parameters()))
@@ -189,8 +191,10 @@ class LocalEngine(Engine):
                 resize_states(self.optimizer, factor, shape, grown=grown)
 
     def weights_are_finite(self) -> bool:
-        parts = self.storage.each_part(dict(self.model.named_parameters()))
-        return all(all_finite(tensor) for part in parts for tensor in stored_tensors(part).values())
+        named = dict(self.model.named_parameters())
+        whole = (tensor for part in self.storage.each_part(named) for tensor in stored_tensors(part).values())
+        rows = (part.tensor for parts in self.storage.each_rows(named) for part in parts.values())
+        return all(map(all_finite, whole)) and all(map(all_finite, rows))
 
     def memory_components(self) -> dict[str, int]:
         weights = stored_bytes(self.model.parameters())

@@ -43,6 +43,18 @@ class LazyTensor:
     copy_to: Callable[[int], None] | None = None
 
 
+@dataclass(frozen=True)
+class Slice:
+    """A part of a tensor of a file.
+
+    Attributes:
+        tensor: the elements first, first + 1, ... of the first dimension.
+    """
+
+    tensor: torch.Tensor
+    first: int
+
+
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor | LazyTensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file and flush it to the disk.
 
@@ -188,7 +200,7 @@ def load_into(path: Path, targets: Mapping[str, torch.Tensor]) -> None:
 
 
 @torch.no_grad()
-def copy_tensors(path: Path, targets: Mapping[str, torch.Tensor]) -> None:
+def copy_tensors(path: Path, targets: Mapping[str, torch.Tensor | Slice]) -> None:
     """Copy some tensors of a file, which was checked, into the targets of the same names, in place.
 
     Raises:
@@ -197,7 +209,11 @@ def copy_tensors(path: Path, targets: Mapping[str, torch.Tensor]) -> None:
     """
     if targets:
         for name, tensor in read_tensors(path, only=targets):
-            targets[name].copy_(tensor)
+            target = targets[name]
+            if isinstance(target, Slice):
+                target.tensor.copy_(tensor[target.first : target.first + len(target.tensor)])  # of a mapping: only that part is read
+            else:
+                target.copy_(tensor)
 
 
 def check_tensors(path: Path, targets: Mapping[str, torch.Tensor | LazyTensor], *, more: bool = False) -> None:

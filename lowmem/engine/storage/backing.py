@@ -30,7 +30,7 @@ class NoBacking:
     def put(self, offset: int, tensor: torch.Tensor) -> None:
         """As `DiskFile.put`."""
 
-    def get(self, offset: int, tensor: torch.Tensor) -> None:
+    def get(self, offset: int, tensor: torch.Tensor, *, scattered: bool = False) -> None:
         """As `DiskFile.get`."""
 
     def copy_to(self, file: int, offset: int, size: int) -> None:

@@ -54,11 +54,14 @@ class DiskFile:
             directory.mkdir(parents=True, exist_ok=True)
             self._buffered, name = tempfile.mkstemp(prefix=".lowmem-", suffix=".weights", dir=directory)
             try:
+                self._scattered = os.open(name, os.O_RDONLY)
                 self._raw = self._open_direct(name)
             finally:
                 os.unlink(name)
         except OSError as error:
             raise self._failure(error, "be created") from error
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._scattered, 0, 0, os.POSIX_FADV_RANDOM)
         self._thread = ThreadPoolExecutor(1, "lowmem-disk")
 
     def _open_direct(self, name: str) -> int:
@@ -127,13 +130,16 @@ class DiskFile:
         if self._unsettled >= _SETTLE_BYTES:
             self.settle()
 
-    def get(self, offset: int, tensor: torch.Tensor) -> None:
+    def get(self, offset: int, tensor: torch.Tensor, *, scattered: bool = False) -> None:
         """Fill a contiguous tensor on the host from anywhere, now.
 
+        Args:
+            scattered: what follows in the file will not be asked for next.
         Raises:
             StorageError: the disk failed.
         """
-        self._transfer(os.preadv, offset, tensor.detach().reshape(-1).view(torch.uint8), "be read", fd=self._buffered)
+        flat = tensor.detach().reshape(-1).view(torch.uint8)
+        self._transfer(os.preadv, offset, flat, "be read", fd=self._scattered if scattered else self._buffered)
 
     def copy_to(self, file: int, offset: int, size: int) -> None:
         """Append a part to another file, within the file system where it can.
@@ -179,9 +185,9 @@ class DiskFile:
     def close(self) -> None:
         """Give the disk's room back."""
         self._thread.shutdown(wait=True)
-        for descriptor in {self._raw, self._buffered}:
+        for descriptor in {self._raw, self._buffered, self._scattered}:
             os.close(descriptor)
-        self._raw = self._buffered = -1
+        self._raw = self._buffered = self._scattered = -1
 
     def _transfer(
         self,

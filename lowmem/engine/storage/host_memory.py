@@ -66,7 +66,7 @@ class HostMemory:
         flat = tensor.detach().reshape(-1).view(torch.uint8)
         self._part(offset, flat.numel()).copy_(flat)
 
-    def get(self, offset: int, tensor: torch.Tensor) -> None:
+    def get(self, offset: int, tensor: torch.Tensor, *, scattered: bool = False) -> None:
         """Fill a contiguous tensor, now."""
         flat = tensor.detach().reshape(-1).view(torch.uint8)
         flat.copy_(self._part(offset, flat.numel()))
