@@ -156,11 +156,19 @@ def _base_dtype(base: Path) -> torch.dtype | None:
 
 
 def _untied(lm: Any) -> bool:
-    """Whether embedding and head share a weight that only one of them has an adapter on: merged, they are two."""
+    """Whether embedding and head share a weight that adapters change: merged, they are two, also where each has one of its own."""
     embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
     if head is None or _inner(embedding).weight is not _inner(head).weight:
         return False
-    return _is_adapted(embedding) != _is_adapted(head)
+    saved = [_saved_whole(layer) for layer in (embedding, head)]
+    if any(layer is not None for layer in saved):
+        return saved[0] is None or saved[1] is None or saved[0].weight is not saved[1].weight
+    return _is_adapted(embedding) or _is_adapted(head)
+
+
+def _saved_whole(layer: Any) -> Any:
+    """The copy of a layer that an adapter has in its place (`modules_to_save`); None where it has none."""
+    return layer.modules_to_save[layer.active_adapters[0]] if type(layer).__name__ == "ModulesToSaveWrapper" else None
 
 
 def _inner(layer: Any) -> Any:
@@ -210,10 +218,9 @@ def _whole(layer: Any, base: Any, part: str, name: str) -> torch.Tensor:
     Raises:
         ConfigError: two adapters sit on it.
     """
-    kind = type(layer).__name__
-    outer = layer.token_adapter if kind == "TrainableTokensWrapper" else layer
-    if kind == "ModulesToSaveWrapper":
-        return _dense(getattr(layer.modules_to_save[layer.active_adapters[0]], part))
+    outer = layer.token_adapter if type(layer).__name__ == "TrainableTokensWrapper" else layer
+    if (saved := _saved_whole(layer)) is not None:
+        return _dense(getattr(saved, part))
     if outer.base_layer is not base or len(layer.active_adapters) > 1:
         raise ConfigError(f"{name} has several adapters, one upon the other, which cannot be merged here; merge them with PEFT")
     if outer is not layer:  # some rows

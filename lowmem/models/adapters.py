@@ -118,12 +118,12 @@ def _make_rows(model: HuggingFaceModel, new_tokens: Sequence[int]) -> None:
 
 def _add_adapter(model: HuggingFaceModel, adapter: AdapterConfig, new_tokens: Sequence[int]) -> None:
     lm = model.lm
-    names = _target_names(model, adapter)
+    names = _target_names(model, adapter, new_tokens)
     try:
         with _absent("bitsandbytes"), warnings.catch_warnings():
             import peft
 
-            # PEFT 0.21 asks transformers 5 for a switch by its old name, and warns of ties, which `_refuse_half_of_a_tie` finds
+            # PEFT 0.21 asks transformers 5 for a switch by its old name, and warns of ties, which `save_merged` undoes
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
             warnings.filterwarnings("ignore", ".*tie_word_embeddings.*", UserWarning)
             adapted = peft.get_peft_model(lm, _peft_config(peft, model, adapter, names, new_tokens))
@@ -151,11 +151,11 @@ def _absent(package: str) -> Iterator[None]:
         del sys.modules[package]
 
 
-def _target_names(model: HuggingFaceModel, adapter: AdapterConfig) -> list[str]:
+def _target_names(model: HuggingFaceModel, adapter: AdapterConfig, new_tokens: Sequence[int]) -> list[str]:
     """The layers that get an adapter, by full name or by the end of it.
 
     Raises:
-        ConfigError: a name is no layer's, or one of two layers that share a weight.
+        ConfigError: a name is no layer's, or one of a layer of which rows are trained, too.
     """
     lm, head = model.lm, model.head
     linears = [
@@ -176,13 +176,12 @@ def _target_names(model: HuggingFaceModel, adapter: AdapterConfig) -> list[str]:
             f"adapter.target_modules has {', '.join(missing)}, which no layer of this {model.family} model is called; there are "
             + ", ".join(there)
         )
-    words = lm.get_input_embeddings()
-    for name, found in matches.items():
-        if any(module is words or module is head for module in found) and (model.head_is_tied() or head is None):
-            raise ConfigError(
-                f"adapter.target_modules has {name}, one of two layers that share a weight, the embedding and the head, and would change "
-                "that one alone; leave it out"
-            )
+    ends = (lm.get_input_embeddings(), head)
+    if new_tokens and (both := [name for name, found in matches.items() if any(module in ends for module in found)]):
+        raise ConfigError(
+            f"adapter.target_modules has {', '.join(both)}, of which data.add_tokens trains rows, and PEFT puts no adapter upon those; "
+            "leave out one of the two"
+        )
     return adapter.target_modules
 
 
