@@ -19,6 +19,7 @@ from torch import nn
 
 from lowmem.config.schema import AdapterConfig
 from lowmem.models.huggingface import HuggingFaceModel, leaves
+from lowmem.models.prefix import add_prefix
 from lowmem.nn.layers import embedding, use_exact_gradients
 from lowmem.system.errors import ConfigError
 
@@ -29,7 +30,8 @@ _FUSED = {"out_proj": ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron
 
 
 def apply_adapter(model: HuggingFaceModel, adapter: AdapterConfig, *, seed: int, new_tokens: Sequence[int] = ()) -> None:
-    """Make exactly the parameters of the method trainable, in place. At the start the model computes what it computed before.
+    """Make exactly the parameters of the method trainable, in place. At the start the model computes what it computed before, with a prefix
+    what it computes after some tokens.
 
     Args:
         seed: of the adapter's initial weights.
@@ -44,8 +46,6 @@ def apply_adapter(model: HuggingFaceModel, adapter: AdapterConfig, *, seed: int,
         raise ConfigError(
             f"data.add_tokens needs rows that are trained, which adapter.method={method} does not train; use lora or its kin, or none"
         )
-    if method == "prefix":
-        raise ConfigError("adapter.method=prefix is not supported any more; use lora or ia3, which train as few numbers")
     if new_tokens:
         _make_rows(model, new_tokens)
     if method == "none":
@@ -54,6 +54,9 @@ def apply_adapter(model: HuggingFaceModel, adapter: AdapterConfig, *, seed: int,
     if method in PARTS:
         for parameter in _part_of_weights(model, adapter):
             parameter.requires_grad_(True)
+        return
+    if method == "prefix":
+        add_prefix(model, adapter.num_virtual_tokens, seed=seed)
         return
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
