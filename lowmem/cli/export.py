@@ -70,12 +70,14 @@ def _export_of_transformers(run: "RunModel", flags: argparse.Namespace) -> int:
         raise ConfigError(f"--keep_factors is given, but {flags.run} is a model of transformers without low-rank layers; leave it out")
     if flags.format == "adapter" and flags.dtype:
         raise ConfigError("--dtype is given with --format=adapter, which is written as it was trained; leave it out")
-    from lowmem.export.adapters import export_of_transformers
+    from lowmem.export.adapters import adapter_note, export_of_transformers
 
     adapter, out = flags.format == "adapter", Path(flags.out)
     base, size = export_of_transformers(run, out, adapter=adapter, dtype=flags.dtype or None, overwrite=flags.overwrite)
     if adapter:
         print(f"{out}: an adapter of PEFT for {base}; {format_bytes(size)}")
+        if note := adapter_note(run.model):
+            print(note)
         print(f'from peft import AutoPeftModelForCausalLM; AutoPeftModelForCausalLM.from_pretrained("{out}")')
     else:
         family = getattr(run.model, "family", "")

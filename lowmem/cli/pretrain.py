@@ -143,7 +143,7 @@ def _write_model(run: "Run") -> None:
     if not config.model.path or run.run_dir is None or not run.is_complete():
         return
     from lowmem.engine.huggingface_files import resolve_model_path
-    from lowmem.export.adapters import has_adapter, save_adapter, save_merged
+    from lowmem.export.adapters import adapter_note, has_adapter, merge_problem, save_adapter, save_merged
     from lowmem.system.files import written_whole
 
     if config.engine.name == "deepspeed":  # its weights are DeepSpeed's, in part or in another dtype
@@ -155,7 +155,11 @@ def _write_model(run: "Run") -> None:
         if has_adapter(model):
             with written_whole(run.run_dir.path / "adapter") as target:
                 save_adapter(model, base, target, **beside)
-        if config.adapter.merge:
+            if note := adapter_note(model):
+                run.display.message(note)
+        if config.adapter.merge and (problem := merge_problem(model)):
+            run.display.message(f"{problem}: adapter/ is written, and no merged/; adapter.merge=false asks for none")
+        elif config.adapter.merge:
             with written_whole(run.run_dir.path / "merged") as target:
                 save_merged(model, base, target, **beside)
 

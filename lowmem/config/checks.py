@@ -169,6 +169,7 @@ _ADAPTER_KEYS = {  # of adapter.*: the methods that read each
     "lora_dropout": LORA_KIN,
     "target_modules": (*LORA_KIN, "ia3"),
     "loraplus_lr_ratio": ("lora_plus",),
+    "num_virtual_tokens": ("prefix",),
     "last_k": ("last_k",),
 }
 
@@ -191,7 +192,6 @@ def adapter_problems(config: RunConfig) -> list[str]:
         problems.append(f"{' and '.join(asked)} needs a model of transformers; set model.path, or remove it")
     stage = config.engine.zero_stage
     wrong = {
-        "adapter.method=prefix is not supported any more; use lora or ia3, which train as few numbers": method == "prefix",
         f"adapter.method={method} does not work with optim.name=spectron, which orthogonalises whole matrices; use adamw or lion": (
             trained and config.optim.name == "spectron"
         ),
@@ -205,7 +205,7 @@ def adapter_problems(config: RunConfig) -> list[str]:
         "train.weight_dtype=nf4 does not work with train.precision=fp8; use bf16": nf4 and train.precision == "fp8",
         "train.double_quant is false, which only train.weight_dtype=nf4 uses; remove it": not nf4 and not train.double_quant,
         f"data.add_tokens needs rows that are trained, which adapter.method={method} does not train; use lora or its kin, or none": (
-            bool(config.data.add_tokens) and method in ("ia3", "head", "last_k")
+            bool(config.data.add_tokens) and method in ("ia3", "prefix", "head", "last_k")
         ),
     }
     return problems + [text for text, found in wrong.items() if found]

@@ -213,6 +213,7 @@ RANGES: dict[type, dict[str, Range | tuple[Range | None, Range]]] = {
         "lora_alpha": Range(0.0, 1e6, open_low=True),
         "lora_dropout": _SHARE,
         "loraplus_lr_ratio": Range(1.0, 1e6),
+        "num_virtual_tokens": Range(1, 4096),
         "last_k": Range(1, 4096),
     },
 }

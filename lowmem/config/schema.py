@@ -336,7 +336,7 @@ class AdapterConfig:
     """What is trained besides or instead of the weights of a model of transformers; names are PEFT's."""
 
     method: AdapterMethod = "none"
-    """none: every weight. An adapter beside frozen weights: lora, dora, rslora, lora_plus, ia3. A part of the weights: head, or
+    """none: every weight. An adapter beside frozen weights: lora, dora, rslora, lora_plus, ia3, prefix. A part of the weights: head, or
     last_k blocks. QLoRA is lora with train.weight_dtype=nf4."""
     r: int = 8
     """Rank of LoRA and its kin."""
@@ -348,10 +348,17 @@ class AdapterConfig:
     """Names of the layers that get an adapter; empty is every linear layer but the head."""
     loraplus_lr_ratio: float = 16.0
     """lora_plus only: the learning rate of B is so many times that of A; at least 1."""
+    num_virtual_tokens: int = 20
+    """prefix only: trained keys and values in each layer, which every token attends; texts begin at the position after them."""
     last_k: int = 1
     """last_k only: blocks that are trained, counted from the end, with the final norm."""
     merge: bool = True
-    """At the end of a run on model.path write run_dir/merged, the whole model as transformers loads it, beside run_dir/adapter."""
+    """At the end of a run on model.path write run_dir/merged, the whole model as transformers loads it, beside run_dir/adapter. A prefix
+    cannot be merged."""
+
+    def prefix_tokens(self) -> int:
+        """Positions before a text that a prefix takes."""
+        return self.num_virtual_tokens if self.method == "prefix" else 0
 
 
 @dataclass

@@ -16,11 +16,12 @@ from lowmem.engine import huggingface_files
 from lowmem.engine.huggingface_files import reported_as_damage, resolve_model_path
 from lowmem.engine.weights import coded_weights, stored_weights, summary, weight_problems
 from lowmem.models.huggingface import HuggingFaceModel
+from lowmem.models.prefix import PROMPT_EMBEDDINGS, add_prefix, load_prompt_embeddings, prompt_embeddings
 from lowmem.system.errors import CheckpointError, ConfigError
 from lowmem.system.tensors import read_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_KINDS = ("LORA", "IA3")
+_KINDS = ("LORA", "IA3", "PREFIX_TUNING")
 _PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")  # others change the base before the adapter is added to it
 _INNER = "base_model.model."
 
@@ -103,6 +104,9 @@ def _adapted(lm: Any, adapter: Path | None, rows: int) -> HuggingFaceModel:
         raise CheckpointError(f"{adapter / WEIGHTS} holds no weights: {summary(coded)}; restore it")
     _take_rows(lm, values, {name: tuple(tensor.shape) for name, tensor in stored.items()}, rows)
     model = HuggingFaceModel(lm)
+    if values["peft_type"] == "PREFIX_TUNING":
+        _load_prefix(model, adapter, values, stored)
+        return model
     adapted = _injected(lm, adapter)
     model.__dict__["peft"] = adapted  # its parameters are the model's: registered, each would have two names
     _load(adapted, adapter, stored)
@@ -119,6 +123,28 @@ def _take_rows(lm: Any, values: dict[str, Any], shapes: dict[str, tuple[int, ...
     if held < wanted <= max(rows, *whole, 0):
         with reported_as_damage(Path(lm.name_or_path)):
             lm.resize_token_embeddings(wanted, mean_resizing=False)
+
+
+def _load_prefix(model: HuggingFaceModel, adapter: Path, values: dict[str, Any], stored: dict[str, torch.Tensor]) -> None:
+    """A prefix before every text, with the numbers of an adapter; those that PEFT made by reparameterisation are saved like others.
+
+    Raises:
+        CheckpointError: the base takes none, or not of this shape.
+    """
+    count = values.get("num_virtual_tokens")
+    if type(count) is not int or not 0 < count < 1 << 20:
+        raise CheckpointError(f"{adapter / CONFIG}: found num_virtual_tokens {count!r:.60}, allowed: a positive integer; restore it")
+    try:
+        add_prefix(model, count, seed=0)
+    except ConfigError as error:
+        said = str(error).rpartition(";")[0]
+        raise CheckpointError(f"the adapter {adapter} does not fit the base {model.lm.name_or_path}: {said}") from error
+    wanted = {PROMPT_EMBEDDINGS: prompt_embeddings(model)}
+    if problems := weight_problems(stored, wanted):
+        base = model.lm.name_or_path
+        raise CheckpointError(f"the adapter {adapter} does not fit the base {base}: {summary(problems)}; give the base it was made for")
+    if model.device.type != "meta":
+        load_prompt_embeddings(model, dict(read_tensors(adapter / WEIGHTS))[PROMPT_EMBEDDINGS])
 
 
 def _injected(lm: Any, adapter: Path) -> Any:

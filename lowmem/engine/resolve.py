@@ -114,11 +114,13 @@ def settled_model(config: RunConfig) -> RunConfig:
         rows = max(facts.vocab_size, model.vocab_size) if data.add_tokens else facts.vocab_size
         if model.vocab_size not in (0, rows):
             raise ConfigError(f"model.vocab_size is {model.vocab_size}, but {model.path} has {facts.vocab_size} rows; remove it")
-        if 0 < facts.position_limit < data.seq_len:
+        before = config.adapter.prefix_tokens()
+        if 0 < facts.position_limit < data.seq_len + before:
+            prefix = f" after adapter.num_virtual_tokens={before}" if before else ""
             raise ConfigError(
-                f"data.seq_len is {data.seq_len}, but the learned positions of {model.path} end at {facts.position_limit}; lower it"
+                f"data.seq_len is {data.seq_len}{prefix}, but the learned positions of {model.path} end at {facts.position_limit}; lower it"
             )
-        longest = facts.position_limit or max(facts.max_seq_len, data.seq_len)
+        longest = (facts.position_limit and facts.position_limit - before) or max(facts.max_seq_len, data.seq_len)
         model = replace(model, vocab_size=rows, max_seq_len=model.max_seq_len or longest)
         if data.tokenizer == DataConfig().tokenizer:
             data = replace(data, tokenizer=str(resolve_model_path(model.path, model.revision)))

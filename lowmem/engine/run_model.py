@@ -286,7 +286,8 @@ def model_description(directory: Path) -> ModelDescription:
         half = numbers and max(numbers, key=lambda dtype: numbers[dtype]) == torch.bfloat16
         config.train.weight_dtype = "bf16" if half else "fp32"
         config.model.vocab_size, config.model.max_seq_len = facts.vocab_size, facts.max_seq_len or facts.position_limit
-    return ModelDescription(config, facts.position_limit, facts.keeps_segments_apart)
+    limit = facts.position_limit and max(1, facts.position_limit - config.adapter.prefix_tokens())
+    return ModelDescription(config, limit, facts.keeps_segments_apart)
 
 
 def stored_numbers(directory: Path) -> dict[torch.dtype, int]:

@@ -20,6 +20,7 @@ from lowmem.engine.huggingface_files import GENERATION_CONFIG, read_config_json,
 from lowmem.engine.peft_files import CONFIG, WEIGHTS
 from lowmem.engine.run_model import RunModel
 from lowmem.export.hf import DTYPES, check_out
+from lowmem.models.prefix import PROMPT_EMBEDDINGS, prefix_config, prompt_embeddings
 from lowmem.system.errors import CheckpointError, ConfigError, DataError
 from lowmem.system.files import make_directory, storage_errors, write_json, written_whole
 from lowmem.system.tensors import INDEX_NAME, LazyTensor, all_finite, meta_tensors, weight_files, write_tensors
@@ -48,6 +49,8 @@ def export_of_transformers(
         ConfigError, CheckpointError, StorageError: see `save_adapter` and `save_merged`; or `out` is not empty, or no folder.
     Memory: one tensor.
     """
+    if not adapter:
+        _check_merge(run.model)
     check_out(out, overwrite=overwrite)
     base = resolve_model_path(run.config.model.path, run.config.model.revision)
     folder = next((folder for folder in run.folders if has_chat_template(folder)), None)
@@ -75,14 +78,17 @@ def save_adapter(model: Any, base: Path, out: Path, *, tokenizer: Tokenizer | No
         StorageError: the disk is full, or not writable.
     Memory: one tensor.
     """
-    from peft import get_peft_model_state_dict
-
-    adapted = _peft(model)
-    if adapted is None:
+    if not has_adapter(model):
         raise ConfigError("this model has no adapter to write: its own weights were trained; export it without --format=adapter")
-    tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    if _prefix_tokens(model):
+        tensors, said = {PROMPT_EMBEDDINGS: prompt_embeddings(model)}, prefix_config(model)
+    else:
+        from peft import get_peft_model_state_dict
+
+        adapted = _peft(model)
+        tensors, said = get_peft_model_state_dict(adapted, save_embedding_layers=False), adapted.peft_config["default"].to_dict()
     make_directory(out)
-    values = _plain({**adapted.peft_config["default"].to_dict(), "base_model_name_or_path": str(base.resolve()), "inference_mode": True})
+    values = _plain({**said, "base_model_name_or_path": str(base.resolve()), "inference_mode": True})
     with storage_errors(out):
         write_tensors(out / WEIGHTS, tensors, {"format": "pt"})
     write_json(out / CONFIG, values)
@@ -91,7 +97,28 @@ def save_adapter(model: Any, base: Path, out: Path, *, tokenizer: Tokenizer | No
 
 def has_adapter(model: Any) -> bool:
     """Whether there is something for `save_adapter`."""
-    return _peft(model) is not None
+    return _peft(model) is not None or _prefix_tokens(model) > 0
+
+
+def merge_problem(model: Any) -> str:
+    """Why the adapter of a model cannot be multiplied into its weights; empty if it can."""
+    return "a prefix is keys and values beside the weights and cannot be merged into them" if _prefix_tokens(model) else ""
+
+
+def _check_merge(model: Any) -> None:
+    if problem := merge_problem(model):
+        raise ConfigError(f"{problem}; write it alone with --format=adapter")
+
+
+def adapter_note(model: Any) -> str:
+    """What others compute otherwise with an adapter than lowmem does; empty if that is nothing."""
+    window = model.prefix_window() if _prefix_tokens(model) else 0
+    if not window:
+        return ""
+    return (
+        f"every token attends the prefix here; in PEFT it counts as a part of the sliding window of {window}, so that only the first "
+        f"{window - _prefix_tokens(model)} tokens of a text see all of it in those layers"
+    )
 
 
 @torch.no_grad()
@@ -116,11 +143,12 @@ def save_merged(
     Returns:
         Bytes of the weights.
     Raises:
-        ConfigError: two adapters sit on one layer.
+        ConfigError: two adapters sit on one layer, or it is a prefix.
         CheckpointError: weights are not finite in `dtype`.
         StorageError: the disk is full, or not writable.
     Memory: one tensor in fp32.
     """
+    _check_merge(model)
     if dtype is None and _frozen(model):
         dtype = _base_dtype(base)
     lm = model.lm
@@ -144,6 +172,10 @@ def _peft(model: Any) -> Any:
     return getattr(model, "peft", None)
 
 
+def _prefix_tokens(model: Any) -> int:
+    return getattr(model, "prefix_tokens", 0)
+
+
 def _frozen(model: Any) -> bool:
     """Whether most weights are the base's own."""
     return _peft(model) is not None or any(not parameter.requires_grad for parameter in model.lm.parameters())
@@ -156,11 +188,19 @@ def _base_dtype(base: Path) -> torch.dtype | None:
 
 
 def _untied(lm: Any) -> bool:
-    """Whether embedding and head share a weight that only one of them has an adapter on: merged, they are two."""
+    """Whether embedding and head share a weight that adapters change: merged, they are two, also where each has one of its own."""
     embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
     if head is None or _inner(embedding).weight is not _inner(head).weight:
         return False
-    return _is_adapted(embedding) != _is_adapted(head)
+    saved = [_saved_whole(layer) for layer in (embedding, head)]
+    if any(layer is not None for layer in saved):
+        return saved[0] is None or saved[1] is None or saved[0].weight is not saved[1].weight
+    return _is_adapted(embedding) or _is_adapted(head)
+
+
+def _saved_whole(layer: Any) -> Any:
+    """The copy of a layer that an adapter has in its place (`modules_to_save`); None where it has none."""
+    return layer.modules_to_save[layer.active_adapters[0]] if type(layer).__name__ == "ModulesToSaveWrapper" else None
 
 
 def _inner(layer: Any) -> Any:
@@ -210,10 +250,9 @@ def _whole(layer: Any, base: Any, part: str, name: str) -> torch.Tensor:
     Raises:
         ConfigError: two adapters sit on it.
     """
-    kind = type(layer).__name__
-    outer = layer.token_adapter if kind == "TrainableTokensWrapper" else layer
-    if kind == "ModulesToSaveWrapper":
-        return _dense(getattr(layer.modules_to_save[layer.active_adapters[0]], part))
+    outer = layer.token_adapter if type(layer).__name__ == "TrainableTokensWrapper" else layer
+    if (saved := _saved_whole(layer)) is not None:
+        return _dense(getattr(saved, part))
     if outer.base_layer is not base or len(layer.active_adapters) > 1:
         raise ConfigError(f"{name} has several adapters, one upon the other, which cannot be merged here; merge them with PEFT")
     if outer is not layer:  # some rows

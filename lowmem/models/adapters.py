@@ -19,6 +19,7 @@ from torch import nn
 
 from lowmem.config.schema import AdapterConfig
 from lowmem.models.huggingface import HuggingFaceModel, leaves
+from lowmem.models.prefix import add_prefix
 from lowmem.nn.layers import embedding, use_exact_gradients
 from lowmem.system.errors import ConfigError
 
@@ -29,7 +30,8 @@ _FUSED = {"out_proj": ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron
 
 
 def apply_adapter(model: HuggingFaceModel, adapter: AdapterConfig, *, seed: int, new_tokens: Sequence[int] = ()) -> None:
-    """Make exactly the parameters of the method trainable, in place. At the start the model computes what it computed before.
+    """Make exactly the parameters of the method trainable, in place. At the start the model computes what it computed before, with a prefix
+    what it computes after some tokens.
 
     Args:
         seed: of the adapter's initial weights.
@@ -44,8 +46,6 @@ def apply_adapter(model: HuggingFaceModel, adapter: AdapterConfig, *, seed: int,
         raise ConfigError(
             f"data.add_tokens needs rows that are trained, which adapter.method={method} does not train; use lora or its kin, or none"
         )
-    if method == "prefix":
-        raise ConfigError("adapter.method=prefix is not supported any more; use lora or ia3, which train as few numbers")
     if new_tokens:
         _make_rows(model, new_tokens)
     if method == "none":
@@ -54,6 +54,9 @@ def apply_adapter(model: HuggingFaceModel, adapter: AdapterConfig, *, seed: int,
     if method in PARTS:
         for parameter in _part_of_weights(model, adapter):
             parameter.requires_grad_(True)
+        return
+    if method == "prefix":
+        add_prefix(model, adapter.num_virtual_tokens, seed=seed)
         return
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -118,12 +121,12 @@ def _make_rows(model: HuggingFaceModel, new_tokens: Sequence[int]) -> None:
 
 def _add_adapter(model: HuggingFaceModel, adapter: AdapterConfig, new_tokens: Sequence[int]) -> None:
     lm = model.lm
-    names = _target_names(model, adapter)
+    names = _target_names(model, adapter, new_tokens)
     try:
         with _absent("bitsandbytes"), warnings.catch_warnings():
             import peft
 
-            # PEFT 0.21 asks transformers 5 for a switch by its old name, and warns of ties, which `_refuse_half_of_a_tie` finds
+            # PEFT 0.21 asks transformers 5 for a switch by its old name, and warns of ties, which `save_merged` undoes
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
             warnings.filterwarnings("ignore", ".*tie_word_embeddings.*", UserWarning)
             adapted = peft.get_peft_model(lm, _peft_config(peft, model, adapter, names, new_tokens))
@@ -151,11 +154,11 @@ def _absent(package: str) -> Iterator[None]:
         del sys.modules[package]
 
 
-def _target_names(model: HuggingFaceModel, adapter: AdapterConfig) -> list[str]:
+def _target_names(model: HuggingFaceModel, adapter: AdapterConfig, new_tokens: Sequence[int]) -> list[str]:
     """The layers that get an adapter, by full name or by the end of it.
 
     Raises:
-        ConfigError: a name is no layer's, or one of two layers that share a weight.
+        ConfigError: a name is no layer's, or one of a layer of which rows are trained, too.
     """
     lm, head = model.lm, model.head
     linears = [
@@ -176,13 +179,12 @@ def _target_names(model: HuggingFaceModel, adapter: AdapterConfig) -> list[str]:
             f"adapter.target_modules has {', '.join(missing)}, which no layer of this {model.family} model is called; there are "
             + ", ".join(there)
         )
-    words = lm.get_input_embeddings()
-    for name, found in matches.items():
-        if any(module is words or module is head for module in found) and (model.head_is_tied() or head is None):
-            raise ConfigError(
-                f"adapter.target_modules has {name}, one of two layers that share a weight, the embedding and the head, and would change "
-                "that one alone; leave it out"
-            )
+    ends = (lm.get_input_embeddings(), head)
+    if new_tokens and (both := [name for name, found in matches.items() if any(module in ends for module in found)]):
+        raise ConfigError(
+            f"adapter.target_modules has {', '.join(both)}, of which data.add_tokens trains rows, and PEFT puts no adapter upon those; "
+            "leave out one of the two"
+        )
     return adapter.target_modules
 
 

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import DynamicCache
 
 from lowmem.models.base import LanguageModel, MatrixHead, head_loss_options
-from lowmem.models.huggingface_attention import UnsupportedModelError
+from lowmem.models.huggingface_attention import PREFIX, UnsupportedModelError
 from lowmem.models.huggingface_body import BlockArguments, Body, UsesOfIds, continued, new_cache
 from lowmem.nn.attention import ModelCache
 from lowmem.nn.layers import use_exact_gradients
@@ -32,7 +33,7 @@ _LOGIT_FACTORS = ("logit_scale", "lm_head_multiplier")
 _LOGIT_DIVISORS = ("logits_scaling",)
 _LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "logits_softcap")
 _KEPT_SHAPES = 8  # lengths whose rotary tables and masks are kept
-_ADAPTERS = ("lora_", "ia3_", "trainable_tokens_")  # begin of the names that PEFT gives
+_ADAPTERS = ("lora_", "ia3_", "trainable_tokens_", PREFIX)  # begin of the names that PEFT and `add_prefix` give
 _ATTENTION, _MLP, _NORM = (
     ("attn", "attention"),
     ("mlp", "ffn", "feed_forward", "moe", "expert", "fc1", "fc2", "fc_"),
@@ -91,6 +92,32 @@ class HuggingFaceModel(LanguageModel):
         head = self.lm.get_output_embeddings()
         if type(head) is nn.Linear:
             head.__class__ = PlainHead
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Trained keys and values that every token attends beside its text; see `lowmem.models.prefix`."""
+        return self._body.prefix
+
+    def prefixes(self) -> list[nn.Parameter]:
+        """(P, 2, H, D) of each block: the keys and values of its prefix."""
+        return self._body.prefixes()
+
+    def add_prefix(self, tokens_P: torch.Tensor) -> None:
+        """Put the keys and values of some tokens before every text, as parameters of the blocks.
+
+        Raises:
+            UnsupportedModelError: the blocks are not of one plain attention each.
+        """
+        self._body.add_prefix(tokens_P)
+        self._arguments.clear()  # texts begin at later positions now
+        if self.position_limit:
+            self.position_limit -= len(tokens_P)
+            self.max_seq_len = min(self.max_seq_len, self.position_limit)
+
+    def prefix_window(self) -> int:
+        """The narrowest sliding window of the blocks; 0 if there is none."""
+        windows = _windows(self.lm.config.get_text_config(decoder=True), len(self.blocks))
+        return min((window for window in windows if window), default=0)
 
     def set_training_rules(self, lr_scales: dict[str, float], undecayed: set[str]) -> None:
         """What `lr_scales` and `undecayed` answer, by names of parameters."""
@@ -251,7 +278,9 @@ class HuggingFaceModel(LanguageModel):
             matrices += used * (6 if parameter.requires_grad else 4)  # a frozen one has no gradient
         heads = getattr(config, "num_attention_heads", None) or 0
         width = heads * (getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0))
-        return matrices + sum(round(12 * width * _mean_keys(window, seq_len)) for window in _windows(config, len(self.blocks)))
+        return matrices + sum(
+            round(12 * width * (_mean_keys(window, seq_len) + self.prefix_tokens)) for window in _windows(config, len(self.blocks))
+        )
 
     def component_parameters(self) -> dict[str, int]:
         """Parameters of embedding, positions, attention, mlp, norm, head and adapter; components without any are left out."""
@@ -476,6 +505,7 @@ def _mean_keys(window: int, seq_len: int) -> float:
 # rounded to 2**-9, layers add theirs, and a token near the border between two experts may go to the other one: there the mean counts.
 _TOLERANCES = {torch.float32: 1000 * 2**-24, torch.float64: 1e-9}
 _TOLERANCE_16 = 2**-4
+_CHECKED = 7  # tokens of a text that is compared
 
 
 def check_contract(model: HuggingFaceModel, *, briefly: bool = False) -> None:
@@ -488,6 +518,8 @@ def check_contract(model: HuggingFaceModel, *, briefly: bool = False) -> None:
     Memory: logits of some tokens.
     """
     training = model.training
+    if 0 < model.prefix_window() < model.prefix_tokens + _CHECKED:
+        return  # transformers would hide a part of the prefix
     try:
         for what, ours, theirs in _comparisons(model):
             _compare(model, what, ours, theirs)
@@ -537,11 +569,14 @@ def _compare(model: HuggingFaceModel, what: str, ours: torch.Tensor, theirs: tor
 
 
 def own_logits(model: HuggingFaceModel, tokens_BT: torch.Tensor) -> torch.Tensor:
-    """(B, T, V): the logits of the model's own forward pass with its own eager attention."""
-    config = model.lm.config
+    """(B, T, V): the logits of the model's own forward pass with its own eager attention; a prefix is what its cache holds, as for PEFT."""
+    config, past = model.lm.config, None
+    if model.prefix_tokens:
+        both = [prefix.permute(1, 2, 0, 3).unsqueeze(1).expand(-1, len(tokens_BT), -1, -1, -1) for prefix in model.prefixes()]
+        past = DynamicCache([tuple(layer.to(next(model.parameters()).dtype)) for layer in both])
     before = config._attn_implementation
     config._attn_implementation = "eager"
     try:
-        return model.lm(input_ids=tokens_BT, use_cache=False).logits
+        return model.lm(input_ids=tokens_BT, past_key_values=past, use_cache=past is not None).logits
     finally:
         config._attn_implementation = before

@@ -24,6 +24,7 @@ from lowmem.nn.positions import segment_positions
 from lowmem.system.dry_run import autocast_kind
 
 NAME = "lowmem"
+PREFIX = "prefix_key_value"  # the parameter of an attention that its prefix is
 _CHUNK = 1 << 22  # pairs of query and key that a mask function is asked about at once
 # tensors that blocks pass on to every attention and that change nothing in it
 _HARMLESS = ("position_ids", "position_embeddings", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k")
@@ -199,7 +200,7 @@ def lowmem_attention(
         attention_mask: from `lowmem_mask`.
         dropout: not applied: models that are trained here have theirs switched off.
     Returns:
-        (B, T, H, width of value), None.
+        (B, T, H, width of value), None. A module with a parameter `PREFIX` of (P, 2, H, D) has P keys and values more, which all see.
     Raises:
         UnsupportedModelError: attention sinks, biases or masks that lowmem does not make.
     Memory: see `causal_attention`; repeated keys and values.
@@ -219,15 +220,36 @@ def lowmem_attention(
         raise UnsupportedModelError("its values are wider than its keys")
     if wide < width:
         value = F.pad(value, (0, width - wide))
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        out = visible_attention(query, key, value, attention_mask, scaling, softcap or 0.0)
-    elif attention_mask is None or attention_mask.dtype == torch.int32:
-        if key.shape[2] != time:
-            raise UnsupportedModelError("its blocks attend keys from elsewhere")
-        out = causal_attention(query, key, value, first_BT=attention_mask, scale=scaling, softcap=softcap or 0.0)
-    else:
+    decoding = attention_mask is not None and attention_mask.dtype == torch.bool
+    if not decoding and attention_mask is not None and attention_mask.dtype != torch.int32:
         raise UnsupportedModelError("its attention has masks of its own making")
-    return out.view(batch, time, heads, width)[..., :wide], None
+    if not decoding and key.shape[2] != time:
+        raise UnsupportedModelError("its blocks attend keys from elsewhere")
+    before = getattr(module, PREFIX, None)
+    count = 0 if before is None else before.shape[0]
+    if before is not None:
+        query, key, value, attention_mask = _after_prefix(before, query, key, value, attention_mask)
+    if decoding:
+        out = visible_attention(query, key, value, attention_mask, scaling, softcap or 0.0)  # type: ignore[arg-type]
+    else:
+        out = causal_attention(query, key, value, first_BT=attention_mask, prefix=count, scale=scaling, softcap=softcap or 0.0)
+    return out.view(batch, -1, heads, width)[:, -time:, :, :wide], None
+
+
+def _after_prefix(
+    prefix_P2HD: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """What attention is given where every token attends a prefix, too.
+
+    In training the prefix has queries as well, all zero, whose result nobody uses: so every token still ends its own interval of keys.
+    """
+    count = prefix_P2HD.shape[0]
+    rows = prefix_P2HD.permute(1, 2, 0, 3).unsqueeze(1).expand(-1, len(key), -1, -1, -1).to(key.dtype)  # (2, B, H, P, D)
+    key, value = torch.cat([rows[0], key], 2), torch.cat([rows[1], value], 2)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        return query, key, value, F.pad(attention_mask, (count, 0), value=True)
+    first_BT = None if attention_mask is None else F.pad(attention_mask + count, (count, 0))
+    return F.pad(query, (0, 0, count, 0)), key, value, first_BT
 
 
 def register() -> None:

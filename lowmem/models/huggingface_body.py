@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, Cache, PreTrainedModel
 
-from lowmem.models.huggingface_attention import NAME, MaskRequest, UnsupportedModelError, lowmem_attention, masks_for, register
+from lowmem.models.huggingface_attention import NAME, PREFIX, MaskRequest, UnsupportedModelError, lowmem_attention, masks_for, register
 from lowmem.nn.attention import LayerCache, ModelCache
 from lowmem.nn.positions import segment_positions, token_positions
 
@@ -86,6 +86,7 @@ class Body:
         attention: "lowmem", or "eager" where blocks compute attention by themselves.
         by_row: whether arguments have a row for each of the batch; false if they are the same for all.
         keeps_segments_apart: whether a row may hold several segments.
+        prefix: keys and values that every attention has before a text, whose positions begin after them.
     Raises:
         UnsupportedModelError: there are no such blocks, or more happens around them than hidden states passing through.
     Memory: hidden states of some tokens.
@@ -98,6 +99,7 @@ class Body:
         self._stack, self.blocks = find_blocks(self.body, model.config)
         self._inputs = set(inspect.signature(self.body.forward).parameters)
         self._tuples = False
+        self.prefix = 0
         self.tail: list[nn.Module] = []
         self.by_row = self.keeps_segments_apart = False
         seen = [parameter for block in self.blocks for parameter in set(block.parameters())]
@@ -116,13 +118,19 @@ class Body:
 
     def embed(self, tokens_BT: torch.Tensor, start: int | tuple[int, ...], segments_BT: torch.Tensor | None) -> torch.Tensor:
         """(B, T) -> (B, T, C): what the first block is given, with its graph."""
-        positions = None
-        if segments_BT is not None:
-            positions = segment_positions(segments_BT)
-        elif start != 0:
-            begins = torch.tensor(start, device=tokens_BT.device).view(-1, 1)
-            positions = begins + torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        positions = self.token_positions(tokens_BT, start, segments_BT)
         return self._pass(tokens_BT, positions, MaskRequest(wanted=False), embed_only=True).embedded_BTC
+
+    def token_positions(
+        self, tokens_BT: torch.Tensor, start: int | tuple[int, ...] = 0, segments_BT: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """Where tokens stand; None where that is 0, 1, 2, ..."""
+        if segments_BT is not None:
+            return segment_positions(segments_BT) + self.prefix
+        if start == 0 and not self.prefix:
+            return None
+        begins = torch.tensor(start, device=tokens_BT.device).view(-1, 1) + self.prefix
+        return (begins + torch.arange(tokens_BT.shape[1], device=tokens_BT.device)).expand(tokens_BT.shape)
 
     def arguments(self, rows: int, time: int, device: torch.device, segments_BT: torch.Tensor | None) -> Recording:
         """What blocks are given for any tokens of this shape.
@@ -132,8 +140,35 @@ class Body:
         shape = (rows if self.by_row or segments_BT is not None else 1, time)
         with torch.inference_mode(False), torch.no_grad():  # kept for a later training step
             tokens = torch.zeros(shape, dtype=torch.int64, device=device)
-            positions = None if segments_BT is None else segment_positions(segments_BT)
-            return self._pass(tokens, positions, MaskRequest(segments_BT))
+            return self._pass(tokens, self.token_positions(tokens, 0, segments_BT), MaskRequest(segments_BT))
+
+    @torch.no_grad()
+    def add_prefix(self, tokens_P: torch.Tensor) -> None:
+        """Give the attention of every block a trainable prefix: at first the keys and values that these tokens have before a text.
+
+        Raises:
+            UnsupportedModelError: blocks are not of one plain attention each, all with the same heads.
+        Memory: the prefix in fp32; hidden states of these tokens.
+        """
+        found: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []
+        if self.attention != NAME or not self.keeps_segments_apart:
+            raise UnsupportedModelError("its blocks are more than plain attention")
+        with _noted(lambda module, key, value, mask: found.append((module, key, value))):
+            recording = self._pass(tokens_P.unsqueeze(0), None, MaskRequest())
+            self._run_blocks(recording.embedded_BTC, recording.blocks)
+        inside = [{id(module) for module in block.modules()} for block in self.blocks]
+        if len(found) != len(inside) or any(id(module) not in part for (module, *_), part in zip(found, inside, strict=True)):
+            raise UnsupportedModelError("its blocks have no attention, or several each")
+        if len({(tuple(x.shape)) for _, *both in found for x in both}) > 1:
+            raise UnsupportedModelError("its keys and values have heads of different numbers or widths")
+        for module, key, value in found:
+            both = torch.stack([key[0], value[0]]).permute(2, 0, 1, 3).to(torch.promote_types(key.dtype, torch.float32), copy=True)
+            module.register_parameter(PREFIX, nn.Parameter(both.contiguous()))
+        self.prefix = len(tokens_P)
+
+    def prefixes(self) -> list[nn.Parameter]:
+        """(P, 2, H, D) keys and values of each block's prefix."""
+        return [parameter for name, parameter in self.blocks.named_parameters() if name.rpartition(".")[2] == PREFIX]
 
     def _pass(
         self, tokens_BT: torch.Tensor, positions_BT: torch.Tensor | None, request: MaskRequest, embed_only: bool = False
@@ -196,22 +231,15 @@ class Body:
         self.model.config._attn_implementation = self.attention = name
         device = next(self.model.parameters()).device
         masks: list[Any] = []
-
-        def noting(module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, **more: Any) -> Any:
-            masks.append(attention_mask)
-            return lowmem_attention(module, query, key, value, attention_mask, **more)
-
-        AttentionInterface.register(NAME, noting)
         try:
-            self._learn(device)
-            if name == NAME:
-                self._check_masks_arrive(masks, device)
+            with _noted(lambda module, key, value, mask: masks.append(mask)):
+                self._learn(device)
+                if name == NAME:
+                    self._check_masks_arrive(masks, device)
         except UnsupportedModelError:
             raise
         except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, NotImplementedError) as error:
             raise UnsupportedModelError(f"its parts do not run by themselves: {' '.join(str(error).split())[:160]}") from error
-        finally:
-            AttentionInterface.register(NAME, lowmem_attention)
 
     def _check_masks_arrive(self, masks: list[Any], device: torch.device) -> None:
         """See that attention gets the very masks that blocks were given, which it alone can read.
@@ -295,6 +323,21 @@ class Body:
         kinds = getattr(self.model.config, "layer_types", None) or getattr(self.model.config, "layers_block_type", None) or []
         convolutions = any(isinstance(module, nn.Conv1d) for module in self.blocks.modules())
         return convolutions or any(name in str(kind) for kind in kinds for name in _RECURRENT)
+
+
+@contextmanager
+def _noted(note: Callable[[nn.Module, Any, Any, Any], Any]) -> Iterator[None]:
+    """Have each attention tell `note` its module, keys, values and mask."""
+
+    def noting(module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, **more: Any) -> Any:
+        note(module, key, value, attention_mask)
+        return lowmem_attention(module, query, key, value, attention_mask, **more)
+
+    AttentionInterface.register(NAME, noting)
+    try:
+        yield
+    finally:
+        AttentionInterface.register(NAME, lowmem_attention)
 
 
 def find_body(model: Any) -> Any:
@@ -471,9 +514,10 @@ def continued(body: Body, tokens_BT: torch.Tensor, cache: ModelCache[LayerCache]
     positions = token_positions(start, time, tokens_BT.device).expand(tokens_BT.shape)
     if isinstance(cache, TokenCache):
         (held,) = cache.layers[0].append(tokens_BT.unsqueeze(-1))
-        output = body.body(input_ids=held[..., 0], use_cache=False)
+        where = body.token_positions(held[..., 0])
+        output = body.body(input_ids=held[..., 0], use_cache=False, **({} if where is None else {"position_ids": where}))
         hidden = output if isinstance(output, torch.Tensor) else output[0]
         return hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
     layers = dict(enumerate(cache.layers))
     past = KeyValueCache(layers, start, tokens_BT.device)
-    return body.body(input_ids=tokens_BT, position_ids=positions, past_key_values=past, use_cache=True)[0]
+    return body.body(input_ids=tokens_BT, position_ids=positions + body.prefix, past_key_values=past, use_cache=True)[0]

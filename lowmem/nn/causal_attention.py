@@ -36,6 +36,7 @@ def causal_attention(
     segments_BT: torch.Tensor | None = None,
     *,
     first_BT: torch.Tensor | None = None,
+    prefix: int = 0,
     scale: float | None = None,
     softcap: float = 0.0,
 ) -> torch.Tensor:
@@ -47,6 +48,7 @@ def causal_attention(
         segments_BT: tokens attend only those with their own number; None lets them attend all.
         first_BT: (B, T) or (1, T) integers: the first key that a token attends, at most its own position; windows and segments are
             told so. Not together with `segments_BT`.
+        prefix: so many keys at the beginning are attended by all that come after them, whatever `first_BT` says.
         scale: of the scores; None is 1 / sqrt(D).
         softcap: scores become softcap * tanh(score / softcap); 0 leaves them. Not together with `slopes`.
     Returns:
@@ -59,7 +61,8 @@ def causal_attention(
         k_BHTD, v_BHTD = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k_BHTD, v_BHTD))
     with torch.autocast(autocast_kind(q_BHTD), enabled=False):
         if segments_BT is not None or first_BT is not None or softcap:
-            return blocked_attention(q_BHTD, k_BHTD, v_BHTD, slopes, segments_BT, first_BT=first_BT, scale=scale, softcap=softcap)
+            masked = {"first_BT": first_BT, "prefix": prefix, "scale": scale, "softcap": softcap}
+            return blocked_attention(q_BHTD, k_BHTD, v_BHTD, slopes, segments_BT, **masked)  # type: ignore[arg-type]
         if _prefers_fused(q_BHTD, slopes):
             out_BHTD = _fused(q_BHTD, k_BHTD, v_BHTD, slopes, scale)
             return out_BHTD.transpose(1, 2).reshape(batch, time, heads * width)
@@ -74,6 +77,7 @@ def blocked_attention(
     segments_BT: torch.Tensor | None = None,
     *,
     first_BT: torch.Tensor | None = None,
+    prefix: int = 0,
     scale: float | None = None,
     softcap: float = 0.0,
 ) -> torch.Tensor:
@@ -85,7 +89,7 @@ def blocked_attention(
     if (segments_BT is not None and first_BT is not None) or (slopes and softcap):
         raise ValueError("found segments_BT and first_BT, or slopes and softcap; allowed: one of each pair")
     q, k, v = (follow(torch.Tensor.contiguous, x) for x in (q_BHTD, k_BHTD, v_BHTD))
-    return _BlockedAttention.apply(q, k, v, segments_BT, first_BT, _Scores(slopes, scale, softcap))
+    return _BlockedAttention.apply(q, k, v, segments_BT, first_BT, _Scores(slopes, scale, softcap, prefix))
 
 
 def cached_attention(
@@ -187,6 +191,7 @@ class _Scores(NamedTuple):
     slopes: tuple[float, ...] = ()
     scale: float | None = None
     softcap: float = 0.0
+    prefix: int = 0
 
 
 class _Blocks:
@@ -199,7 +204,7 @@ class _Blocks:
 
     def __init__(self, like: torch.Tensor, segments: torch.Tensor | None, first: torch.Tensor | None, how: _Scores):
         batch, heads, self.time, width = like.shape
-        slopes, self.softcap = how.slopes, how.softcap
+        slopes, self.softcap, self.prefix = how.slopes, how.softcap, how.prefix
         self.segments, self.first = segments, None if first is None else first.expand(batch, -1)
         masked = segments is not None or first is not None
         self.scale = width**-0.5 if how.scale is None else how.scale
@@ -261,7 +266,9 @@ class _Blocks:
         if self.segments is not None:
             return self.segments[mine, start:stop, None] != self.segments[mine, None, :stop]
         if self.first is not None:
-            return torch.arange(stop, device=self.first.device) < self.first[mine, start:stop, None]
+            key = torch.arange(stop, device=self.first.device)
+            early = key < self.first[mine, start:stop, None]
+            return early & (key >= self.prefix) if self.prefix else early
         return None
 
     def _bias(self, group: slice, start: int, stop: int, like: torch.Tensor) -> torch.Tensor:

@@ -116,8 +116,8 @@ def _kind(config: RunConfig) -> list[str]:
     """The settings that decide which libraries and kernels a run loads, as overrides; a test compares the modules.
 
     lowmem's own optimizers are one kind, for all widths of states and of floating-point weights; torch's and lion-pytorch's import more,
-    and so do quantised weights, PEFT for adapters, and bitsandbytes for NF4. Tokenizers of the tokenizers library are one kind, and those
-    of lowmem, which are plain Python, another.
+    and so do quantised weights, PEFT for adapters other than a prefix, and bitsandbytes for NF4. Tokenizers of the tokenizers library are
+    one kind, and those of lowmem, which are plain Python, another.
     """
     model, train, optim, engine = config.model, config.train, config.optim, config.engine
     adapted = config.adapter.method not in ("none", "head", "last_k")  # what is trained has 32 bits then, whatever the weights have
@@ -129,7 +129,7 @@ def _kind(config: RunConfig) -> list[str]:
     tokenizer = ["data.tokenizer=bpe"] if tokenizer and model.path else tokenizer  # of the model's own directory
     return [
         *([f"model.path={_TRIAL_MODEL}"] if model.path else [f"model.name={model.name}", *_TRIAL_SHAPE]),
-        f"adapter.method={'lora' if adapted else 'none'}",
+        f"adapter.method={config.adapter.method if config.adapter.method == 'prefix' else 'lora' if adapted else 'none'}",
         f"train.precision={train.precision}",
         f"train.update={train.update}",
         f"train.weight_dtype={weights}",

@@ -26,6 +26,10 @@ CASES = [
     ("llama", "lora", {"target_modules": ["model.layers.1.mlp.up_proj"]}, ()), ("llama", "lora", {"target_modules": ["lm_head"]}, ()),
     ("gpt2", "lora", {}, (7,)), ("gpt2", "head", {}, ()), ("gemma3_text", "ia3", {}, ()), ("gemma3_text", "lora_plus", {}, (7,)),
     ("gemma3_text", "last_k", {"last_k": 2}, ()), ("falcon_h1", "lora", {}, ()),
+    ("llama", "prefix", {"num_virtual_tokens": 16}, ()), ("qwen3", "prefix", {}, ()), ("gemma2", "prefix", {}, ()),
+    ("gpt2", "prefix", {}, ()),
+    ("gemma3_text", "lora", {"target_modules": ["q_proj", "lm_head"]}, ()),
+    ("gemma3_text", "lora", {"target_modules": ["embed_tokens", "lm_head"]}, ()),
 ]  # fmt: skip
 
 

@@ -22,7 +22,7 @@ pytestmark = [
 FILES = ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"adapter": {"method": "lora"}}, "plus": {"adapter": {"method": "lora_plus"}, "activation_checkpointing": "block"},
-    "full": {}, "last": {"adapter": {"method": "last_k"}},
+    "prefix": {"adapter": {"method": "prefix", "num_virtual_tokens": 4}}, "full": {}, "last": {"adapter": {"method": "last_k"}},
 }  # fmt: skip
 # as in test_deepspeed_engine, with twice the width and depth; eps keeps AdamW from dividing roundings by roundings, where B begins at 0
 OPTIM = {"lr": 1e-3, "eps": 1e-3}

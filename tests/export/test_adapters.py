@@ -27,8 +27,20 @@ CASES = [
     ("llama", True, "lora", {"target_modules": ["q_proj", "embed_tokens"]}),
     ("llama", True, "lora", {"target_modules": ["q_proj", "lm_head"]}),
     ("llama", True, "lora", {"trainable_token_indices": {"embed_tokens": [5, 7]}}),
+    ("llama", True, "lora", {"target_modules": ["embed_tokens", "lm_head"]}),
+    ("gemma3_text", True, "dora", {"target_modules": ["embed_tokens", "lm_head"]}),
+    ("gpt2", True, "lora", {"target_modules": ["wte", "lm_head"]}),
+    ("qwen3", True, "dora", {"target_modules": ["lm_head"]}),
     ("llama", False, "lora", {"modules_to_save": ["lm_head"]}),
+    ("llama", True, "lora", {"modules_to_save": ["lm_head"]}),
+    ("llama", True, "lora", {"modules_to_save": ["embed_tokens"]}),
+    ("llama", True, "lora", {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    ("llama", True, "lora", {"modules_to_save": ["embed_tokens"], "target_modules": ["lm_head"]}),
 ]
+PREFIXES = {
+    "llama": {}, "qwen3": {}, "gpt2": {}, "gemma2": {"final_logit_softcapping": 500.0}, "gemma3_text": {},
+    "mistral": {"sliding_window": 24},
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -68,6 +80,66 @@ def test_each_kind_of_adapter_survives_both_ways(tmp_path, family, tied, method,
     for folder in ("adapter", "merged"):
         with torch.no_grad():
             torch.testing.assert_close(load_run_model(tmp_path / folder).model(TOKENS), wanted, rtol=0, atol=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", PREFIXES)
+def test_a_prefix_survives_both_ways_and_is_not_merged(tmp_path, family, capsys):
+    import peft
+
+    base = tmp_path / "base"
+    save_base(base, family, **PREFIXES[family])
+    torch.manual_seed(1)
+    trained = peft.get_peft_model(from_transformers(base), peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")).eval()
+    trained.save_pretrained(tmp_path / "theirs")
+    wanted = logits(trained)
+    assert (wanted - logits(from_transformers(base))).abs().max() > 0.1
+    run = load_run_model(tmp_path / "theirs")
+    with torch.no_grad():
+        torch.testing.assert_close(run.model(TOKENS), wanted, rtol=0, atol=3e-6 * wanted.abs().max().item())
+    assert has_adapter(run.model)
+    save_adapter(run.model, base, tmp_path / "adapter")
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "adapter"))
+    assert one.keys() == two.keys() == {"prompt_embeddings"}
+    assert torch.equal(one["prompt_embeddings"], two["prompt_embeddings"])
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(from_transformers(base), tmp_path / "adapter").eval()), wanted)
+    said, written = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("theirs", "adapter"))
+    assert {key: said[key] for key in written} == {**written, "base_model_name_or_path": said["base_model_name_or_path"]}
+    capsys.readouterr()
+    assert main(["export", "--run", str(tmp_path / "theirs"), "--out", str(tmp_path / "merged")]) == 2
+    error = capsys.readouterr().err
+    assert "a prefix is keys and values beside the weights and cannot be merged into them; write it alone with --format=adapter" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "merged").exists()
+    assert main(["export", "--run", str(tmp_path / "theirs"), "--out", str(tmp_path / "again"), "--format=adapter"]) == 0
+    window = {"gemma2": 64, "gemma3_text": 64, "mistral": 24}.get(family)
+    assert (f"only the first {(window or 0) - 5} tokens of a text see all of it" in capsys.readouterr().out) is bool(window)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"num_virtual_tokens": 4}, "does not fit the base"), ({"num_virtual_tokens": -1}, "found num_virtual_tokens -1, allowed: a positive"),
+    ({"num_virtual_tokens": "x"}, "found num_virtual_tokens 'x', allowed: a positive integer"),
+])  # fmt: skip
+def test_a_prefix_of_another_shape_is_refused(tmp_path, base, change, message):
+    import peft
+
+    trained = peft.get_peft_model(from_transformers(base), peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"))
+    trained.save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_run_model(tmp_path / "adapter")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_prefix_is_refused_on_a_base_that_takes_none(tmp_path, base):
+    import peft
+
+    trained = peft.get_peft_model(from_transformers(base), peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"))
+    trained.save_pretrained(tmp_path / "adapter")
+    save_base(tmp_path / "bloom", "bloom")
+    with pytest.raises(CheckpointError, match=r"does not fit the base .*models of type bloom: its blocks are more than plain attention"):
+        load_run_model(tmp_path / "bloom", adapter=tmp_path / "adapter")
 
 
 def test_a_tie_stays_one_where_it_can(tmp_path):

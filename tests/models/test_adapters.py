@@ -1,6 +1,7 @@
 """Adapters and parts of models of transformers: what is trained, what is computed at the start, gradients, rows of new tokens, NF4."""
 
 import copy
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -246,8 +247,6 @@ def test_a_base_that_is_read_into_nf4_is_never_whole(directories, tmp_path):
 
     def watched(tensor: torch.Tensor, double: bool) -> Nf4Weight:
         nonlocal most
-        import gc
-
         shapes = {tuple(module.weight.shape) for module in reference.blocks.modules() if isinstance(module, nn.Linear)}
         found = [x for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter) and not x.is_meta and tuple(x.shape) in shapes]
         storages = {x.untyped_storage().data_ptr() for x in found} - known
@@ -256,7 +255,8 @@ def test_a_base_that_is_read_into_nf4_is_never_whole(directories, tmp_path):
         return usual(tensor, double)
 
     reference = build_configured_model(config_of(directories("llama")))
-    known = {module.weight.untyped_storage().data_ptr() for module in reference.modules() if isinstance(module, nn.Linear)}
+    there = [x for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter) and not x.is_meta]  # of earlier tests, too
+    known = {x.untyped_storage().data_ptr() for x in there}
     nf4.quantize_nf4 = watched
     try:
         build_configured_model(config_of(directories("llama"), "lora", nf4=True))
@@ -269,7 +269,9 @@ def test_a_base_that_is_read_into_nf4_is_never_whole(directories, tmp_path):
 @pytest.mark.parametrize("adapter, new, message", [
     ({"method": "lora", "target_modules": ["q_proj", "nothing"]}, (), "has nothing, which no layer of this llama model is called; there"),
     ({"method": "last_k", "last_k": 3}, (), "adapter.last_k is 3, the model has 2 blocks; use 1 to 2"),
-    ({"method": "prefix"}, (), "adapter.method=prefix is not supported any more; use lora or ia3"),
+    ({"method": "prefix"}, (7,), "data.add_tokens needs rows that are trained, which adapter.method=prefix does not train"),
+    ({"method": "lora", "target_modules": ["q_proj", "lm_head"]}, (7,), "has lm_head, of which data.add_tokens trains rows"),
+    ({"method": "dora", "target_modules": ["embed_tokens"]}, (7,), "has embed_tokens, of which data.add_tokens trains rows"),
     ({"method": "ia3"}, (7,), "data.add_tokens needs rows that are trained, which adapter.method=ia3 does not train"),
     ({"method": "lora", "target_modules": ["mlp"]}, (), "adapter.method=lora cannot be applied"),
 ])  # fmt: skip
@@ -279,9 +281,7 @@ def test_what_cannot_be_trained_is_said_in_one_line(directories, adapter, new, m
     assert "\n" not in str(caught.value)
 
 
-def test_half_of_a_tie_and_models_without_adapters_are_refused(directories):
-    with pytest.raises(ConfigError, match="embed_tokens, one of two layers that share a weight"):
-        build_configured_model(config_of(directories("gemma3_text"), "lora", target_modules=["q_proj", "embed_tokens"]))
+def test_models_without_adapters_are_refused(directories):
     pytest.importorskip("bitsandbytes")
     with pytest.raises(ConfigError, match="the blocks of this model have none"):
         build_configured_model(config_of(directories("gpt2"), "lora", nf4=True))
@@ -289,15 +289,25 @@ def test_half_of_a_tie_and_models_without_adapters_are_refused(directories):
         build_configured_model(RunConfig(adapter=AdapterConfig(method="lora")))
 
 
-def test_an_untied_embedding_and_head_take_an_adapter(directories):
-    model = build_configured_model(config_of(directories("llama"), "lora", target_modules=["embed_tokens", "lm_head", "q_proj"]))
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("ends", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+@pytest.mark.parametrize("family, tied", [("llama", False), ("gemma3_text", True)])
+def test_embedding_and_head_take_an_adapter_each(directories, family, tied, ends, method):
+    model = build_configured_model(config_of(directories(family), method, target_modules=[*ends, "q_proj"]))
+    assert model.head_is_tied() is tied
     loud(model)
     inputs = tokens()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     loss = model.train()(inputs, inputs.roll(-1, 1), 24.0)
     expected = F.cross_entropy(own_logits(model, inputs).flatten(0, 1), inputs.roll(-1, 1).flatten())
     assert loss.item() == pytest.approx(expected.item(), rel=ROUNDINGS)
+    largest = max(gradient.abs().max().item() for gradient in torch.autograd.grad(expected, trained, retain_graph=True))
+    for found, wanted in zip(torch.autograd.grad(loss, trained), torch.autograd.grad(expected, trained), strict=True):
+        assert wanted.any()
+        close(found, wanted, 20 * ROUNDINGS, largest / 20)
     embedded = {id(p) for p in model.embed_parameters()}
-    assert len([1 for name, p in model.named_parameters() if "lora_embedding" in name and id(p) in embedded]) == 2
+    count = len([1 for name, p in model.named_parameters() if "lora_embedding" in name and id(p) in embedded])
+    assert count == (2 if "embed_tokens" in ends else 0)
 
 
 def test_the_hash_of_a_base_follows_its_files(directories, tmp_path):
@@ -311,7 +321,9 @@ def test_the_hash_of_a_base_follows_its_files(directories, tmp_path):
 @pytest.mark.parametrize("overrides, message", [
     (["adapter.method=lora"], "adapter.method=lora needs a model of transformers; set model.path, or remove it"),
     (["data.add_tokens=[x]"], "data.add_tokens needs a model of transformers"),
-    (["model.path=x", "adapter.method=prefix"], "adapter.method=prefix is not supported any more; use lora or ia3"),
+    (["model.path=x", "adapter.method=prefix", "adapter.r=4"], "adapter.r is 4, which adapter.method=prefix does not use; remove it"),
+    (["model.path=x", "adapter.method=lora", "adapter.num_virtual_tokens=4"], "num_virtual_tokens is 4, which adapter.method=lora does"),
+    (["model.path=x", "adapter.method=prefix", "data.add_tokens=[x]"], "adapter.method=prefix does not train; use lora or its kin"),
     (["model.path=x", "adapter.method=lora", "optim.name=spectron"], "adapter.method=lora does not work with optim.name=spectron"),
     (["model.path=x", "train.weight_dtype=nf4"], "needs an adapter beside them, found adapter.method=none; use lora"),
     (["model.path=x", "train.weight_dtype=nf4", "adapter.method=head"], "needs an adapter beside them, found adapter.method=head"),
@@ -330,6 +342,7 @@ def test_contradictions_are_found_before_anything_is_read(overrides, message):
 @pytest.mark.parametrize("overrides", [
     ["adapter.method=lora", "train.weight_dtype=nf4", "engine.name=deepspeed", "engine.zero_stage=2"],
     ["adapter.method=dora", "adapter.r=4", "adapter.target_modules=[q_proj]", "train.update=layerwise"],
+    ["adapter.method=prefix", "adapter.num_virtual_tokens=3", "train.weight_dtype=nf4", "train.update=layerwise"],
     ["adapter.method=last_k", "adapter.last_k=2"], ["engine.name=deepspeed", "engine.zero_stage=3"],
 ])  # fmt: skip
 def test_what_goes_together_is_taken(overrides):

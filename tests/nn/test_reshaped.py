@@ -29,7 +29,7 @@ def first_keys(kind: str) -> torch.Tensor | None:
     return None
 
 
-def definition(q, k, v, first, scale, softcap):
+def definition(q, k, v, first, scale, softcap, prefix=0):
     k, v = (x.repeat_interleave(HEADS // x.shape[1], 1) for x in (k, v))
     scores = q @ k.transpose(2, 3) * scale
     if softcap:
@@ -37,19 +37,19 @@ def definition(q, k, v, first, scale, softcap):
     key = torch.arange(TIME)
     hidden = (key > key.view(-1, 1)).expand(ROWS, -1, -1)
     if first is not None:
-        hidden = hidden | (key < first.unsqueeze(-1))
+        hidden = hidden | ((key < first.unsqueeze(-1)) & (key >= prefix))
     return (torch.softmax(scores.masked_fill(hidden.unsqueeze(1), -torch.inf), -1) @ v).transpose(1, 2).flatten(2)
 
 
 @pytest.mark.parametrize("heads_at_once", [2, 4, 12])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
-@pytest.mark.parametrize("kind", ["all", "window", "segments"])
-def test_attention_is_the_definition(monkeypatch, kind, softcap, kv_heads, heads_at_once):
+@pytest.mark.parametrize("kind, prefix", [("all", 0), ("window", 0), ("segments", 0), ("all", 3), ("window", 3), ("segments", 40)])
+def test_attention_is_the_definition(monkeypatch, kind, prefix, softcap, kv_heads, heads_at_once):
     monkeypatch.setattr(module, "MAX_SCORES", heads_at_once * module.MIN_BLOCK * TIME)
     inputs, first, scale = tensors(kv_heads), first_keys(kind), 0.31
-    out = causal_attention(*inputs, first_BT=first, scale=scale, softcap=softcap)
-    expected = definition(*inputs, first, scale, softcap)
+    out = causal_attention(*inputs, first_BT=first, prefix=prefix, scale=scale, softcap=softcap)
+    expected = definition(*inputs, first, scale, softcap, prefix)
     grad = torch.randn_like(out)
     # 70 terms of up to 300 in fp64: 70 * 300 * 2**-53
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-11)

@@ -19,6 +19,7 @@ pytest.importorskip("peft")
 SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "head_dim": 32}
 NF4 = ("train.weight_dtype=nf4",)
 CASES: list[tuple[str, ...]] = [
+    ("adapter.method=prefix",), ("adapter.method=prefix", "train.update=layerwise", *NF4),
     ("adapter.method=lora",), ("adapter.method=dora", *NF4), ("adapter.method=lora", "train.double_quant=false", *NF4),
     ("adapter.method=ia3", "train.update=layerwise", *NF4), ("adapter.method=last_k", "train.update=layerwise"), ("adapter.method=head",),
     ("adapter.method=lora", "train.precision=bf16", "train.weight_dtype=bf16"), ("adapter.method=lora", 'data.add_tokens=["<a>","<b>"]'),
@@ -105,6 +106,7 @@ def test_adapters_and_nf4_are_kinds_of_runs_of_their_own(directory):
     )
     assert "adapter.method=none" in plain
     assert "adapter.method=lora" in lora
+    assert "adapter.method=prefix" in _kind(config_of(directory, "adapter.method=prefix"))  # without PEFT
     assert "train.weight_dtype=nf4" in nf4
     # 32-bit adapters beside bf16 weights are updated by torch's optimizer, as those beside fp32 weights are
     narrow = _kind(config_of(directory, "adapter.method=lora", "train.precision=bf16", "train.weight_dtype=bf16"))

@@ -17,6 +17,7 @@ from lowmem.cli.main import main
 from lowmem.config.load import load_run_config
 from lowmem.data.tokenizer_loading import load_tokenizer
 from lowmem.engine.local import LocalEngine
+from lowmem.engine.run_model import load_run_model
 from lowmem.planning.levers import predict_fitting
 from tests.engine.out_of_memory import MESSAGE
 from tests.planning.small import stub_measurements
@@ -73,6 +74,29 @@ def test_every_method_learns_and_others_load_what_it_saves(method, base, chat, t
         return
     trained = sum(t.numel() for t in load_file(sorted((tmp_path / "run/checkpoints").glob("step-*"))[-1] / "model.safetensors").values())
     assert trained < 0.6 * sum(tensor.numel() for tensor in load_file(base / "model.safetensors").values())
+
+
+def test_a_prefix_learns_and_others_load_it(base, chat, tmp_path, capsys):
+    """It stays beside the weights: nothing is merged, and the run says so."""
+    from peft import PeftModel
+
+    run = tmp_path / "run"
+    settings: dict[str, object] = {
+        "adapter__method": "prefix", "adapter__num_virtual_tokens": 6, "optim__lr": 0.1, "train__global_batch_size": 6,
+        "train__micro_batch_size": 2, "train__steps": 8, "train__eval_every": 8,
+    }  # fmt: skip
+    capsys.readouterr()
+    assert main(["finetune", *finetune_arguments(base, chat, run, **settings)]) == 0
+    assert "cannot be merged into them: adapter/ is written, and no merged/" in " ".join(capsys.readouterr().err.split())
+    assert held_out(run)[-1] < losses(run)[0] - 0.05
+    assert not (run / "merged").exists()
+    trained = load_run_model(run).model
+    with torch.no_grad():
+        expected = trained(TOKENS)
+        assert torch.equal(load_run_model(run / "adapter").model(TOKENS), expected)
+    adapted = logits(PeftModel.from_pretrained(theirs(base), run / "adapter"))
+    assert torch.allclose(adapted, expected, rtol=0, atol=tolerance(expected))
+    assert main(["generate", "--run", str(run), "--prompt", "some words", "--max_new_tokens", "5"]) == 0
 
 
 @pytest.mark.parametrize("method", ADAPTERS)
@@ -135,7 +159,7 @@ def test_adapters_are_exchanged_on_a_base_that_stays_as_it_is(base, chat, tmp_pa
     assert all(torch.equal(parameter, weights[name]) for name, parameter in restored.named_parameters())
 
 
-@pytest.mark.parametrize("method", ["lora", "none"])
+@pytest.mark.parametrize("method", ["lora", "prefix", "none"])
 @pytest.mark.parametrize("update", ["accumulate", "layerwise"])
 def test_resuming_ends_bit_equal(update, method, base, chat, tmp_path):
     settings = {
@@ -145,6 +169,8 @@ def test_resuming_ends_bit_equal(update, method, base, chat, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     if method == "lora":
         settings["adapter__r"] = 64  # so large that its states have 8 bits
+    if method == "prefix":
+        settings["adapter__num_virtual_tokens"] = 64  # as above
     assert finetune(base, chat, whole, **settings) == 0
     assert finetune(base, chat, parts, **settings | {"train__steps": 4}) == 0
     assert finetune(base, chat, parts, **settings) == 0
@@ -329,10 +355,6 @@ def test_a_file_is_above_the_defaults_of_the_command_and_below_its_flags(base, c
         ("--method=qlora", "method is no key any more; use adapter.method (qlora: lora with train.weight_dtype=nf4; full: none)"),
         ("--adapter.double_quant=false", "adapter.double_quant is no key any more; use train.double_quant"),
         ("--out=x", "out is no key any more; use run_dir"),
-        (
-            "--model.path=b --data=d --adapter.method=prefix",
-            "adapter.method=prefix is not supported any more; use lora or ia3, which train as few numbers",
-        ),
     ],
 )
 def test_old_keys_name_the_new_ones(words, message, capsys):

@@ -240,14 +240,20 @@ def test_the_index_decides_and_names_files_of_its_folder(llama, tmp_path):
         list(meta_tensors(tmp_path / "model.safetensors"))
 
 
-@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]])
 @pytest.mark.parametrize("dtype", ["fp32", "nf4"])
-def test_an_adapter_on_one_of_two_tied_layers_is_refused(target, dtype, chat, tmp_path, capsys):
-    """Merged, it would change the other one, too."""
+def test_adapters_on_tied_layers_are_merged_into_two(targets, dtype, chat, tmp_path):
+    """Merged into the one weight, each would change the other layer, too."""
     save_tiny(tmp_path / "base", "llama", tie_word_embeddings=True)
-    more = (f'--adapter.target_modules=["{target}", "q_proj"]', f"--train.weight_dtype={dtype}")
-    assert finetune(tmp_path / "base", chat, tmp_path / "out", *more) == 2
-    assert f"adapter.target_modules has {target}, one of two layers that share a weight" in capsys.readouterr().err
+    more = (f"--adapter.target_modules={json.dumps([*targets, 'q_proj'])}", f"--train.weight_dtype={dtype}", "--train.steps=8")
+    assert finetune(tmp_path / "base", chat, tmp_path / "out", *more) == 0
+    assert json.loads((tmp_path / "out/merged/config.json").read_text())["tie_word_embeddings"] is False
+    inputs = torch.arange(3, 43).view(2, 20)
+    with torch.no_grad():
+        before, after = (load_run_model(tmp_path / "out" / name).model(inputs, inputs.roll(-1, 1), 40.0) for name in ("", "merged"))
+    assert after.item() == pytest.approx(before.item(), rel=1e-5)
+    weights = load_file(tmp_path / "out/merged/model.safetensors")
+    assert not torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
 
 
 def test_what_ends_and_samples_an_answer_is_kept(llama, chat, tmp_path):
