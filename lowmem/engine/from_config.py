@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,10 +12,13 @@ from lowmem.engine.local import LocalEngine, Teacher
 from lowmem.models.base import LanguageModel, LossOptions
 from lowmem.models.registry import build_model
 from lowmem.nn.float8 import use_float8
-from lowmem.nn.nf4 import Nf4, store_linears_as_nf4
+from lowmem.nn.nf4 import Nf4
 from lowmem.nn.quantized import WeightBits, WeightFormat, stored_tensors
 from lowmem.system.devices import Precision
 from lowmem.system.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lowmem.models.huggingface_weights import Kept
 
 _STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _QUANTIZED: dict[str, WeightBits] = {"int8": 8, "int4": 4}
@@ -49,14 +52,16 @@ def _model_of_transformers(config: RunConfig, new_tokens: Sequence[int]) -> Lang
     from lowmem.engine.huggingface_files import load_model, outline, quiet_transformers, resolve_model_path
     from lowmem.models.adapters import apply_adapter, check_adapter_is_used
     from lowmem.models.huggingface import HuggingFaceModel, check_contract
+    from lowmem.models.huggingface_weights import Kept
 
     quiet_transformers()
-    directory, dtype = resolve_model_path(config.model.path, config.model.revision), stored_format(config.train).dtype
-    nf4 = Nf4(config.train.double_quant) if config.train.weight_dtype == "nf4" else None
+    directory, form = resolve_model_path(config.model.path, config.model.revision), stored_format(config.train)
+    kept = Kept(form, Nf4(config.train.double_quant) if config.train.weight_dtype == "nf4" else None, config.model.lorpt)
     if torch.get_default_device().type == "meta":
-        model = HuggingFaceModel(_nf4_outline(directory, dtype, nf4) if nf4 else outline(directory, dtype), config.model.max_seq_len)
+        described = _converted_outline(directory, kept) if kept.changes_layers() else outline(directory, form.dtype)
+        model = HuggingFaceModel(described, config.model.max_seq_len)
     else:
-        model = HuggingFaceModel(load_model(directory, dtype, nf4=nf4), config.model.max_seq_len)
+        model = HuggingFaceModel(load_model(directory, form.dtype, kept=kept), config.model.max_seq_len)
         check_contract(model)
     apply_adapter(model, config.adapter, seed=config.train.seed, new_tokens=new_tokens)
     if model.device.type != "meta":
@@ -64,18 +69,20 @@ def _model_of_transformers(config: RunConfig, new_tokens: Sequence[int]) -> Lang
     return model
 
 
-def _nf4_outline(directory: Path, dtype: torch.dtype, nf4: Nf4) -> Any:
-    """An outline with linear layers in NF4; a dry run sees only what stays, as a model is never whole while it is read."""
+def _converted_outline(directory: Path, kept: "Kept") -> Any:
+    """An outline with the layers of its kind; a dry run sees what stays and what reading one layer takes, as a model is never whole while
+    it is read."""
     from torch.utils._python_dispatch import _disable_current_modes
 
     from lowmem.engine.huggingface_files import outline
-    from lowmem.models.huggingface_body import find_blocks, find_body
+    from lowmem.models.huggingface_weights import convert_shapes, reading_workspace
 
     with _disable_current_modes(), torch.device("meta"):
-        model = outline(directory, dtype)
-        store_linears_as_nf4(find_blocks(find_body(model), model.config)[1], nf4.double)
+        model = outline(directory, kept.form.dtype)
+        convert_shapes(model, kept)
     for tensor in stored_tensors(dict(model.named_parameters()) | dict(model.named_buffers())).values():
         tensor.detach()
+    reading_workspace(model, kept)
     return model
 
 

@@ -9,22 +9,24 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from lowmem.memory.limits import is_out_of_memory
-from lowmem.nn.nf4 import Nf4, quantise_on_arrival
 from lowmem.system.errors import CheckpointError, ConfigError
 from lowmem.system.files import file_sha256, json_sha256
 from lowmem.system.tensors import all_finite, tensor_shapes, weight_files
+
+if TYPE_CHECKING:
+    from lowmem.models.huggingface_weights import Kept
 
 GENERATION_CONFIG = "generation_config.json"
 _SAMPLED = ("temperature", "top_k", "top_p", "min_p")  # count where tokens are drawn at random
@@ -205,26 +207,30 @@ def base_sha256(directory: Path) -> str:
     return json_sha256([[file.name, file_sha256(file)] for file in files])
 
 
-def load_model(directory: Path, dtype: torch.dtype, *, nf4: Nf4 | None = None) -> Any:
+def load_model(directory: Path, dtype: torch.dtype, *, kept: "Kept | None" = None) -> Any:
     """The model of transformers on the CPU, as `from_pretrained` makes it of the same files.
 
     Args:
         dtype: of all weights.
-        nf4: how the linear layers of the blocks are kept in NF4, each from the moment it is read; None keeps them in `dtype`.
+        kept: how they are kept, each from the moment it is read; None keeps them in `dtype`.
     Raises:
-        ConfigError: transformers or bitsandbytes is missing, or there are no such layers.
+        ConfigError: transformers or bitsandbytes is missing, or there are no layers that can be kept so.
         CheckpointError: see `outline`; or weights are missing, damaged, of another shape, quantised, or not finite.
-    Memory: the weights as they are kept, and one tensor.
+    Memory: the weights as they are kept, and one tensor; where layers are factored also its singular vectors in fp32.
     """
     described = outline(directory, dtype)
     stored = {name: tensor for file in weight_files(directory) for name, tensor in stored_tensors(file, dtype).items()}
-    kind = type(described) if nf4 is None else _with_nf4(type(described), nf4)
-    with _quiet_transformers(), reported_as_damage(directory):
-        model, told = kind.from_pretrained(
-            None, config=described.config, state_dict=stored, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
-            attn_implementation="eager",
-        )  # fmt: skip
-    model.__class__ = type(described)
+    finish: list[Callable[[], None]] = []
+
+    def prepare(model: Any) -> None:
+        from lowmem.models.huggingface_weights import convert_on_arrival
+
+        if kept is not None and kept.changes_layers():
+            finish.append(convert_on_arrival(model, kept))
+
+    model, told = _given(directory, described, dtype, stored, prepare)
+    while finish:
+        finish.pop()()
     _check_loaded(directory, told, stored)
     model.config.name_or_path = model.name_or_path = str(directory)
     head = model.get_output_embeddings()
@@ -233,16 +239,29 @@ def load_model(directory: Path, dtype: torch.dtype, *, nf4: Nf4 | None = None) -
     return model
 
 
-def _with_nf4(kind: Any, nf4: Nf4) -> Any:
-    """The class of a model whose layers put their weights into NF4 as they are given them."""
+def _given(
+    directory: Path, described: Any, dtype: torch.dtype, tensors: Mapping[str, Any], prepare: Callable[[Any], None]
+) -> tuple[Any, dict[str, Any]]:
+    """The described model with these tensors, and what transformers tells of them.
 
-    from lowmem.models.huggingface_body import find_blocks, find_body
+    Args:
+        tensors: by name, read one by one with `tensor[...]`.
+        prepare: is called with the model before it has any numbers.
+    """
+    kind = type(described)
 
     def build(model: Any, config: Any, *more: Any, **settings: Any) -> None:
         kind.__init__(model, config, *more, **settings)
-        quantise_on_arrival(find_blocks(find_body(model), model.config)[1], nf4.double)
+        prepare(model)
 
-    return type(kind.__name__, (kind,), {"__module__": kind.__module__, "__init__": build})
+    prepared: Any = type(kind.__name__, (kind,), {"__module__": kind.__module__, "__init__": build})
+    with _quiet_transformers(), reported_as_damage(directory):
+        model, told = prepared.from_pretrained(
+            None, config=described.config, state_dict=tensors, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
+            attn_implementation="eager",
+        )  # fmt: skip
+    model.__class__ = kind
+    return model, told
 
 
 def outline(directory: Path, dtype: torch.dtype) -> Any:
@@ -271,14 +290,26 @@ def outline(directory: Path, dtype: torch.dtype) -> Any:
     return model
 
 
-def initial_model(directory: Path, dtype: torch.dtype) -> Any:
-    """The model that a directory describes on the CPU, with weights that mean nothing, to be given those of a checkpoint.
+def initial_model(directory: Path, dtype: torch.dtype, *, kept: "Kept | None" = None) -> Any:
+    """The model that a directory describes, with weights that mean nothing, to be given those of a checkpoint.
 
+    Args:
+        kept: its low-rank layers; None has none.
     Raises:
         ConfigError, CheckpointError: see `outline`.
-    Memory: the weights.
+    Memory: the weights; where layers are low-rank none until they are written.
     """
-    config = outline(directory, dtype).config
+    described = outline(directory, dtype)
+    if kept is not None and kept.changes_layers():
+        from lowmem.models.huggingface_weights import convert_shapes
+
+        convert_shapes(described, kept)
+        if torch.get_default_device().type == "meta":
+            return described
+        first = {id(tensor): name for name, tensor in reversed(described.state_dict(keep_vars=True).items())}
+        empty = {name: tensor for name, tensor in described.state_dict().items() if name in set(first.values())}
+        return _given(directory, described, dtype, {n: _Empty(t) for n, t in empty.items()}, lambda m: convert_shapes(m, kept))[0]
+    config = described.config
     from transformers import AutoModelForCausalLM
 
     with _quiet_transformers(), reported_as_damage(directory):
@@ -444,6 +475,24 @@ def _check_loaded(directory: Path, told: dict[str, Any], stored: dict[str, "Stor
 
 def _some(texts: list[str]) -> str:
     return "; ".join(texts[:5]) + (f"; and {len(texts) - 5} more" if len(texts) > 5 else "")
+
+
+class _Empty:
+    """In the place of a `StoredTensor`: zeros, whose memory the system gives when they are written."""
+
+    def __init__(self, like: torch.Tensor):
+        self._like = like
+
+    def get_shape(self) -> list[int]:
+        """As slices of safetensors give it."""
+        return list(self._like.shape)
+
+    def get_dtype(self) -> str:
+        """As slices of safetensors give it."""
+        return {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}.get(self._like.dtype, "I64")
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return torch.zeros(self._like.shape, dtype=self._like.dtype, device="cpu")[index]
 
 
 class StoredTensor:

@@ -19,13 +19,13 @@ from torch import nn
 
 from lowmem.config.schema import AdapterConfig
 from lowmem.models.huggingface import HuggingFaceModel, leaves
+from lowmem.models.huggingface_weights import FUSED
 from lowmem.nn.layers import embedding, use_exact_gradients
 from lowmem.system.errors import ConfigError
 
 LORA_KIN = ("lora", "dora", "rslora", "lora_plus")
 PARTS = ("head", "last_k")  # methods that train some of the weights themselves
 _SHOWN = 8  # names of layers that a message lists
-_FUSED = {"out_proj": ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")}  # kernels of these read its weight past its adapter
 
 
 def apply_adapter(model: HuggingFaceModel, adapter: AdapterConfig, *, seed: int, new_tokens: Sequence[int] = ()) -> None:
@@ -160,7 +160,7 @@ def _target_names(model: HuggingFaceModel, adapter: AdapterConfig) -> list[str]:
     lm, head = model.lm, model.head
     linears = [
         name for name, module in lm.named_modules()
-        if _is_linear(module) and module is not head and model.family not in _FUSED.get(name.rpartition(".")[2], ())
+        if _is_linear(module) and module is not head and model.family not in FUSED.get(name.rpartition(".")[2], ())
     ]  # fmt: skip
     if not adapter.target_modules:
         if not linears:
