@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -220,17 +220,7 @@ def load_model(directory: Path, dtype: torch.dtype, *, kept: "Kept | None" = Non
     """
     described = outline(directory, dtype)
     stored = {name: tensor for file in weight_files(directory) for name, tensor in stored_tensors(file, dtype).items()}
-    finish: list[Callable[[], None]] = []
-
-    def prepare(model: Any) -> None:
-        from lowmem.models.huggingface_weights import convert_on_arrival
-
-        if kept is not None and kept.changes_layers():
-            finish.append(convert_on_arrival(model, kept))
-
-    model, told = _given(directory, described, dtype, stored, prepare)
-    while finish:
-        finish.pop()()
+    model, told = _given(directory, described, dtype, stored, kept)
     _check_loaded(directory, told, stored)
     model.config.name_or_path = model.name_or_path = str(directory)
     head = model.get_output_embeddings()
@@ -240,19 +230,21 @@ def load_model(directory: Path, dtype: torch.dtype, *, kept: "Kept | None" = Non
 
 
 def _given(
-    directory: Path, described: Any, dtype: torch.dtype, tensors: Mapping[str, Any], prepare: Callable[[Any], None]
+    directory: Path, described: Any, dtype: torch.dtype, tensors: Mapping[str, Any], kept: "Kept | None"
 ) -> tuple[Any, dict[str, Any]]:
     """The described model with these tensors, and what transformers tells of them.
 
     Args:
         tensors: by name, read one by one with `tensor[...]`.
-        prepare: is called with the model before it has any numbers.
     """
-    kind = type(described)
+    kind, finish = type(described), []
 
     def build(model: Any, config: Any, *more: Any, **settings: Any) -> None:
+        from lowmem.models.huggingface_weights import convert_on_arrival
+
         kind.__init__(model, config, *more, **settings)
-        prepare(model)
+        if kept is not None and kept.changes_layers():
+            finish.append(convert_on_arrival(model, kept))
 
     prepared: Any = type(kind.__name__, (kind,), {"__module__": kind.__module__, "__init__": build})
     with _quiet_transformers(), reported_as_damage(directory):
@@ -261,6 +253,8 @@ def _given(
             attn_implementation="eager",
         )  # fmt: skip
     model.__class__ = kind
+    while finish:  # the class outlives this, until cycles are collected, and must not hold the model
+        finish.pop()()
     return model, told
 
 
@@ -303,12 +297,13 @@ def initial_model(directory: Path, dtype: torch.dtype, *, kept: "Kept | None" = 
     if kept is not None and kept.changes_layers():
         from lowmem.models.huggingface_weights import convert_shapes
 
-        convert_shapes(described, kept)
         if torch.get_default_device().type == "meta":
+            convert_shapes(described, kept)
             return described
-        first = {id(tensor): name for name, tensor in reversed(described.state_dict(keep_vars=True).items())}
-        empty = {name: tensor for name, tensor in described.state_dict().items() if name in set(first.values())}
-        return _given(directory, described, dtype, {n: _Empty(t) for n, t in empty.items()}, lambda m: convert_shapes(m, kept))[0]
+        kept_once = reversed(described.state_dict(keep_vars=True).items())  # of tied weights the first
+        names = {id(tensor): name for name, tensor in kept_once}
+        tensors = described.state_dict()
+        return _given(directory, described, dtype, {name: _Empty(tensors[name]) for name in names.values()}, kept)[0]
     config = described.config
     from transformers import AutoModelForCausalLM
 

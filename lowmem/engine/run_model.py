@@ -182,7 +182,7 @@ def _initial_model(config: RunConfig) -> LanguageModel:
     from lowmem.models.huggingface import HuggingFaceModel
     from lowmem.models.huggingface_weights import Kept
 
-    kept = Kept(WeightFormat(torch.float32), lorpt=shape.lorpt)
+    kept = Kept(WeightFormat(torch.float32), lorpt=shape.lorpt, blank=True)
     model = initial_model(resolve_model_path(shape.path, shape.revision), torch.float32, kept=kept)
     if config.data.add_tokens and shape.vocab_size > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(shape.vocab_size, mean_resizing=False)

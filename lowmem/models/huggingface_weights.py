@@ -35,11 +35,13 @@ class Kept:
         form: of all that nothing else is said of.
         nf4: how linear layers of the blocks are kept in NF4.
         lorpt: which linear layers of the blocks are factored, and at which rank.
+        blank: factors are left zero, for those of a checkpoint.
     """
 
     form: WeightFormat
     nf4: Nf4 | None = None
     lorpt: LorptConfig | None = None
+    blank: bool = False
 
     def changes_layers(self) -> bool:
         """Whether some weights are kept otherwise than as tensors of their own shapes."""
@@ -85,7 +87,7 @@ def convert_on_arrival(model: Any, kept: Kept) -> Callable[[], None]:
     factored = {id(model.get_submodule(name)) for name in layers}
     coded = [(module, bits) for module, bits in _coded_layers(model, kept) if id(module) not in factored]
     settle = [on_arrival(module, partial(_coded, model, bits)) for module, bits in coded]
-    place = factor_on_arrival(model, layers, partial(store_as, stored=kept.form))
+    place = factor_on_arrival(model, layers, partial(store_as, stored=kept.form), blank=kept.blank)
 
     def finish() -> None:
         place()

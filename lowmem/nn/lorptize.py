@@ -206,18 +206,24 @@ def replace_shapes(model: nn.Module, layers: Mapping[str, LoRPtLinear]) -> None:
 
 
 @torch.no_grad()
-def factor_on_arrival(model: nn.Module, layers: Mapping[str, LoRPtLinear], store: Callable[[LoRPtLinear], object]) -> Callable[[], None]:
+def factor_on_arrival(
+    model: nn.Module, layers: Mapping[str, LoRPtLinear], store: Callable[[LoRPtLinear], object], *, blank: bool = False
+) -> Callable[[], None]:
     """Have each layer of a model factor the weight that it is given next, by truncated SVD: a model is never whole while it is read.
 
     Args:
         layers: see `low_rank_shapes`.
         store: what becomes of a layer's factors once they are there.
+        blank: leave the factors zero, for those of a checkpoint.
     Returns:
         What puts the low-rank layers into their places, once all weights are read.
     Memory: the factors, and at a time one dense layer and its singular vectors in fp32.
     """
 
     def take(new: LoRPtLinear, layer: nn.Module, weight: nn.Parameter) -> None:
+        if blank:
+            new.down, new.up = (nn.Parameter(torch.zeros(factor.shape, dtype=weight.dtype)) for factor in (new.down, new.up))
+            return
         matrix = weight.detach().t() if is_conv1d(layer) else weight.detach()
         wide = matrix.to(torch.promote_types(weight.dtype, torch.float32))
         if not torch.isfinite(wide).all():  # refused once everything is read

@@ -341,7 +341,8 @@ def _values(config: RunConfig, key: str) -> list[int]:
     step = _STEPS[key]
     values = list(range(step, _LIMITS[key] + 1, step))
     if key == "model.lorpt.rank" and config.model.path:
-        return [value for value in values if value < _narrowest(config)]
+        limit = _narrowest(config)
+        return [value for value in values if value < limit]
     if key == "model.lorpt.rank":
         values = [value for value in values if _saves(config, value)]
     return values
