@@ -17,18 +17,21 @@ from tests.train.tiny_run import final_bits, metrics, tiny_arguments, write_text
 WIDE = {"hidden_size": 96, "intermediate_size": 96, "head_dim": 24}
 SHAPES = {"llama": WIDE | {"tie_word_embeddings": True}, "qwen2": WIDE, "phi3": WIDE, "gpt2": {"n_embd": 96}}
 SETTINGS = {
-    "data.tokenizer": "bpe", "optim.schedule": "constant", "train.steps": 9, "train.save_every": 3, "train.eval_every": 6, "train.seed": 1,
+    "data.tokenizer": "bpe", "optim.schedule": "constant", "optim.lr": 5e-3, "optim.warmup_steps": 2, "train.steps": 6,
+    "train.save_every": 3, "train.eval_every": 0, "train.seed": 1,
 }  # fmt: skip
 LOW_RANK, LAYERWISE = {"model.lorpt.rank": 8}, {"train.update": "layerwise", "optim.state_bits": 8}
 WAYS = {
     "factors": ("llama", LOW_RANK),
     "factors, layerwise, bf16": ("phi3", LOW_RANK | LAYERWISE | {"train.weight_dtype": "bf16", "train.precision": "bf16"}),
-    "factors that grow": ("qwen2", LOW_RANK | {"model.lorpt.schedule": "{3: 12, 7: 6}"}),
+    "factors that grow": ("qwen2", LOW_RANK | {"model.lorpt.schedule": "{2: 12, 4: 6}"}),
     "factors of transposed layers": ("gpt2", LOW_RANK),
     "int8": ("llama", {"train.weight_dtype": "int8"}),
     "int4, layerwise": ("qwen2", LAYERWISE | {"train.weight_dtype": "int4"}),
     "int8 factors": ("phi3", LAYERWISE | {"train.weight_dtype": "int8", "model.lorpt.rank": "auto"}),
 }
+
+FAST = ("factors", "int8")
 
 
 def arguments(folder: Path, name: str, family: str, **overrides: object) -> list[str]:
@@ -47,11 +50,11 @@ def checkpoint(run: Path) -> Path:
     return sorted((run / "checkpoints").glob("step-*"))[-1] / "model.safetensors"
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [way if way in FAST else pytest.param(way, marks=pytest.mark.slow) for way in WAYS])
 def test_a_run_in_two_parts_equals_one_in_one_and_is_exported(tmp_path, way, capsys):
     family, settings = WAYS[way]
     assert pretrain(*arguments(tmp_path, "whole", family, **settings)) == 0
-    assert pretrain(*arguments(tmp_path, "parts", family, **settings, **{"train.steps": 6})) == 0
+    assert pretrain(*arguments(tmp_path, "parts", family, **settings, **{"train.steps": 3})) == 0
     assert pretrain(*arguments(tmp_path, "parts", family, **settings)) == 0
     whole, parts = (final_bits(tmp_path / name) for name in ("whole", "parts"))
     assert whole["model.safetensors"] == parts["model.safetensors"]
@@ -107,6 +110,7 @@ def test_a_run_is_written_from_and_merged_at_its_end(tmp_path, capsys, settings)
     assert "which is written with whole weights; leave it out" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_a_dry_run_counts_what_the_run_counts(tmp_path, capsys, monkeypatch, way):
     stub_measurements(monkeypatch)
@@ -124,6 +128,7 @@ def test_a_dry_run_counts_what_the_run_counts(tmp_path, capsys, monkeypatch, way
         assert report["predicted"]["components"][name] == counted[name], name
 
 
+@pytest.mark.slow
 def test_the_largest_rank_that_fits_is_found(tmp_path, capsys, monkeypatch):
     stub_measurements(monkeypatch)
     given = arguments(tmp_path, "run", "llama", **LOW_RANK)
