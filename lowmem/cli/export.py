@@ -1,6 +1,7 @@
 """The `export` command: a trained model as a directory that transformers loads."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,10 +68,14 @@ def export_main(argv: Sequence[str]) -> int:
 
 def _export_of_transformers(run: "RunModel", flags: argparse.Namespace) -> int:
     if flags.keep_factors:
-        raise ConfigError(f"--keep_factors is given, but {flags.run} is a model of transformers without low-rank layers; leave it out")
+        raise ConfigError(
+            f"--keep_factors is given, but {flags.run} is a model of transformers, which is written with whole weights; leave it out"
+        )
     if flags.format == "adapter" and flags.dtype:
         raise ConfigError("--dtype is given with --format=adapter, which is written as it was trained; leave it out")
     from lowmem.export.adapters import adapter_note, export_of_transformers
+    from lowmem.nn.lorptize import following_layers
+    from lowmem.system.tensors import tensor_shapes, weight_files
 
     adapter, out = flags.format == "adapter", Path(flags.out)
     base, size = export_of_transformers(run, out, adapter=adapter, dtype=flags.dtype or None, overwrite=flags.overwrite)
@@ -81,7 +86,9 @@ def _export_of_transformers(run: "RunModel", flags: argparse.Namespace) -> int:
         print(f'from peft import AutoPeftModelForCausalLM; AutoPeftModelForCausalLM.from_pretrained("{out}")')
     else:
         family = getattr(run.model, "family", "")
-        print(f"{out}: a {family} directory of transformers; {run.model.num_parameters():,} parameters, {format_bytes(size)}")
+        parameters = sum(math.prod(shape) for file in weight_files(out) for shape in tensor_shapes(file).values())
+        factors = ", low-rank factors multiplied out" if any(following_layers(run.model, {})) else ""
+        print(f"{out}: a {family} directory of transformers{factors}; {parameters:,} parameters, {format_bytes(size)}")
         print(f'from transformers import pipeline; pipeline("text-generation", model="{out}")("Once")')
     print(f"lowmem generate --run {out} --prompt Once")
     return 0

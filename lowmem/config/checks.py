@@ -137,7 +137,7 @@ def config_problems(config: RunConfig) -> list[str]:
     ]
 
 
-_WITH_PATH = ("path", "revision", "vocab_size", "max_seq_len")  # of model.*: what may be set together with model.path
+_WITH_PATH = ("path", "revision", "vocab_size", "max_seq_len", "lorpt")  # of model.*: what may be set together with model.path
 
 
 def _path_problems(config: RunConfig) -> list[str]:
@@ -146,20 +146,41 @@ def _path_problems(config: RunConfig) -> list[str]:
     if not model.path:
         return [f"model.revision is {model.revision}, but model.path is empty; name the model, or remove it"] if model.revision else []
     shaped = [f"model.{name}" for name, value in vars(model).items() if name not in _WITH_PATH and value != getattr(default, name)]
-    problems = []
-    if "model.lorpt" in shaped:
-        problems.append("model.lorpt factors lowmem's own layers and is not yet supported with model.path; drop one of the two")
-        shaped.remove("model.lorpt")
+    problems = _low_rank_path_problems(config)
     if shaped:
         problems.append(f"model.path is {model.path}, whose shape is its own; remove {', '.join(shaped)}, or model.path")
     plain = train.activation_checkpointing in ("auto", "none", "block")
     wrong = (
         (f"train.activation_checkpointing={train.activation_checkpointing}", not plain, "its blocks name nothing cheap; use block or none"),
-        (f"train.weight_dtype={train.weight_dtype}", train.weight_dtype in QUANTIZED, "it takes no codes yet; use fp32, bf16 or fp16"),
         (f"train.precision={train.precision}", train.precision == "fp8", "its layers do not multiply fp8 yet; use bf16"),
         (f"train.init_from={train.init_from}", bool(train.init_from), "it has weights of its own; drop one of the two"),
     )
     return [*problems, *(f"{what} does not work with model.path: {why}" for what, found, why in wrong if found)]
+
+
+def _low_rank_path_problems(config: RunConfig) -> list[str]:
+    """What does not go with low-rank factors or codes of the weights of a model of transformers."""
+    lorpt, default, method, train = config.model.lorpt, LorptConfig(), config.adapter.method, config.train
+    problems = [
+        f"model.lorpt.{key} is {getattr(lorpt, key)}, which does not work with model.path: {why}"
+        for key, wrong, why in (
+            ("bottleneck", lorpt.bottleneck == "silu", "its weights are to be reproduced, which only linear can; use it, or auto"),
+            ("init", lorpt.init != default.init, "factors begin as the best approximation of its weights; remove it"),
+            ("share_down", lorpt.share_down, "each of its layers has factors of its own; remove it"),
+            ("targets", "head" in lorpt.targets, "only layers of its blocks are factored; leave out head"),
+        )
+        if wrong
+    ]
+    problems += _rank_problems(lorpt)
+    factored = lorpt.rank != 0 or any(lorpt.ranks.values())
+    if factored and method != "none":
+        problems.append(f"model.lorpt trains factors of all weights and adapter.method={method} a part beside them; drop one of the two")
+    coded = f"train.weight_dtype={train.weight_dtype}"
+    if train.weight_dtype in QUANTIZED and method != "none":
+        problems.append(f"{coded} trains every weight, found adapter.method={method}; use train.weight_dtype=nf4, or adapter.method=none")
+    if train.weight_dtype in QUANTIZED and config.data.add_tokens:
+        problems.append(f"{coded} does not work with data.add_tokens, which adds rows of floating point; use fp32 or bf16")
+    return problems
 
 
 LORA_KIN = ("lora", "dora", "rslora", "lora_plus")

@@ -121,18 +121,20 @@ class PhaseConfig:
 
 @dataclass
 class LorptConfig:
-    """Low-rank pretraining: which linear layers are stored as two thin factors (D1)."""
+    """Low-rank pretraining: which linear layers are stored as two thin factors (D1). With model.path these are linear layers of its blocks,
+    and the factors begin as the best approximation of their weights, by truncated SVD while they are read."""
 
     rank: int | Literal["auto"] = 0
     """Rank of the factored layers; 0 keeps every layer dense. Must save parameters: below in*out/(in+out). auto: half of each dense
     layer's weights, which is a quarter of the width of a square one."""
     targets: list[Literal["attention", "mlp", "head"]] = field(default_factory=lambda: ["attention", "mlp"])
-    """Which groups of linear layers are factored: attention (q, k, v, out), mlp, head (untied only)."""
+    """Which groups of linear layers are factored: attention (q, k, v, out), mlp, head (untied only, and not with model.path)."""
     ranks: dict[str, int | Literal["auto"]] = field(default_factory=dict)
-    """Rank by module-name pattern, such as {"blocks.0.*": 0, "*.down": 128}; first match wins over `rank`; 0 is dense."""
+    """Rank by module-name pattern, such as {"blocks.0.*": 0, "*.down": 128}; first match wins over `rank`; 0 is dense. With model.path
+    names are those of transformers, such as {"model.layers.0.*": 0, "*.down_proj": 128}."""
     bottleneck: Literal["auto", "linear", "silu"] = "auto"
     """Non-linearity between the two factors. silu learns far better, but cannot be merged into one matrix; linear can. auto: silu; for i3
-    linear, as published."""
+    linear, as published; with model.path linear, the only one."""
     init: Literal["original", "product_variance", "spectral"] = "product_variance"
     """original: 0.02 * randn for both factors, as published. product_variance: the product has the variance of a dense layer. spectral:
     the largest singular values of a random dense layer."""
@@ -298,7 +300,8 @@ class TrainConfig:
     weight_dtype: Literal["fp32", "bf16", "fp16", "int8", "int4", "nf4"] = "fp32"
     """What is stored. bf16 and fp16 halve weights and gradients and keep no master copy: updates are rounded stochastically. bf16 needs
     precision bf16; fp16, for GPUs without bf16, needs precision fp16 and a layerwise update. int8 and int4 store matrices in 1.03
-    and 0.53 bytes an element (embedding and head never below int8), the rest in the dtype of `precision`. nf4 stores the frozen linear
+    and 0.53 bytes an element (embedding and head never below int8), the rest in the dtype of `precision`; with model.path each is quantised
+    as it is read. nf4 stores the frozen linear
     layers of a model of transformers below an adapter in 0.53 (QLoRA). See docs/precision.md."""
     double_quant: bool = True
     """nf4 only: keep its scales in 8 bits, too."""

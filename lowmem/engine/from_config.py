@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,10 +16,13 @@ from lowmem.engine.storage.host_memory import HostMemory
 from lowmem.models.base import LanguageModel, LossOptions, stays
 from lowmem.models.registry import build_model
 from lowmem.nn.float8 import use_float8
-from lowmem.nn.nf4 import Nf4, store_linears_as_nf4
+from lowmem.nn.nf4 import Nf4
 from lowmem.nn.quantized import WeightBits, WeightFormat, stored_tensors
 from lowmem.system.devices import Precision
 from lowmem.system.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lowmem.models.huggingface_weights import Kept
 
 _STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _QUANTIZED: dict[str, WeightBits] = {"int8": 8, "int4": 4}
@@ -77,18 +80,18 @@ def _model_of_transformers(config: RunConfig, new_tokens: Sequence[int], storage
     from lowmem.engine.huggingface_files import load_model, outline, quiet_transformers, resolve_model_path
     from lowmem.models.adapters import apply_adapter, check_adapter_is_used
     from lowmem.models.huggingface import HuggingFaceModel, check_contract
+    from lowmem.models.huggingface_weights import Kept
 
     quiet_transformers()
-    directory, dtype = resolve_model_path(config.model.path, config.model.revision), stored_format(config.train).dtype
-    nf4 = Nf4(config.train.double_quant) if config.train.weight_dtype == "nf4" else None
+    directory, form = resolve_model_path(config.model.path, config.model.revision), stored_format(config.train)
+    kept = Kept(form, Nf4(config.train.double_quant) if config.train.weight_dtype == "nf4" else None, config.model.lorpt)
     if torch.get_default_device().type == "meta":
-        in_parts = nf4 is not None or storage.streams
-        described = _outline_in_parts(directory, dtype, nf4, storage) if in_parts else outline(directory, dtype)
+        in_parts = kept.changes_layers() or storage.streams
+        described = _outline_in_parts(directory, kept, storage) if in_parts else outline(directory, form.dtype)
         model = HuggingFaceModel(described, config.model.max_seq_len)
     else:
-        model = HuggingFaceModel(
-            load_model(directory, dtype, nf4=nf4, place=storage.place if storage.streams else stays), config.model.max_seq_len
-        )
+        place = storage.place if storage.streams else stays
+        model = HuggingFaceModel(load_model(directory, form.dtype, kept=kept, place=place), config.model.max_seq_len)
         check_contract(model, briefly=storage.streams)
     apply_adapter(model, config.adapter, seed=config.train.seed, new_tokens=new_tokens)
     if model.device.type != "meta":
@@ -96,24 +99,26 @@ def _model_of_transformers(config: RunConfig, new_tokens: Sequence[int], storage
     return model
 
 
-def _outline_in_parts(directory: Path, dtype: torch.dtype, nf4: Nf4 | None, storage: Storage) -> Any:
-    """An outline of which a dry run sees what there is at a time, as such a model is never whole while it is read."""
+def _outline_in_parts(directory: Path, kept: "Kept", storage: Storage) -> Any:
+    """An outline with the layers of its kind, of which a dry run sees what there is at a time and what reading one layer takes, as such a
+    model is never whole while it is read."""
     from torch.utils._python_dispatch import _disable_current_modes
 
     from lowmem.engine.huggingface_files import outline
     from lowmem.models.huggingface_body import find_blocks, find_body
+    from lowmem.models.huggingface_weights import convert_shapes, reading_workspace
 
     with _disable_current_modes(), torch.device("meta"):
-        model = outline(directory, dtype)
+        model = outline(directory, kept.form.dtype)
+        convert_shapes(model, kept)
         blocks = find_blocks(find_body(model), model.config)[1]
-        if nf4 is not None:
-            store_linears_as_nf4(blocks, nf4.double)
     inside = {id(tensor) for tensor in blocks.parameters()}
     everything = dict(model.named_parameters()) | dict(model.named_buffers())
     _see({name: tensor for name, tensor in everything.items() if id(tensor) not in inside})
     for index, block in enumerate(blocks):
         _see(dict(block.named_parameters()))
         storage.place(block, index)
+    reading_workspace(model, kept)
     return model
 
 

@@ -9,13 +9,13 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,10 +23,12 @@ from safetensors import SafetensorError, safe_open
 from lowmem.memory.limits import is_out_of_memory
 from lowmem.models.arrival import Arrivals
 from lowmem.models.base import Place, stays
-from lowmem.nn.nf4 import Nf4, quantise_on_arrival
 from lowmem.system.errors import CheckpointError, ConfigError
 from lowmem.system.files import file_sha256, json_sha256
 from lowmem.system.tensors import all_finite, tensor_shapes, weight_files
+
+if TYPE_CHECKING:
+    from lowmem.models.huggingface_weights import Kept
 
 GENERATION_CONFIG = "generation_config.json"
 _SAMPLED = ("temperature", "top_k", "top_p", "min_p")  # count where tokens are drawn at random
@@ -207,28 +209,22 @@ def base_sha256(directory: Path) -> str:
     return json_sha256([[file.name, file_sha256(file)] for file in files])
 
 
-def load_model(directory: Path, dtype: torch.dtype, *, nf4: Nf4 | None = None, place: Place = stays) -> Any:
+def load_model(directory: Path, dtype: torch.dtype, *, kept: "Kept | None" = None, place: Place = stays) -> Any:
     """The model of transformers on the CPU, as `from_pretrained` makes it of the same files.
 
     Args:
         dtype: of all weights.
-        nf4: how the linear layers of the blocks are kept in NF4, each from the moment it is read; None keeps them in `dtype`.
+        kept: how they are kept, each from the moment it is read; None keeps them in `dtype`.
         place: is given each block as soon as it is there, and says where it lives.
     Raises:
-        ConfigError: transformers or bitsandbytes is missing, or there are no such layers.
+        ConfigError: transformers or bitsandbytes is missing, or there are no layers that can be kept so.
         CheckpointError: see `outline`; or weights are missing, damaged, of another shape, quantised, or not finite.
-    Memory: the weights as they are kept, and one tensor.
+    Memory: the weights as they are kept, and one tensor; where layers are factored also its singular vectors in fp32.
     """
     described = outline(directory, dtype)
     stored = {name: tensor for file in weight_files(directory) for name, tensor in stored_tensors(file, dtype).items()}
     arrivals = None if place is stays else Arrivals(place)
-    kind = type(described) if nf4 is None and arrivals is None else _watched(type(described), nf4, arrivals)
-    with _quiet_transformers(), reported_as_damage(directory):
-        model, told = kind.from_pretrained(
-            None, config=described.config, state_dict=stored, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
-            attn_implementation="eager",
-        )  # fmt: skip
-    model.__class__ = type(described)
+    model, told = _given(directory, described, dtype, stored, kept, arrivals)
     _check_loaded(directory, told, stored)
     if arrivals is not None:
         arrivals.finish()
@@ -239,20 +235,41 @@ def load_model(directory: Path, dtype: torch.dtype, *, nf4: Nf4 | None = None, p
     return model
 
 
-def _watched(kind: Any, nf4: Nf4 | None, arrivals: Arrivals | None) -> Any:
-    """The class of a model whose layers put their weights into NF4 as they are given them, and whose blocks then go to their place."""
+def _given(
+    directory: Path,
+    described: Any,
+    dtype: torch.dtype,
+    tensors: Mapping[str, Any],
+    kept: "Kept | None",
+    arrivals: Arrivals | None = None,
+) -> tuple[Any, dict[str, Any]]:
+    """The described model with these tensors, and what transformers tells of them.
 
-    from lowmem.models.huggingface_body import find_blocks, find_body
+    Args:
+        tensors: by name, read one by one with `tensor[...]`.
+    """
+    kind, finish = type(described), []
 
     def build(model: Any, config: Any, *more: Any, **settings: Any) -> None:
-        kind.__init__(model, config, *more, **settings)
-        blocks = find_blocks(find_body(model), model.config)[1]
-        if nf4 is not None:
-            quantise_on_arrival(blocks, nf4.double)
-        if arrivals is not None:
-            arrivals.watch(blocks)
+        from lowmem.models.huggingface_body import find_blocks, find_body
+        from lowmem.models.huggingface_weights import convert_on_arrival
 
-    return type(kind.__name__, (kind,), {"__module__": kind.__module__, "__init__": build})
+        kind.__init__(model, config, *more, **settings)
+        if kept is not None and kept.changes_layers():
+            finish.append(convert_on_arrival(model, kept))
+        if arrivals is not None:
+            arrivals.watch(find_blocks(find_body(model), model.config)[1])
+
+    prepared: Any = type(kind.__name__, (kind,), {"__module__": kind.__module__, "__init__": build})
+    with _quiet_transformers(), reported_as_damage(directory):
+        model, told = prepared.from_pretrained(
+            None, config=described.config, state_dict=tensors, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
+            attn_implementation="eager",
+        )  # fmt: skip
+    model.__class__ = kind
+    while finish:  # the class outlives this, until cycles are collected, and must not hold the model
+        finish.pop()()
+    return model, told
 
 
 def outline(directory: Path, dtype: torch.dtype) -> Any:
@@ -281,14 +298,27 @@ def outline(directory: Path, dtype: torch.dtype) -> Any:
     return model
 
 
-def initial_model(directory: Path, dtype: torch.dtype) -> Any:
-    """The model that a directory describes on the CPU, with weights that mean nothing, to be given those of a checkpoint.
+def initial_model(directory: Path, dtype: torch.dtype, *, kept: "Kept | None" = None) -> Any:
+    """The model that a directory describes, with weights that mean nothing, to be given those of a checkpoint.
 
+    Args:
+        kept: its low-rank layers; None has none.
     Raises:
         ConfigError, CheckpointError: see `outline`.
-    Memory: the weights.
+    Memory: the weights; where layers are low-rank none until they are written.
     """
-    config = outline(directory, dtype).config
+    described = outline(directory, dtype)
+    if kept is not None and kept.changes_layers():
+        from lowmem.models.huggingface_weights import convert_shapes
+
+        if torch.get_default_device().type == "meta":
+            convert_shapes(described, kept)
+            return described
+        kept_once = reversed(described.state_dict(keep_vars=True).items())  # of tied weights the first
+        names = {id(tensor): name for name, tensor in kept_once}
+        tensors = described.state_dict()
+        return _given(directory, described, dtype, {name: _Empty(tensors[name]) for name in names.values()}, kept)[0]
+    config = described.config
     from transformers import AutoModelForCausalLM
 
     with _quiet_transformers(), reported_as_damage(directory):
@@ -454,6 +484,24 @@ def _check_loaded(directory: Path, told: dict[str, Any], stored: dict[str, "Stor
 
 def _some(texts: list[str]) -> str:
     return "; ".join(texts[:5]) + (f"; and {len(texts) - 5} more" if len(texts) > 5 else "")
+
+
+class _Empty:
+    """In the place of a `StoredTensor`: zeros, whose memory the system gives when they are written."""
+
+    def __init__(self, like: torch.Tensor):
+        self._like = like
+
+    def get_shape(self) -> list[int]:
+        """As slices of safetensors give it."""
+        return list(self._like.shape)
+
+    def get_dtype(self) -> str:
+        """As slices of safetensors give it."""
+        return {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}.get(self._like.dtype, "I64")
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return torch.zeros(self._like.shape, dtype=self._like.dtype, device="cpu")[index]
 
 
 class StoredTensor:

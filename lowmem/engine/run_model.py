@@ -28,6 +28,7 @@ from lowmem.engine.storage.blocks import Storage
 from lowmem.engine.weights import coded_weights, copy_weights, load_trained, load_weights, stored_weights, summary, weight_problems
 from lowmem.models.base import LanguageModel, move_to
 from lowmem.models.registry import build_model
+from lowmem.nn.quantized import WeightFormat
 from lowmem.system.devices import device_has_native_bf16
 from lowmem.system.errors import CheckpointError, ConfigError
 from lowmem.system.tensors import meta_tensors, read_tensors, weight_files
@@ -180,8 +181,10 @@ def _initial_model(config: RunConfig) -> LanguageModel:
     if not shape.path:
         return build_model(shape, vocab_size=shape.vocab_size, max_seq_len=shape.max_seq_len, seed=config.train.seed)
     from lowmem.models.huggingface import HuggingFaceModel
+    from lowmem.models.huggingface_weights import Kept
 
-    model = initial_model(resolve_model_path(shape.path, shape.revision), torch.float32)
+    kept = Kept(WeightFormat(torch.float32), lorpt=shape.lorpt, blank=True)
+    model = initial_model(resolve_model_path(shape.path, shape.revision), torch.float32, kept=kept)
     if config.data.add_tokens and shape.vocab_size > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(shape.vocab_size, mean_resizing=False)
     return HuggingFaceModel(model, shape.max_seq_len)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lowmem.config.checks import QUANTIZED
 from lowmem.data.chat_template import TEMPLATE_FILE, ChatTemplate, has_chat_template, load_chat_template, save_chat_template
 from lowmem.data.hf_tokenizer import HuggingFaceTokenizer
 from lowmem.data.tokenizer_loading import load_tokenizer
@@ -21,6 +22,9 @@ from lowmem.engine.peft_files import CONFIG, WEIGHTS
 from lowmem.engine.run_model import RunModel
 from lowmem.export.hf import DTYPES, check_out
 from lowmem.models.prefix import PROMPT_EMBEDDINGS, prefix_config, prompt_embeddings
+from lowmem.nn.lorpt import LoRPtLinear
+from lowmem.nn.lorptize import LoRPtConv1D
+from lowmem.nn.quantized import CodedWeight
 from lowmem.system.errors import CheckpointError, ConfigError, DataError
 from lowmem.system.files import make_directory, storage_errors, write_json, written_whole
 from lowmem.system.tensors import INDEX_NAME, LazyTensor, all_finite, meta_tensors, weight_files, write_tensors
@@ -36,7 +40,7 @@ Tensor = torch.Tensor | LazyTensor
 def export_of_transformers(
     run: RunModel, out: Path, *, adapter: bool, dtype: Literal["fp32", "bf16", "fp16"] | None = None, overwrite: bool = False
 ) -> tuple[Path, int]:
-    """Write the adapter of a model of transformers, or the model with its adapter multiplied in.
+    """Write the adapter of a model of transformers, or the model with its adapter or its low-rank factors multiplied in.
 
     Args:
         run: of a run on model.path, or of another directory.
@@ -62,7 +66,10 @@ def export_of_transformers(
         if adapter:
             save_adapter(run.model, base, target, **beside)
         else:
-            save_merged(run.model, base, target, dtype=None if dtype is None else DTYPES[dtype], **beside)
+            chosen = None if dtype is None else DTYPES[dtype]
+            if chosen is None and run.config.train.weight_dtype in QUANTIZED:  # which were read as what they stand for
+                chosen = _base_dtype(base)
+            save_merged(run.model, base, target, dtype=chosen, **beside)
     return base, sum(path.stat().st_size for path in out.glob("*.safetensors"))
 
 
@@ -132,12 +139,12 @@ def save_merged(
     template: ChatTemplate | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> int:
-    """Write config.json, the weights with the adapter multiplied in, generation_config.json, tokenizer and template.
+    """Write config.json, the weights with the adapter or low-rank factors multiplied in, generation_config.json, tokenizer and template.
 
     Args:
         model: a `HuggingFaceModel`; it is left as it is.
         base: the directory of its base.
-        dtype: of the weights. None takes that of the base's files under an adapter, and what is trained where the weights themselves are.
+        dtype: of the weights. None takes what is trained, where the weights themselves are and no codes, else that of the base's files.
         tokenizer, template: of the run; None takes those of the base.
         shard_bytes: most bytes of a file; larger models have several and an index.
     Returns:
@@ -149,7 +156,7 @@ def save_merged(
     Memory: one tensor in fp32.
     """
     _check_merge(model)
-    if dtype is None and _frozen(model):
+    if dtype is None and (_frozen(model) or any(isinstance(parameter, CodedWeight) for parameter in model.parameters())):
         dtype = _base_dtype(base)
     lm = model.lm
     untied = _untied(lm)
@@ -230,6 +237,13 @@ def _merged_tensors(lm: Any, untied: bool) -> Iterator[tuple[str, Tensor]]:
         base = _inner(module)
         if module is head and tied_head:
             done.append(dot)
+        elif isinstance(module, LoRPtLinear):
+            done.append(dot)
+            shape = (module.out_features, module.in_features)
+            shape = shape[::-1] if isinstance(module, LoRPtConv1D) else shape
+            yield f"{dot}weight", LazyTensor(shape, module.up.dtype, partial(_product, module))
+            if module.bias is not None:
+                yield f"{dot}bias", module.bias
         elif base is not module:
             done.append(dot)
             for part in ("weight", "bias"):
@@ -241,6 +255,13 @@ def _merged_tensors(lm: Any, untied: bool) -> Iterator[tuple[str, Tensor]]:
                     seen.add(id(value))
                     coded = hasattr(value, "dense")
                     yield dot + key, LazyTensor(tuple(value.shape), torch.float32, partial(_dense, value)) if coded else value
+
+
+@torch.no_grad()
+def _product(layer: LoRPtLinear) -> torch.Tensor:
+    """The weight that two factors stand for, as the files of its family hold it."""
+    weight = layer.merged_weight()
+    return weight.t().contiguous() if isinstance(layer, LoRPtConv1D) else weight
 
 
 @torch.no_grad()

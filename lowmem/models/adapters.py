@@ -19,6 +19,7 @@ from torch import nn
 
 from lowmem.config.schema import AdapterConfig
 from lowmem.models.huggingface import HuggingFaceModel, leaves
+from lowmem.models.huggingface_weights import FUSED
 from lowmem.models.prefix import add_prefix
 from lowmem.nn.layers import embedding, use_exact_gradients
 from lowmem.system.errors import ConfigError
@@ -26,7 +27,6 @@ from lowmem.system.errors import ConfigError
 LORA_KIN = ("lora", "dora", "rslora", "lora_plus")
 PARTS = ("head", "last_k")  # methods that train some of the weights themselves
 _SHOWN = 8  # names of layers that a message lists
-_FUSED = {"out_proj": ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")}  # kernels of these read its weight past its adapter
 
 
 def apply_adapter(model: HuggingFaceModel, adapter: AdapterConfig, *, seed: int, new_tokens: Sequence[int] = ()) -> None:
@@ -163,7 +163,7 @@ def _target_names(model: HuggingFaceModel, adapter: AdapterConfig, new_tokens: S
     lm, head = model.lm, model.head
     linears = [
         name for name, module in lm.named_modules()
-        if _is_linear(module) and module is not head and model.family not in _FUSED.get(name.rpartition(".")[2], ())
+        if _is_linear(module) and module is not head and model.family not in FUSED.get(name.rpartition(".")[2], ())
     ]  # fmt: skip
     if not adapter.target_modules:
         if not linears:

@@ -38,17 +38,22 @@ class Arrivals:
         usual = {watched: kind for kind, watched in self._watching.items()}
         for block in self._blocks:
             for module in block.modules():
-                module.__class__ = usual.get(type(module), type(module))
+                object.__setattr__(module, "__class__", usual.get(type(module), type(module)))
+        self._blocks, self._owners = [], {}  # classes outlive this, until cycles are collected, and must not hold the model
 
     def _watched(self, kind: type) -> type:
         if kind not in self._watching:
 
             def arrive(module: nn.Module, name: str, value: Any) -> None:
                 kind.__setattr__(module, name, value)  # type: ignore[call-arg, arg-type]
-                if isinstance(value, nn.Parameter) and not value.is_meta:
-                    self._arrived(self._owners[id(module)])
+                if not isinstance(value, nn.Parameter) or value.is_meta:
+                    return
+                if type(module) is not watched:  # what it was given has made it another kind of layer
+                    object.__setattr__(module, "__class__", self._watched(type(module)))
+                self._arrived(self._owners[id(module)])
 
-            self._watching[kind] = type(kind.__name__, (kind,), {"__setattr__": arrive, "__module__": kind.__module__})
+            watched = type(kind.__name__, (kind,), {"__setattr__": arrive, "__module__": kind.__module__})
+            self._watching[kind] = watched
         return self._watching[kind]
 
     def _arrived(self, index: int) -> None:

@@ -14,7 +14,7 @@ from lowmem.nn.attention import ModelCache
 from lowmem.nn.layers import DenseHead, LoRPtHead
 from lowmem.nn.lorpt import LoRPtLinear
 from lowmem.nn.loss import CrossEntropyOptions, SoftTargets
-from lowmem.nn.quantized import MIN_QUANTIZED_NUMEL, WeightFormat, quantize, stored_bytes
+from lowmem.nn.quantized import MIN_QUANTIZED_NUMEL, WeightBits, WeightFormat, quantize, stored_bytes
 
 Checkpointing = Literal["none", "block", "selective", "low_rank"]
 
@@ -184,6 +184,10 @@ class LanguageModel(nn.Module, ABC):
         """Ids of parameters that never decay, besides those that `lowmem.optim.from_config.decay_groups` knows by their kind."""
         return set()
 
+    def named_layers(self) -> Iterator[tuple[str, nn.Module]]:
+        """Every module by the name that settings, messages and files have for it."""
+        return self.named_modules()
+
     def saved_tensors(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds; see `saved_tensors`."""
         return saved_tensors(self)
@@ -222,7 +226,8 @@ def _holders(model: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module,
 
 
 _MATRICES = {nn.Linear: ("weight",), nn.Embedding: ("weight",), LoRPtLinear: ("down", "up")}  # what may be quantised
-_OUTER = (nn.Embedding, DenseHead, LoRPtHead)  # never below 8 bits: at 4 they cost more in loss than all blocks together
+_OUTER = (nn.Embedding, DenseHead, LoRPtHead)
+OUTER_BITS: WeightBits = 8  # of these, never fewer: at 4 they cost more in loss than all blocks together
 COMPONENTS = ("embedding", "positions", "attention", "hybrid", "mlp", "norm", "head")
 
 
@@ -236,7 +241,7 @@ def store_as(module: nn.Module, stored: torch.dtype | WeightFormat) -> nn.Module
         matrices = {name for kind, names in _MATRICES.items() if isinstance(part, kind) for name in names}
         for name, parameter in part.named_parameters(recurse=False):
             if form.bits and name in matrices and parameter.numel() >= MIN_QUANTIZED_NUMEL:
-                value: torch.Tensor = quantize(parameter.detach().to(form.dtype), 8 if isinstance(part, _OUTER) else form.bits)
+                value: torch.Tensor = quantize(parameter.detach().to(form.dtype), OUTER_BITS if isinstance(part, _OUTER) else form.bits)
             elif parameter.dtype != form.dtype:
                 value = parameter.detach().to(form.dtype)
             else:

@@ -21,7 +21,7 @@ from lowmem.models.huggingface_attention import PREFIX, UnsupportedModelError
 from lowmem.models.huggingface_body import BlockArguments, Body, UsesOfIds, continued, new_cache
 from lowmem.nn.attention import ModelCache
 from lowmem.nn.layers import use_exact_gradients
-from lowmem.nn.linear import accumulate_dtype
+from lowmem.nn.linear import accumulate_dtype, linear
 from lowmem.nn.loss import IGNORE_INDEX, CrossEntropyOptions, SoftTargets, auto_chunk_tokens, chunked_cross_entropy
 from lowmem.nn.quantized import stored_bytes
 from lowmem.nn.recompute import run_block
@@ -118,6 +118,10 @@ class HuggingFaceModel(LanguageModel):
         """The narrowest sliding window of the blocks; 0 if there is none."""
         windows = _windows(self.lm.config.get_text_config(decoder=True), len(self.blocks))
         return min((window for window in windows if window), default=0)
+
+    def named_layers(self) -> Iterator[tuple[str, nn.Module]]:
+        """See `LanguageModel.named_layers`; the names are those of transformers."""
+        return self.lm.named_modules()
 
     def set_training_rules(self, lr_scales: dict[str, float], undecayed: set[str]) -> None:
         """What `lr_scales` and `undecayed` answer, by names of parameters."""
@@ -319,7 +323,7 @@ class HuggingFaceModel(LanguageModel):
             elif id(parameter) in embedding:
                 component = "embedding"
             elif id(parameter) in inside:
-                component = _component(inside[id(parameter)])
+                component = component_of(inside[id(parameter)])
             elif id(parameter) in head:
                 component = "head"
             else:
@@ -370,7 +374,7 @@ class PlainHead(nn.Linear):
     def forward(self, input, targets=None, denominator=1.0, options=CrossEntropyOptions()):  # type: ignore[no-untyped-def, override] # noqa: B008
         """Products (..., V), or with `targets` the loss of `chunked_cross_entropy`."""
         if targets is None:
-            return super().forward(input)
+            return linear(input, self.weight, self.bias)
         return chunked_cross_entropy(input, self.weight, self.bias, targets, denominator, options)
 
 
@@ -475,7 +479,7 @@ def leaves(tensor: torch.Tensor) -> set[int]:
     return found
 
 
-def _component(name: str) -> str:
+def component_of(name: str) -> str:
     """What a parameter of a block is for, by its name: the innermost part that says so."""
     for part in reversed(name.split(".")[1:]):
         for component, hints in (("norm", _NORM), ("attention", _ATTENTION), ("mlp", _MLP)):

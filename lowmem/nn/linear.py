@@ -117,6 +117,14 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+class CodedLinear(nn.Linear):
+    """A linear layer whose weight, kept as codes, is made for each product and dropped, in the forward and again in the backward pass."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., out)."""
+        return linear(input, self.weight, self.bias)
+
+
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """The autocast dtype where autocast is on for the device of `x`, else the dtype of `x`."""
     device_type = autocast_kind(x)

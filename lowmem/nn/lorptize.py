@@ -1,17 +1,23 @@
 """From dense layers to LoRPt ones and back, and from one rank to another."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import nn
 
+from lowmem.nn.arrival import on_arrival
 from lowmem.nn.layers import DenseHead, LoRPtHead
 from lowmem.nn.linear import Linear
 from lowmem.nn.lorpt import LoRPtLinear, LoRPtSplit, MixedSplit, break_even_rank, top_singular
 from lowmem.system.errors import ConfigError
+
+
+class LoRPtConv1D(LoRPtLinear):
+    """In the place of the transposed layer of Hugging Face's GPT-2, whose files hold its weight as (in, out)."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +111,12 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     for name, module in model.named_modules():
-        linear = isinstance(module, nn.Linear) or _is_conv1d(module)
+        linear = isinstance(module, nn.Linear) or is_conv1d(module)
         if name and linear and owners[id(module.weight)] == 1:
             yield name, module
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
     """GPT-2's layer in Hugging Face transformers: y = x @ weight + bias."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module, "weight", torch.empty(0)).ndim == 2
 
@@ -135,13 +141,13 @@ def _output_name(model: nn.Module) -> str:
 def _weight(layer: nn.Module) -> torch.Tensor:
     """(out, in)."""
     weight: torch.Tensor = layer.weight  # type: ignore[assignment]
-    return weight.detach().t() if _is_conv1d(layer) else weight.detach()
+    return weight.detach().t() if is_conv1d(layer) else weight.detach()
 
 
 def _empty(name: str, layer: nn.Module, rank: int | Literal["auto"], bottleneck: Literal["linear", "silu"]) -> LoRPtLinear:
     """The replacement, without storage."""
     out_features, in_features = _weight(layer).shape
-    kind = LoRPtHead if isinstance(layer, DenseHead) else LoRPtLinear
+    kind = LoRPtHead if isinstance(layer, DenseHead) else LoRPtConv1D if is_conv1d(layer) else LoRPtLinear
     with torch.device("meta"):
         try:
             return kind(
@@ -156,9 +162,7 @@ def _replace(model: nn.Module, name: str, layer: nn.Module, new: LoRPtLinear, me
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     energy = None
     if method == "svd":
-        left, values, right = top_singular(wide, new.rank)
-        root = values.sqrt()
-        down, up = root.unsqueeze(1) * right, left * root
+        down, up, values = _best_factors(wide, new.rank)
         energy = (values.square().sum() / wide.square().sum().clamp_min(torch.finfo(wide.dtype).tiny)).item()
     else:
         std = wide.std().sqrt() * new.rank**-0.25
@@ -169,6 +173,75 @@ def _replace(model: nn.Module, name: str, layer: nn.Module, new: LoRPtLinear, me
     new.train(layer.training)
     _set(model, name, new)
     return Converted(name, new.in_features, new.out_features, new.rank, energy)
+
+
+def _best_factors(wide: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """sqrt(S) V, U sqrt(S) and S of the best approximation of an (out, in) matrix."""
+    left, values, right = top_singular(wide, rank)
+    root = values.sqrt()
+    return root.unsqueeze(1) * right, left * root, values
+
+
+def factoring_workspace(layer: LoRPtLinear) -> None:
+    """On a device without numbers allocate what `factor_on_arrival` takes beside the factors of a layer."""
+    wide = torch.empty(layer.out_features, layer.in_features, dtype=torch.float32)
+    _best_factors(wide, layer.rank)
+
+
+def low_rank_shapes(model: nn.Module, ranks: Mapping[str, int | Literal["auto"]]) -> dict[str, LoRPtLinear]:
+    """The LoRPt layers that are to take the places of linear layers, by name, without storage.
+
+    Args:
+        ranks: by full name of a linear layer.
+    Raises:
+        ConfigError: a rank saves nothing; the message names the layer.
+    """
+    return {name: _empty(name, model.get_submodule(name), rank, "linear") for name, rank in ranks.items()}
+
+
+def replace_shapes(model: nn.Module, layers: Mapping[str, LoRPtLinear]) -> None:
+    """Put layers of `low_rank_shapes` into a model without numbers, in the dtype that its weights have there."""
+    for name, new in layers.items():
+        _set(model, name, new.to(model.get_submodule(name).weight.dtype))  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def factor_on_arrival(
+    model: nn.Module, layers: Mapping[str, LoRPtLinear], store: Callable[[LoRPtLinear], object], *, blank: bool = False
+) -> Callable[[], None]:
+    """Have each layer of a model factor the weight that it is given next, by truncated SVD: a model is never whole while it is read.
+
+    Args:
+        layers: see `low_rank_shapes`.
+        store: what becomes of a layer's factors once they are there.
+        blank: leave the factors zero, for those of a checkpoint.
+    Returns:
+        What puts the low-rank layers into their places, once all weights are read.
+    Memory: the factors, and at a time one dense layer and its singular vectors in fp32.
+    """
+
+    def take(new: LoRPtLinear, layer: nn.Module, weight: nn.Parameter) -> None:
+        if blank:
+            new.down, new.up = (nn.Parameter(torch.zeros(factor.shape, dtype=weight.dtype)) for factor in (new.down, new.up))
+            return
+        matrix = weight.detach().t() if is_conv1d(layer) else weight.detach()
+        wide = matrix.to(torch.promote_types(weight.dtype, torch.float32))
+        if not torch.isfinite(wide).all():  # refused once everything is read
+            wide = torch.zeros_like(wide)
+        down, up, _ = _best_factors(wide, new.rank)
+        new.down, new.up = (nn.Parameter(factor.to(weight.dtype).contiguous()) for factor in (down, up))
+        store(new)
+
+    for name, new in layers.items():
+        on_arrival(model.get_submodule(name), partial(take, new))
+
+    def finish() -> None:
+        for name, new in layers.items():
+            dense = model.get_submodule(name)
+            new.bias = dense.bias  # type: ignore[assignment]
+            _set(model, name, new.train(dense.training))
+
+    return finish
 
 
 def _dense(layer: LoRPtLinear) -> nn.Linear:
@@ -202,9 +275,14 @@ def _set(model: nn.Module, name: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), last, new)
 
 
+def _named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """By the names that settings and files have for them, where those are not the modules' own."""
+    return getattr(model, "named_layers", model.named_modules)()
+
+
 def following_layers(model: nn.Module, patterns: Mapping[str, object]) -> Iterator[tuple[str, LoRPtLinear]]:
     """The LoRPt layers whose rank is the model's: those that no pattern names, with their names."""
-    for name, module in model.named_modules():
+    for name, module in _named_layers(model):
         if isinstance(module, LoRPtLinear) and not any(fnmatchcase(name, pattern) for pattern in patterns):
             yield name, module
 
@@ -232,7 +310,7 @@ def adopt_ranks(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None
     Args:
         shapes: of the file's tensors, by name. What does not fit a layer is left to whoever reads the file.
     """
-    for name, layer in model.named_modules():
+    for name, layer in _named_layers(model):
         if not isinstance(layer, LoRPtLinear):
             continue
         down, up = shapes.get(f"{name}.down", ()), shapes.get(f"{name}.up", ())

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from lowmem.nn.linear import linear
+from lowmem.nn.arrival import on_arrival
+from lowmem.nn.linear import CodedLinear
 from lowmem.nn.quantized import CODES, CodedWeight
 from lowmem.system.dry_run import representative
 from lowmem.system.errors import ConfigError
@@ -85,12 +86,8 @@ class Nf4Weight(CodedWeight):
         return Nf4Weight(inner, *context)
 
 
-class Nf4Linear(nn.Linear):
-    """A linear layer whose weight is made for each product and dropped, in the forward and again in the backward pass."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """(..., in) -> (..., out)."""
-        return linear(input, self.weight, self.bias)
+class Nf4Linear(CodedLinear):
+    """A linear layer with a frozen weight in NF4."""
 
 
 def quantize_nf4(tensor: torch.Tensor, double: bool) -> Nf4Weight:
@@ -133,7 +130,7 @@ def store_linears_as_nf4(blocks: nn.Module, double: bool) -> None:
         ConfigError: bitsandbytes is missing, or there is no such layer.
     Memory: one layer more at a time.
     """
-    for layer in plain_linears(blocks):
+    for layer in plain_linears(blocks, "nf4"):
         layer.weight = nn.Parameter(quantize_nf4(layer.weight, double), requires_grad=False)
         layer.__class__ = Nf4Linear
 
@@ -146,29 +143,27 @@ def quantise_on_arrival(blocks: nn.Module, double: bool) -> None:
     """
     import_bitsandbytes()
 
-    def arrive(layer: nn.Module, name: str, value: Any) -> None:
-        if name == "weight" and type(value) is nn.Parameter and not value.is_meta:
-            layer.__class__ = Nf4Linear
-            value = nn.Parameter(quantize_nf4(value, double), requires_grad=False)
-            value._is_hf_initialized = True  # transformers would draw it at random otherwise
-        nn.Module.__setattr__(layer, name, value)
+    def take(layer: nn.Module, weight: nn.Parameter) -> nn.Parameter:
+        layer.__class__ = Nf4Linear
+        return nn.Parameter(quantize_nf4(weight, double), requires_grad=False)
 
-    arriving = type("Linear", (Nf4Linear,), {"__setattr__": arrive})
-    for layer in plain_linears(blocks):
-        layer.__class__ = arriving
+    for layer in plain_linears(blocks, "nf4"):
+        on_arrival(layer, take)
 
 
-def plain_linears(blocks: nn.Module) -> list[nn.Linear]:
-    """The linear layers, for NF4.
+def plain_linears(blocks: nn.Module, weight_dtype: str) -> list[nn.Linear]:
+    """The linear layers of a model's blocks.
 
+    Args:
+        weight_dtype: what they are to be kept in, for the message.
     Raises:
         ConfigError: there are none.
     """
     found = [layer for layer in blocks.modules() if type(layer) is nn.Linear]
     if not found:
         raise ConfigError(
-            "train.weight_dtype=nf4 stores linear layers, and the blocks of this model have none (GPT-2 of transformers has layers of its "
-            "own kind); use bf16"
+            f"train.weight_dtype={weight_dtype} stores linear layers, and the blocks of this model have none (GPT-2 of transformers has "
+            "layers of its own kind, Conv1D); use bf16"
         )
     return found
 

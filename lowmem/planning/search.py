@@ -15,6 +15,8 @@ from lowmem.config.schema import STATE_WIDTHS, RunConfig
 from lowmem.engine.from_config import build_configured_model
 from lowmem.models.base import LanguageModel
 from lowmem.nn.layers import default_hidden_dim
+from lowmem.nn.lorpt import break_even_rank
+from lowmem.nn.lorptize import following_layers
 from lowmem.optim.from_config import allocate_states, build_optimizer
 from lowmem.planning.levers import MARGIN, get_key, missing_bytes, set_key, sizes
 from lowmem.planning.predict import Prediction, predict_peak, resolve_without_data
@@ -100,7 +102,8 @@ class Estimator:
         if whole:
             config.train.global_batch_size = micro_batch_size
         config.model.num_layers = layers
-        config.model.lorpt.ranks = {}  # patterns may name layers that are not there
+        if not config.model.path:
+            config.model.lorpt.ranks = {}  # patterns may name layers that are not there
         return predict_peak(config)
 
 
@@ -337,9 +340,20 @@ def _values(config: RunConfig, key: str) -> list[int]:
         return list(range(step, _LIMITS[key] + 1, step))
     step = _STEPS[key]
     values = list(range(step, _LIMITS[key] + 1, step))
+    if key == "model.lorpt.rank" and config.model.path:
+        limit = _narrowest(config)
+        return [value for value in values if value < limit]
     if key == "model.lorpt.rank":
         values = [value for value in values if _saves(config, value)]
     return values
+
+
+def _narrowest(config: RunConfig) -> float:
+    """The rank from which on some layer of a model of transformers would grow."""
+    with torch.device("meta"):
+        model = build_configured_model(_with(config, "model.lorpt.rank", 1))
+        layers = list(following_layers(model, config.model.lorpt.ranks))
+    return min((break_even_rank(layer.in_features, layer.out_features) for _, layer in layers), default=0.0)
 
 
 def _saves(config: RunConfig, rank: int) -> bool:

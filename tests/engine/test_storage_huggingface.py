@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowmem.config.schema import AdapterConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from lowmem.config.schema import AdapterConfig, LorptConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from lowmem.data.batch import Batch
 from lowmem.engine.from_config import build_configured_model, build_local_engine, open_storage
 from lowmem.engine.layerwise import LayerwiseEngine
@@ -16,12 +16,14 @@ CPU = torch.device("cpu")
 
 
 def engine_of(path: Path, folder: Path, place: str, steps_of: str = "adamw", **settings: Any) -> LayerwiseEngine:
+    rank = settings.pop("rank", 0)
     adapter = AdapterConfig(method=settings.pop("method", "none"), **settings.pop("adapter", {}))
     train = TrainConfig(
         update="layerwise", activation_checkpointing="block", loss_chunk_tokens=9, weights_at=place, **{"precision": "fp32", **settings}
     )
     config = RunConfig(
-        run_dir=str(folder), model=ModelConfig(path=str(path), max_seq_len=64), train=train, adapter=adapter,
+        run_dir=str(folder), model=ModelConfig(path=str(path), max_seq_len=64, lorpt=LorptConfig(rank=rank)), train=train,
+        adapter=adapter,
         optim=OptimConfig(name=steps_of, lr=1e-2, state_bits=8),
     )  # fmt: skip
     config.data.seq_len = 12
@@ -49,6 +51,7 @@ def saved(engine: LayerwiseEngine, folder: Path) -> dict[str, bytes]:
         ("llama", {}), ("gemma3_text", {"precision": "bf16", "weight_dtype": "bf16"}), ("gpt2", {}), ("falcon_h1", {}),
         ("llama", {"method": "lora"}), ("qwen3", {"method": "last_k", "adapter": {"last_k": 1}}),
         ("phi3", {"method": "lora", "weight_dtype": "nf4", "precision": "bf16"}), ("olmo2", {"steps_of": "spectron"}),
+        ("qwen2", {"weight_dtype": "int8"}), ("llama", {"rank": 8}), ("llama", {"method": "prefix"}),
     ],
 )  # fmt: skip
 def test_runs_are_those_of_resident_blocks(family, settings, directories, tmp_path):

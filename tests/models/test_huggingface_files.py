@@ -229,7 +229,6 @@ def test_settings_that_contradict_the_model(saved, tmp_path):
         ("model", "name", "i3", "remove model.name"),
         ("train", "activation_checkpointing", "selective", "train.activation_checkpointing=selective does not work with model.path"),
         ("train", "activation_checkpointing", "low_rank", "train.activation_checkpointing=low_rank does not work with model.path"),
-        ("train", "weight_dtype", "int8", "train.weight_dtype=int8 does not work with model.path"),
         ("train", "precision", "fp8", "train.precision=fp8 does not work with model.path"),
         ("train", "init_from", "runs/x", "it has weights of its own"),
     ],
@@ -243,10 +242,7 @@ def test_settings_that_a_model_of_transformers_does_not_take(saved, section, key
     assert match in found[0]
 
 
-def test_ranks_and_a_revision_without_a_path(saved):
-    config = configured(saved)
-    config.model.lorpt.rank = 4
-    assert any("model.lorpt factors lowmem's own layers and is not yet supported with model.path" in p for p in config_problems(config))
+def test_a_revision_without_a_path():
     assert any("model.revision is v1, but model.path is empty" in p for p in config_problems(RunConfig(model=ModelConfig(revision="v1"))))
 
 
