@@ -190,6 +190,10 @@ class Engine(MicroBatches, ABC):
     def memory_components(self) -> dict[str, int]:
         """Bytes that this rank keeps between and during steps, by arithmetic: weights, gradients, optimizer_states."""
 
+    def traffic(self) -> dict[str, int]:
+        """Bytes read from and written to where weights, states and boundary activations live, if that is elsewhere, since the last call."""
+        return {}
+
     def describe(self) -> list[str]:
         """What a person would otherwise not see of how updates are made."""
         return []

@@ -19,12 +19,13 @@ from lowmem.data.batch import Batch
 from lowmem.engine.base import StepResult, Tensors, on_device
 from lowmem.engine.boundaries import Boundaries
 from lowmem.engine.layerwise_embedding import LayerwiseEmbedding
-from lowmem.engine.layerwise_head import FirstUpdate, LayerwiseHead, LossScale, Tied, Updates
+from lowmem.engine.layerwise_head import FirstUpdate, HiddenParts, LayerwiseHead, LossScale, Tied, Updates
 from lowmem.engine.local import LocalEngine
 from lowmem.engine.recovery import HALF_APPLIED, cannot_be_repeated, first_line, release_memory, smaller_micro_batch
 from lowmem.engine.state import random_state, restore_random_state
 from lowmem.engine.storage.backing import Backing
-from lowmem.engine.storage.blocks import Storage, Visit
+from lowmem.engine.storage.blocks import Storage, StreamedBlocks, Visit
+from lowmem.engine.storage.disk_file import DiskFile
 from lowmem.memory.limits import is_out_of_memory
 from lowmem.models.base import LanguageModel, largest_part_bytes
 from lowmem.nn.recompute import run_block
@@ -33,6 +34,7 @@ from lowmem.optim.from_config import build_optimizer, set_learning_rate
 from lowmem.optim.low_bit import LowBitOptimizer
 from lowmem.system.devices import Precision
 from lowmem.system.dry_run import representative
+from lowmem.system.units import format_bytes
 
 Graphs = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -74,7 +76,7 @@ class LayerwiseEngine(LocalEngine):
     ):
         settings: dict[str, Any] = {"device": device, "precision": precision, "micro_batch_size": micro_batch_size, "seed": train.seed}
         super().__init__(model, optim, **settings, storage=storage)
-        self.disk = disk
+        self.disk, self._moved = disk, (0, 0)
         self.scaler = LossScale(enabled=precision == "fp16")
         self.boundary_dtype, self.boundary_offload = train.boundary_dtype, train.boundary_offload
         self.block_micro_batches = [micro_batch_size] * len(model.blocks)
@@ -129,6 +131,7 @@ class LayerwiseEngine(LocalEngine):
         with cannot_be_repeated(self, "in a rehearsal" if self.updates.rehearsing else HALF_APPLIED):
             grad, tied = first_update()
             del first_update
+            boundaries.free(len(self.model.blocks))
             for index in reversed(range(max(self._lowest, 0), len(self.model.blocks))):
                 if grad is not None:
                     grad = self._block(index, boundaries, graphs.pop(index, []), grad, segments)
@@ -142,8 +145,7 @@ class LayerwiseEngine(LocalEngine):
         boundaries = self._boundaries(len(tokens_BT), self.boundary_dtype)
         graphs = self._forward(tokens_BT, segments_BT, boundaries)
         last = len(self.model.blocks)
-        hidden = boundaries.read(last, slice(0, len(targets_BT))).detach().requires_grad_(self._lowest < last)
-        boundaries.free(last)
+        hidden = HiddenParts(partial(boundaries.read, last), self._slices(tokens_BT, self.micro_batch_size), self._lowest < last)
         return boundaries, graphs, *self.head.differentiate(hidden, targets_BT, denominator)
 
     def _boundaries(self, sequences: int, dtype: Literal["same", "bf16"] = "same") -> Boundaries:
@@ -302,9 +304,20 @@ class LayerwiseEngine(LocalEngine):
     def _discard(self) -> None:
         self.clipping.forget()
 
+    def traffic(self) -> dict[str, int]:
+        places = [*([self.storage.backing] if isinstance(self.storage, StreamedBlocks) else []), *([self.disk] if self.disk else [])]
+        if not places:
+            return {}
+        counts = sum(place.bytes_read for place in places), sum(place.bytes_written for place in places)
+        before, self._moved = self._moved, counts
+        return {"storage_read_bytes": counts[0] - before[0], "storage_written_bytes": counts[1] - before[1]}
+
     def describe(self) -> list[str]:
         which = "its own norm" if self.clipping.mode == "block" else "the global norm as estimated by then"
-        return [*super().describe(), *([f"layerwise: each block is clipped by {which}"] if self.optim.clip else [])]
+        clipped = [f"layerwise: each block is clipped by {which}"] if self.optim.clip else []
+        kept = self.storage.component_bytes().get("elsewhere", 0)
+        place = "on disk" if isinstance(getattr(self.storage, "backing", None), DiskFile) else "in host memory"
+        return [*super().describe(), *clipped, *([f"weights and states of blocks {place}: {format_bytes(kept)}"] if kept else [])]
 
     def memory_remedies(self) -> list[str]:
         remedies = [remedy for remedy in super().memory_remedies() if not remedy.startswith("train.update=")]

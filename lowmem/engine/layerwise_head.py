@@ -6,6 +6,7 @@ wait for the end of the step.
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -14,11 +15,12 @@ from torch import nn
 from lowmem.engine.recovery import fits, once_more
 from lowmem.engine.storage.blocks import Storage
 from lowmem.models.base import LanguageModel, MatrixHead, head_loss_options
+from lowmem.nn.linear import accumulate_dtype
 from lowmem.nn.loss import CrossEntropyByRows, auto_chunk_tokens
 from lowmem.nn.rows import GradientRows, MatrixRows, ResidentGradient
 from lowmem.optim.clipping import BlockClipping, global_norm
 from lowmem.optim.low_bit import LowBitOptimizer
-from lowmem.system.dry_run import note
+from lowmem.system.dry_run import note, representative
 
 Pairs = list[tuple[nn.Parameter, torch.Tensor]]
 
@@ -149,6 +151,21 @@ Tied = dict[nn.Parameter, GradientRows]
 FirstUpdate = Callable[[], tuple[torch.Tensor | None, Tied]]
 
 
+@dataclass(frozen=True)
+class HiddenParts:
+    """(B, T, C) of the last block, read in parts.
+
+    Attributes:
+        read: some sequences of it, not to be changed.
+        slices: the sequences that are read at once.
+        goes_on: whether its gradient is wanted, because something below is trained.
+    """
+
+    read: Callable[[slice], torch.Tensor]
+    slices: list[slice]
+    goes_on: bool
+
+
 class LayerwiseHead:
     """Loss, gradient and update of everything above the last block.
 
@@ -179,24 +196,24 @@ class LayerwiseHead:
         tied = {id(parameter) for parameter in model.tied_parameters()}
         self.parameters = [p for p in outer if id(p) not in self.in_embedding or id(p) in tied]
 
-    def differentiate(self, hidden: torch.Tensor, targets_BT: torch.Tensor, denominator: float) -> tuple[float, FirstUpdate | None]:
+    def differentiate(self, hidden: HiddenParts, targets_BT: torch.Tensor, denominator: float) -> tuple[float, FirstUpdate | None]:
         """Loss, and a function that updates the head; None if nothing may be updated. Nothing is changed before that function is called.
 
         The function returns the gradient of `hidden`, None if one of the head's was not finite, and the head's share of a tied embedding.
 
         Args:
-            hidden: (B, T, C) of the last block, a leaf; where it requires no gradient, because nothing below is trained, it is returned
-                as its gradient.
+            hidden: of the last block; where nothing below is trained, what is returned as its gradient means nothing.
         """
         head = self.model.dense_head()
         if head is not None and self._by_rows(targets_BT.numel(), head.weight):
             return self._differentiate_by_rows(head, hidden, targets_BT, denominator)
+        whole = hidden.read(slice(0, len(targets_BT))).detach().requires_grad_(hidden.goes_on)
         with self.autocast():
-            loss = self.model.head_loss(hidden, targets_BT, denominator)
+            loss = self.model.head_loss(whole, targets_BT, denominator)
         value = loss.item()
         if not math.isfinite(value):
             return value, None
-        grad, gradients = _gradients(self.updates.scale.scale(loss), hidden, self.parameters)
+        grad, gradients = _gradients(self.updates.scale.scale(loss), whole, self.parameters)
         both = [(parameter, gradient.contiguous()) for parameter, gradient in zip(self.parameters, gradients, strict=True)]
         pairs = [pair for pair in both if id(pair[0]) not in self.in_embedding]
         tied: Tied = {parameter: ResidentGradient(gradient) for parameter, gradient in both if id(parameter) in self.in_embedding}
@@ -227,14 +244,12 @@ class LayerwiseHead:
         return self.updates.storage.has_matrix(weight) or (weight.requires_grad and tokens > chunk and possible)
 
     def _differentiate_by_rows(
-        self, head: MatrixHead, hidden: torch.Tensor, targets_BT: torch.Tensor, denominator: float
+        self, head: MatrixHead, hidden: HiddenParts, targets_BT: torch.Tensor, denominator: float
     ) -> tuple[float, FirstUpdate | None]:
         """As `differentiate`, with a block of rows of the head updated, or handed on, before the gradient of the next one exists."""
-        device = self.updates.device
-        with self.autocast():
-            normed = head.norm(hidden)
+        normed = self._normed(head, hidden, targets_BT)
         options, dtype = head_loss_options(self.model), self.dtype or normed.dtype
-        matrix, fit = self.updates.rows_of(head.weight), partial(fits, device=device)
+        matrix, fit = self.updates.rows_of(head.weight), partial(fits, device=self.updates.device)
         work = CrossEntropyByRows(normed, matrix, head.bias, targets_BT, options, dtype, self.block_tokens, fit)
         value = work.loss.item() / denominator
         if not math.isfinite(value):
@@ -242,26 +257,55 @@ class LayerwiseHead:
             return value, None
         work.allocate()
         tied: Tied = {head.weight: self.updates.gradient_rows_of(matrix, work.wide)} if head.weight is self.lookup else {}
-        trained = [parameter for parameter in head.norm.parameters() if parameter.requires_grad]
 
         def first_update() -> tuple[torch.Tensor | None, Tied]:
             if not self._update_rows(work, denominator, tied.get(head.weight)):
                 return None, {}
             scale = self.updates.scale.get_scale() / denominator
-
-            def norm_gradients() -> tuple[torch.Tensor, Pairs]:
-                grad_normed = (work.grad_hidden * scale).to(normed.dtype).view_as(normed)
-                # the graph is kept, because this may be done twice
-                grad, gradients = _gradients(normed, hidden, trained, grad_normed, retain_graph=True)
-                pairs = list(zip(trained, gradients, strict=True))
-                if head.bias is not None and work.grad_bias is not None and head.bias.requires_grad:
-                    pairs.append((head.bias, work.grad_bias * scale))
-                return grad, pairs
-
-            grad, pairs = once_more(norm_gradients, device)
-            return grad if self.updates.apply(pairs) else None, tied
+            # what was normalised is not needed any more: the gradient takes its place
+            pairs = once_more(partial(self._below_matrix, head, hidden, work.grad_hidden, scale, normed), self.updates.device)
+            if head.bias is not None and work.grad_bias is not None and head.bias.requires_grad:
+                pairs.append((head.bias, work.grad_bias * scale))
+            return normed if self.updates.apply(pairs) else None, tied
 
         return value, first_update
+
+    def _normed(self, head: MatrixHead, hidden: HiddenParts, targets_BT: torch.Tensor) -> torch.Tensor:
+        """(B, T, C), in the dtype of the last block's output where the norm keeps that."""
+        made: torch.Tensor | None = None
+        for rows in representative(hidden.slices, targets_BT, distinct=2):
+            with torch.no_grad(), self.autocast():
+                part = head.norm(hidden.read(rows))
+            if made is None:
+                made = part.new_empty(*targets_BT.shape, part.shape[-1])
+            made[rows] = part
+        assert made is not None
+        return made
+
+    def _below_matrix(
+        self, head: MatrixHead, hidden: HiddenParts, grad_hidden: torch.Tensor, scale: float, grad_BTC: torch.Tensor
+    ) -> Pairs:
+        """Gradients of the norm's parameters; that of the last block's output is written to `grad_BTC`, where one is asked for.
+
+        Args:
+            grad_hidden: (N, C), of what the matrix is multiplied by, before `scale`.
+        """
+        trained = [parameter for parameter in head.norm.parameters() if parameter.requires_grad]
+        wide = grad_hidden.view(*grad_BTC.shape[:-1], -1)
+        sums: list[torch.Tensor] = []
+        for rows in representative(hidden.slices, grad_BTC, distinct=2):
+            part = hidden.read(rows).detach().requires_grad_(hidden.goes_on)
+            with self.autocast():
+                normed = head.norm(part)
+            grad, found = _gradients(normed, part, trained, (wide[rows] * scale).to(normed.dtype))
+            if hidden.goes_on:
+                grad_BTC[rows] = grad
+            if not sums:
+                sums = [gradient.to(accumulate_dtype(gradient.dtype)).contiguous() for gradient in found]
+                continue
+            for total, gradient in zip(sums, found, strict=True):
+                total += gradient
+        return list(zip(trained, sums, strict=True))
 
     def _update_rows(self, work: CrossEntropyByRows, denominator: float, tied: GradientRows | None) -> bool:
         """False, and no more updates, from the first rows on whose gradient is not finite.
@@ -295,9 +339,8 @@ def _gradients(
     hidden: torch.Tensor,
     parameters: list[nn.Parameter],
     grad_output: torch.Tensor | None = None,
-    retain_graph: bool = False,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Gradients of `hidden`, or itself where it requires none, and of parameters."""
     wanted: list[torch.Tensor] = [*([hidden] if hidden.requires_grad else []), *parameters]
-    found = list(torch.autograd.grad(output, wanted, grad_output, retain_graph=retain_graph)) if wanted else []
+    found = list(torch.autograd.grad(output, wanted, grad_output)) if wanted else []
     return found.pop(0) if hidden.requires_grad else hidden, found

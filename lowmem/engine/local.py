@@ -197,7 +197,7 @@ class LocalEngine(Engine):
         return all(map(all_finite, whole)) and all(map(all_finite, rows))
 
     def memory_components(self) -> dict[str, int]:
-        weights = stored_bytes(self.model.parameters())
+        weights = stored_bytes(parameter for parameter in self.model.parameters() if not self.storage.has(parameter))
         gradients = sum(p.numel() * (p.grad_dtype or p.dtype).itemsize for p in self.model.parameters() if p.requires_grad)
         states, _ = optimizer_tensors(self.model, self.optimizer)
         taught = {} if self.teacher is None else {"teacher": sum(self.teacher.model.component_bytes().values())}

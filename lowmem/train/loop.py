@@ -160,6 +160,7 @@ def _report_step(run: Run, batch: Batch, result: StepResult, lr: float, seconds:
         "step_time_s": round(seconds, 6),
         "tokens_per_s": round(batch.inputs.size / seconds, 2),
         **run.peaks.now(),
+        **run.engine.traffic(),
     }
     if run.config.phases:
         record["phase"] = run.phase.name

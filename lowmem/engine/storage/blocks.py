@@ -50,6 +50,10 @@ class Storage:
         """Whether a matrix was taken over and is elsewhere."""
         return False
 
+    def has(self, parameter: torch.Tensor) -> bool:
+        """Whether the elements of a parameter are elsewhere."""
+        return False
+
     def rows_of(self, parameter: nn.Parameter, optimizer: LowBitOptimizer) -> MatrixRows:
         """The rows of a matrix, from where they are."""
         return ResidentRows(parameter, optimizer.window)
@@ -198,6 +202,9 @@ class StreamedBlocks(Storage):
 
     def has_matrix(self, parameter: torch.Tensor) -> bool:
         return id(parameter) in self._matrices
+
+    def has(self, parameter: torch.Tensor) -> bool:
+        return id(parameter) in self._parameters
 
     def rows_of(self, parameter: nn.Parameter, optimizer: LowBitOptimizer) -> MatrixRows:
         return self._matrices.get(id(parameter)) or super().rows_of(parameter, optimizer)
