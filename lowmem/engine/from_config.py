@@ -15,6 +15,7 @@ from lowmem.nn.float8 import use_float8
 from lowmem.nn.nf4 import Nf4, store_linears_as_nf4
 from lowmem.nn.quantized import WeightBits, WeightFormat, stored_tensors
 from lowmem.system.devices import Precision
+from lowmem.system.dry_run import on_meta
 from lowmem.system.errors import ConfigError
 
 _STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -71,7 +72,7 @@ def _nf4_outline(directory: Path, dtype: torch.dtype, nf4: Nf4) -> Any:
     from lowmem.engine.huggingface_files import outline
     from lowmem.models.huggingface_body import find_blocks, find_body
 
-    with _disable_current_modes(), torch.device("meta"):
+    with _disable_current_modes(), on_meta():
         model = outline(directory, dtype)
         store_linears_as_nf4(find_blocks(find_body(model), model.config)[1], nf4.double)
     for tensor in stored_tensors(dict(model.named_parameters()) | dict(model.named_buffers())).values():

@@ -23,6 +23,7 @@ from lowmem.engine.recovery import HALF_APPLIED, cannot_be_repeated, first_line,
 from lowmem.engine.state import random_state, restore_random_state
 from lowmem.memory.limits import is_out_of_memory
 from lowmem.models.base import LanguageModel, largest_part_bytes
+from lowmem.nn.gradients import gradients_of
 from lowmem.nn.recompute import run_block
 from lowmem.optim.clipping import BlockClipping
 from lowmem.optim.from_config import build_optimizer, set_learning_rate
@@ -147,7 +148,6 @@ class LayerwiseEngine(LocalEngine):
         self.clipping = BlockClipping(optim.clip, "block" if optim.clip_by == "block" else "previous", parts)
         self.updates = Updates(self.optimizer, self.clipping, self.scaler, device)
         self.head = LayerwiseHead(model, self.updates, self.autocast, self.autocast_dtype, self.messages.append)
-        _import_autograd()
 
     def _build_optimizer(self, model: LanguageModel, optim: OptimConfig, seed: int) -> torch.optim.Optimizer:
         return build_optimizer(model, optim, seed=seed, partial=True)
@@ -285,19 +285,19 @@ class LayerwiseEngine(LocalEngine):
                 with self.autocast():
                     output = self.model.block(index, _part(segments_BT, rows))(hidden)
             wanted = [hidden, *parameters] if goes_on else parameters
-            gradients = list(torch.autograd.grad(output, wanted, grad[rows].to(output.dtype)))
+            found = gradients_of(output, wanted, grad[rows].to(output.dtype))
             if goes_on:
-                grad_input[rows] = gradients.pop(0)
+                grad_input[rows] = found.pop(0)
             del hidden, output
-            sums = _add(sums, gradients, more=len(slices) > 1)
-            del gradients  # else one more gradient of the block would live until the next is there
+            sums = _add(sums, found, more=len(slices) > 1)
+            del found  # else one more gradient of the block would live until the next is there
         return grad_input, sums
 
     def _embedding(self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None, grad: torch.Tensor, tied: Tied) -> None:
         def gradients() -> Pairs:
             with self.autocast():
                 hidden = self.model.embed(tokens_BT, segments_BT=segments_BT)
-            found = torch.autograd.grad(hidden, self._embed_parameters, grad)
+            found = gradients_of(hidden, self._embed_parameters, grad)
             pairs = [(parameter, gradient.contiguous()) for parameter, gradient in zip(self._embed_parameters, found, strict=True)]
             for parameter, gradient in pairs:
                 if parameter in tied:
@@ -341,12 +341,6 @@ class LayerwiseEngine(LocalEngine):
 
     def memory_components(self) -> dict[str, int]:
         return {**super().memory_components(), "gradients": largest_part_bytes(self.model)}
-
-
-def _import_autograd() -> None:
-    """torch imports sympy when a gradient is first given to torch.autograd.grad; an import that runs out of memory leaves ruins behind."""
-    number = torch.zeros((), requires_grad=True)
-    torch.autograd.grad(number * 1, number, torch.zeros(()))
 
 
 def _part(segments_BT: torch.Tensor | None, rows: slice) -> torch.Tensor | None:

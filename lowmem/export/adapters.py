@@ -20,6 +20,7 @@ from lowmem.engine.huggingface_files import GENERATION_CONFIG, read_config_json,
 from lowmem.engine.peft_files import CONFIG, WEIGHTS
 from lowmem.engine.run_model import RunModel
 from lowmem.export.hf import DTYPES, check_out
+from lowmem.system.dry_run import on_meta
 from lowmem.system.errors import CheckpointError, ConfigError, DataError
 from lowmem.system.files import make_directory, storage_errors, write_json, written_whole
 from lowmem.system.tensors import INDEX_NAME, LazyTensor, all_finite, meta_tensors, weight_files, write_tensors
@@ -236,7 +237,7 @@ def _dense(weight: torch.Tensor) -> torch.Tensor:
 
 def _copy_in_fp32(base: Any) -> Any:
     """A layer of the kind of `base` with its numbers in fp32, for `merge` to change."""
-    with torch.device("meta"):
+    with on_meta():
         if isinstance(base, nn.Linear):
             copy: Any = nn.Linear(base.in_features, base.out_features, bias=False)
         elif isinstance(base, nn.Embedding):

@@ -7,10 +7,8 @@ Shapes: V vocabulary, K rows that are trained, C width.
 """
 
 import re
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,8 +19,10 @@ from lowmem.config.schema import AdapterConfig
 from lowmem.models.huggingface import HuggingFaceModel, leaves
 from lowmem.nn.layers import embedding, use_exact_gradients
 from lowmem.system.errors import ConfigError
+from lowmem.system.light_imports import absent
 
 LORA_KIN = ("lora", "dora", "rslora", "lora_plus")
+UNUSED_BY_PEFT = ("bitsandbytes", "torchao")  # PEFT would import them for layers that are not here, which costs 50 MB and 60 MB
 PARTS = ("head", "last_k")  # methods that train some of the weights themselves
 _SHOWN = 8  # names of layers that a message lists
 _FUSED = {"out_proj": ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")}  # kernels of these read its weight past its adapter
@@ -120,7 +120,7 @@ def _add_adapter(model: HuggingFaceModel, adapter: AdapterConfig, new_tokens: Se
     lm = model.lm
     names = _target_names(model, adapter)
     try:
-        with _absent("bitsandbytes"), warnings.catch_warnings():
+        with absent(*UNUSED_BY_PEFT), warnings.catch_warnings():
             import peft
 
             # PEFT 0.21 asks transformers 5 for a switch by its old name, and warns of ties, which `_refuse_half_of_a_tie` finds
@@ -136,19 +136,6 @@ def _add_adapter(model: HuggingFaceModel, adapter: AdapterConfig, new_tokens: Se
     for module in lm.modules():
         if type(module).__name__ == "TrainableTokensLayer":
             module.__class__ = type("TrainedRows", (_TrainedRows, type(module)), {})
-
-
-@contextmanager
-def _absent(package: str) -> Iterator[None]:
-    """Have PEFT find a package missing, unless it is in use: it would import it for layers that are not here, which costs 50 MB."""
-    if package in sys.modules:
-        yield
-        return
-    sys.modules[package] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules[package]
 
 
 def _target_names(model: HuggingFaceModel, adapter: AdapterConfig) -> list[str]:

@@ -18,6 +18,7 @@ from lowmem.nn.layers import default_hidden_dim
 from lowmem.optim.from_config import allocate_states, build_optimizer
 from lowmem.planning.levers import MARGIN, get_key, missing_bytes, set_key, sizes
 from lowmem.planning.predict import Prediction, predict_peak, resolve_without_data
+from lowmem.system.dry_run import on_meta
 from lowmem.system.errors import ConfigError
 from lowmem.system.units import parse_bytes
 
@@ -82,7 +83,7 @@ class Estimator:
 
     def _state_bytes(self, bits: Literal[8, 4]) -> int:
         """Of the optimizer of the whole model."""
-        with torch.device("meta"):
+        with on_meta():
             model = self._model = self._model or build_configured_model(self.config)
             optimizer = build_optimizer(model, replace(self.config.optim, state_bits=bits, backend="lowmem"), partial=True)
             allocate_states(optimizer)
@@ -356,7 +357,7 @@ def _saves(config: RunConfig, rank: int) -> bool:
 def _is_valid(config: RunConfig, key: str, value: int) -> bool:
     """Whether a model of that size exists: small ones may be narrower than their ranks."""
     try:
-        with torch.device("meta"):
+        with on_meta():
             build_configured_model(_with(config, key, value))
     except ConfigError:
         return False
