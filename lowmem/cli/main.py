@@ -15,6 +15,7 @@ from lowmem.system.errors import (
     StoppedBySignal,
     StorageError,
 )
+from lowmem.system.light_imports import keep_imports_light
 from lowmem.system.process import STOPPED, OutputLost, answered_signals, discard_output, standard_streams
 
 # Libraries that log, on being imported, what they lack or what another library will change; `doctor` says what is missing.
@@ -68,7 +69,10 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | N
     words = list(sys.argv[1:] if argv is None else argv)
     for library in TALKATIVE:
         logging.getLogger(library).setLevel(logging.ERROR)
-    with standard_streams(), answered_signals(last=last or argv is None) as asked:
+    last = last or argv is None
+    if last:
+        keep_imports_light()
+    with standard_streams(), answered_signals(last=last) as asked:
         try:
             code = _exit_code(command, words)
             sys.stdout.flush()

@@ -12,6 +12,7 @@ from lowmem.cli.options import OptionParser, dotted_overrides
 from lowmem.config.dump import dump_config
 from lowmem.config.load import load_run_config
 from lowmem.config.schema import ModelConfig, RunConfig
+from lowmem.system.dry_run import on_meta
 from lowmem.system.errors import MemoryBudgetError, StorageError
 from lowmem.system.files import replace_file
 from lowmem.system.units import format_bytes, parse_bytes
@@ -72,13 +73,12 @@ def plan_main(argv: Sequence[str]) -> int:
 
 def _writing(config: RunConfig) -> "GenerationMemory":
     """What `lowmem generate` will need for one text as long as the sequences of training."""
-    import torch
 
     from lowmem.engine.from_config import build_configured_model
     from lowmem.generation import PREFILL_TOKENS
     from lowmem.planning.generation_memory import generation_memory
 
-    with torch.device("meta"):
+    with on_meta():
         model = build_configured_model(config).eval()
     return generation_memory(model, 1, config.model.max_seq_len, PREFILL_TOKENS, config.device)
 
@@ -104,11 +104,10 @@ def _planned(config: RunConfig, path: str) -> Any:
 
 def _hopeless(config: RunConfig) -> bool:
     """Whether even narrow weights and states, with nothing else, exceed a budget."""
-    import torch
 
     from lowmem.models.registry import build_model
 
-    with torch.device("meta"):
+    with on_meta():
         model = build_model(config.model, vocab_size=config.data.tokenizer_vocab_size, max_seq_len=config.data.seq_len, seed=0)
     limits = [parse_bytes(limit) for limit in (config.budget.vram, config.budget.ram) if limit and parse_bytes(limit)]
     return 3 * model.num_parameters() + _PROCESS_BYTES > min(limits)

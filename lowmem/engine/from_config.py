@@ -19,6 +19,7 @@ from lowmem.nn.float8 import use_float8
 from lowmem.nn.nf4 import Nf4
 from lowmem.nn.quantized import WeightBits, WeightFormat, stored_tensors
 from lowmem.system.devices import Precision
+from lowmem.system.dry_run import on_meta
 from lowmem.system.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def _outline_in_parts(directory: Path, kept: "Kept", storage: Storage) -> Any:
     from lowmem.models.huggingface_body import find_blocks, find_body
     from lowmem.models.huggingface_weights import convert_shapes, reading_workspace
 
-    with _disable_current_modes(), torch.device("meta"):
+    with _disable_current_modes(), on_meta():
         model = outline(directory, kept.form.dtype)
         convert_shapes(model, kept)
         blocks = find_blocks(find_body(model), model.config)[1]

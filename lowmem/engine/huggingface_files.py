@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from lowmem.memory.limits import is_out_of_memory
 from lowmem.models.arrival import Arrivals
 from lowmem.models.base import Place, stays
+from lowmem.system.dry_run import on_meta
 from lowmem.system.errors import CheckpointError, ConfigError
 from lowmem.system.files import file_sha256, json_sha256
 from lowmem.system.tensors import all_finite, tensor_shapes, weight_files
@@ -190,7 +191,7 @@ def model_facts(path: str, revision: str = "") -> ModelFacts:
 def _facts(directory: str, changed: int) -> ModelFacts:
     from lowmem.models.huggingface import HuggingFaceModel
 
-    with _quiet_transformers(), reported_as_damage(Path(directory)), torch.device("meta"):
+    with _quiet_transformers(), reported_as_damage(Path(directory)), on_meta():
         model = HuggingFaceModel(outline(Path(directory), torch.float32))
         model.flops_per_token(1)  # reads keys that making the model does not
     made_for = getattr(model.lm.config, "max_position_embeddings", None)
@@ -282,7 +283,7 @@ def outline(directory: Path, dtype: torch.dtype) -> Any:
     config = model_config(directory)
     from transformers import AutoModelForCausalLM
 
-    with _quiet_transformers(), reported_as_damage(directory), torch.device("meta"), warnings.catch_warnings():
+    with _quiet_transformers(), reported_as_damage(directory), on_meta(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # refused below
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=dtype, attn_implementation="eager")
     if empty := [f"{name} {tuple(tensor.shape)}" for name, tensor in model.named_parameters() if not tensor.numel()]:

@@ -28,6 +28,7 @@ from lowmem.engine.storage.blocks import Storage, StreamedBlocks, Visit
 from lowmem.engine.storage.disk_file import DiskFile
 from lowmem.memory.limits import is_out_of_memory
 from lowmem.models.base import LanguageModel, largest_part_bytes
+from lowmem.nn.gradients import gradients_of
 from lowmem.nn.recompute import run_block
 from lowmem.optim.clipping import BlockClipping
 from lowmem.optim.from_config import build_optimizer, set_learning_rate
@@ -94,7 +95,6 @@ class LayerwiseEngine(LocalEngine):
                 self.storage.adopt_matrix(weight, self.optimizer)
         self.head = LayerwiseHead(model, self.updates, lookup, self.autocast, self.autocast_dtype, self.messages.append)
         self.embedding = LayerwiseEmbedding(model, self.updates, self._embed_parameters, lookup, self.autocast)
-        _import_autograd()
 
     def _build_optimizer(self, model: LanguageModel, optim: OptimConfig, seed: int) -> torch.optim.Optimizer:
         return build_optimizer(model, optim, seed=seed, partial=True)
@@ -290,12 +290,12 @@ class LayerwiseEngine(LocalEngine):
                 with self.autocast():
                     output = self.model.block(index, _part(segments_BT, rows))(hidden)
             wanted = [hidden, *parameters] if goes_on else parameters
-            gradients = list(torch.autograd.grad(output, wanted, grad[rows].to(output.dtype)))
+            found = gradients_of(output, wanted, grad[rows].to(output.dtype))
             if goes_on:
-                grad_input[rows] = gradients.pop(0)
+                grad_input[rows] = found.pop(0)
             del hidden, output
-            sums = _add(sums, gradients, more=len(slices) > 1)
-            del gradients  # else one more gradient of the block would live until the next is there
+            sums = _add(sums, found, more=len(slices) > 1)
+            del found  # else one more gradient of the block would live until the next is there
         return grad_input, sums
 
     def _embedding(self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None, grad: torch.Tensor, tied: Tied) -> None:
@@ -347,12 +347,6 @@ class LayerwiseEngine(LocalEngine):
 
     def memory_components(self) -> dict[str, int]:
         return {**super().memory_components(), "gradients": largest_part_bytes(self.model)}
-
-
-def _import_autograd() -> None:
-    """torch imports sympy when a gradient is first given to torch.autograd.grad; an import that runs out of memory leaves ruins behind."""
-    number = torch.zeros((), requires_grad=True)
-    torch.autograd.grad(number * 1, number, torch.zeros(()))
 
 
 def _part(segments_BT: torch.Tensor | None, rows: slice) -> torch.Tensor | None:

@@ -13,6 +13,7 @@ from torch import nn
 from lowmem.engine.layerwise_head import Pairs, Tied, Updates
 from lowmem.engine.recovery import once_more
 from lowmem.models.base import LanguageModel, padding_rows, stand_in
+from lowmem.nn.gradients import gradients_of
 from lowmem.nn.layers import embedding_gradient
 from lowmem.nn.linear import accumulate_dtype
 from lowmem.nn.loss import row_blocks
@@ -76,7 +77,7 @@ class LayerwiseEmbedding:
     def _whole(self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None, grad: torch.Tensor, tied: Tied) -> Pairs:
         with self.autocast():
             hidden = self.model.embed(tokens_BT, segments_BT=segments_BT)
-        found = torch.autograd.grad(hidden, self.parameters, grad)
+        found = gradients_of(hidden, self.parameters, grad)
         pairs = [(parameter, gradient.contiguous()) for parameter, gradient in zip(self.parameters, found, strict=True)]
         for parameter, gradient in pairs:
             if parameter in tied:
@@ -99,7 +100,7 @@ class LayerwiseEmbedding:
             ids = _own_rows(tokens)
             with stand_in(self.model, self.lookup, matrix.gather(tokens.flatten())) as looked_up, self.autocast():  # type: ignore[arg-type]
                 hidden = self.model.embed(ids, segments_BT=None if segments_BT is None else segments_BT[rows])
-                found, *more = torch.autograd.grad(hidden, [looked_up, *self.others], grad[rows])
+                found, *more = gradients_of(hidden, [looked_up, *self.others], grad[rows])
             more = [gradient.to(accumulate_dtype(gradient.dtype)).contiguous() for gradient in more] if not sums else more
             of_lookups[rows] = found.view(*tokens.shape, width)
             if not sums:

@@ -15,6 +15,7 @@ from torch import nn
 from lowmem.engine.recovery import fits, once_more
 from lowmem.engine.storage.blocks import Storage
 from lowmem.models.base import LanguageModel, MatrixHead, head_loss_options
+from lowmem.nn.gradients import gradients_of
 from lowmem.nn.linear import accumulate_dtype
 from lowmem.nn.loss import CrossEntropyByRows, auto_chunk_tokens
 from lowmem.nn.rows import GradientRows, MatrixRows, ResidentGradient
@@ -342,5 +343,5 @@ def _gradients(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Gradients of `hidden`, or itself where it requires none, and of parameters."""
     wanted: list[torch.Tensor] = [*([hidden] if hidden.requires_grad else []), *parameters]
-    found = list(torch.autograd.grad(output, wanted, grad_output)) if wanted else []
+    found = gradients_of(output, wanted, grad_output) if wanted else []
     return found.pop(0) if hidden.requires_grad else hidden, found

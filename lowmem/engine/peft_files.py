@@ -15,9 +15,12 @@ from lowmem.data.tokenizers import Tokenizer
 from lowmem.engine import huggingface_files
 from lowmem.engine.huggingface_files import reported_as_damage, resolve_model_path
 from lowmem.engine.weights import coded_weights, stored_weights, summary, weight_problems
+from lowmem.models.adapters import UNUSED_BY_PEFT
 from lowmem.models.huggingface import HuggingFaceModel
 from lowmem.models.prefix import PROMPT_EMBEDDINGS, add_prefix, load_prompt_embeddings, prompt_embeddings
+from lowmem.system.dry_run import on_meta
 from lowmem.system.errors import CheckpointError, ConfigError
+from lowmem.system.light_imports import absent
 from lowmem.system.tensors import read_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -79,7 +82,7 @@ def base_with_adapter(base: Path, dtype: torch.dtype, adapter: Path | None, *, r
     Memory: the base and the adapter; of an outline nothing.
     """
     if outline:
-        with torch.device("meta"):
+        with on_meta():
             return _adapted(huggingface_files.outline(base, dtype), adapter, rows)
     return _adapted(huggingface_files.load_model(base, dtype), adapter, rows)
 
@@ -155,11 +158,12 @@ def _injected(lm: Any, adapter: Path) -> Any:
         CheckpointError: the base has no such layers, or the configuration is damaged.
     """
     try:
-        import peft
+        with absent(*UNUSED_BY_PEFT):
+            import peft
     except ImportError as error:
         raise ConfigError("adapters need peft; pip install 'lowmem[finetune]'") from error
     try:
-        with warnings.catch_warnings():
+        with absent(*UNUSED_BY_PEFT), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return peft.get_peft_model(lm, peft.PeftConfig.from_pretrained(str(adapter)))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:

@@ -30,6 +30,7 @@ from lowmem.models.base import LanguageModel, move_to
 from lowmem.models.registry import build_model
 from lowmem.nn.quantized import WeightFormat
 from lowmem.system.devices import device_has_native_bf16
+from lowmem.system.dry_run import on_meta
 from lowmem.system.errors import CheckpointError, ConfigError
 from lowmem.system.tensors import meta_tensors, read_tensors, weight_files
 
@@ -163,7 +164,7 @@ def _run_of_lowmem(run_dir: Path, checkpoint: Any, device: torch.device, outline
 def _trained_model(config: RunConfig, weights: Path, device: torch.device, outline: bool, added: Sequence[int]) -> LanguageModel:
     """The model of a run with the weights of a checkpoint; where those are a part of it, the others are its base's."""
     native, train = device_has_native_bf16(device), config.train
-    with torch.device("meta") if outline else nullcontext():
+    with on_meta() if outline else nullcontext():
         if config.adapter.method == "none":
             model = _initial_model(config)
             load_weights(weights, model, keep_bf16=native, read=meta_tensors if outline else read_tensors)

@@ -25,6 +25,7 @@ from lowmem.models.prefix import PROMPT_EMBEDDINGS, prefix_config, prompt_embedd
 from lowmem.nn.lorpt import LoRPtLinear
 from lowmem.nn.lorptize import LoRPtConv1D
 from lowmem.nn.quantized import CodedWeight
+from lowmem.system.dry_run import on_meta
 from lowmem.system.errors import CheckpointError, ConfigError, DataError
 from lowmem.system.files import make_directory, storage_errors, write_json, written_whole
 from lowmem.system.tensors import INDEX_NAME, LazyTensor, all_finite, meta_tensors, weight_files, write_tensors
@@ -296,7 +297,7 @@ def _dense(weight: torch.Tensor) -> torch.Tensor:
 
 def _copy_in_fp32(base: Any) -> Any:
     """A layer of the kind of `base` with its numbers in fp32, for `merge` to change."""
-    with torch.device("meta"):
+    with on_meta():
         if isinstance(base, nn.Linear):
             copy: Any = nn.Linear(base.in_features, base.out_features, bias=False)
         elif isinstance(base, nn.Embedding):

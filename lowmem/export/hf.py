@@ -19,6 +19,7 @@ from lowmem.nn.layers import default_hidden_dim
 from lowmem.nn.linear import Linear
 from lowmem.nn.lorpt import LoRPtLinear
 from lowmem.nn.lorptize import merge_lorpt
+from lowmem.system.dry_run import on_meta
 from lowmem.system.errors import CheckpointError, ConfigError
 from lowmem.system.files import UNFINISHED, write_json, written_whole
 from lowmem.system.tensors import all_finite, meta_tensors, write_tensors
@@ -328,7 +329,7 @@ def hf_model(run: RunModel, *, keep_factors: bool = False) -> Any:
     config, weights, family, _ = converted(run.model, keep_factors=keep_factors)
     values = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
     values |= {"eos_token_id": run.tokenizer.eos_id, "pad_token_id": run.tokenizer.eos_id, "bos_token_id": None}
-    with torch.device("meta"):
+    with on_meta():
         if family == "lowmem":
             from lowmem.export.modeling_lowmem import LowmemConfig, LowmemForCausalLM
 

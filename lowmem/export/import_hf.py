@@ -24,6 +24,7 @@ from lowmem.models.registry import build_model
 from lowmem.nn.linear import Linear
 from lowmem.nn.lorpt import LoRPtLinear, MixedSplit
 from lowmem.nn.lorptize import Converted, lorptize
+from lowmem.system.dry_run import on_meta
 from lowmem.system.errors import CheckpointError, ConfigError
 from lowmem.system.files import UNFINISHED, make_directory, storage_errors, write_json, written_whole
 from lowmem.system.tensors import WEIGHT_DTYPES, all_finite, meta_tensors, read_tensors, tensor_shapes, weight_files, write_tensors
@@ -342,7 +343,7 @@ def _to_low_rank(model: LanguageModel, shape: ModelConfig) -> list[Converted]:
     Raises:
         ConfigError: a rank saves nothing, or a pattern matches no layer.
     """
-    with torch.device("meta"):
+    with on_meta():
         wanted = build_model(shape, vocab_size=shape.vocab_size, max_seq_len=shape.max_seq_len, seed=0)
     ranks = {name: layer.rank for name, layer in wanted.named_modules() if isinstance(layer, LoRPtLinear)}
     if not ranks:

@@ -7,10 +7,8 @@ Shapes: V vocabulary, K rows that are trained, C width.
 """
 
 import re
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,8 +21,10 @@ from lowmem.models.huggingface_weights import FUSED
 from lowmem.models.prefix import add_prefix
 from lowmem.nn.layers import embedding, use_exact_gradients
 from lowmem.system.errors import ConfigError
+from lowmem.system.light_imports import absent
 
 LORA_KIN = ("lora", "dora", "rslora", "lora_plus")
+UNUSED_BY_PEFT = ("bitsandbytes", "torchao")  # PEFT would import them for layers that are not here, which costs 50 MB and 60 MB
 PARTS = ("head", "last_k")  # methods that train some of the weights themselves
 _SHOWN = 8  # names of layers that a message lists
 
@@ -123,7 +123,7 @@ def _add_adapter(model: HuggingFaceModel, adapter: AdapterConfig, new_tokens: Se
     lm = model.lm
     names = _target_names(model, adapter, new_tokens)
     try:
-        with _absent("bitsandbytes"), warnings.catch_warnings():
+        with absent(*UNUSED_BY_PEFT), warnings.catch_warnings():
             import peft
 
             # PEFT 0.21 asks transformers 5 for a switch by its old name, and warns of ties, which `save_merged` undoes
@@ -139,19 +139,6 @@ def _add_adapter(model: HuggingFaceModel, adapter: AdapterConfig, new_tokens: Se
     for module in lm.modules():
         if type(module).__name__ == "TrainableTokensLayer":
             module.__class__ = type("TrainedRows", (_TrainedRows, type(module)), {})
-
-
-@contextmanager
-def _absent(package: str) -> Iterator[None]:
-    """Have PEFT find a package missing, unless it is in use: it would import it for layers that are not here, which costs 50 MB."""
-    if package in sys.modules:
-        yield
-        return
-    sys.modules[package] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules[package]
 
 
 def _target_names(model: HuggingFaceModel, adapter: AdapterConfig, new_tokens: Sequence[int]) -> list[str]:

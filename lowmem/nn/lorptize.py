@@ -13,6 +13,7 @@ from lowmem.nn.arrival import on_arrival
 from lowmem.nn.layers import DenseHead, LoRPtHead
 from lowmem.nn.linear import Linear
 from lowmem.nn.lorpt import LoRPtLinear, LoRPtSplit, MixedSplit, break_even_rank, top_singular
+from lowmem.system.dry_run import on_meta
 from lowmem.system.errors import ConfigError
 
 
@@ -148,7 +149,7 @@ def _empty(name: str, layer: nn.Module, rank: int | Literal["auto"], bottleneck:
     """The replacement, without storage."""
     out_features, in_features = _weight(layer).shape
     kind = LoRPtHead if isinstance(layer, DenseHead) else LoRPtConv1D if is_conv1d(layer) else LoRPtLinear
-    with torch.device("meta"):
+    with on_meta():
         try:
             return kind(
                 in_features, out_features, rank, layer.bias is not None, bottleneck, splits=tuple(getattr(layer, "splits", ()))
@@ -246,7 +247,7 @@ def factor_on_arrival(
 
 def _dense(layer: LoRPtLinear) -> nn.Linear:
     bias = layer.bias is not None
-    with torch.device("meta"):
+    with on_meta():
         if isinstance(layer, LoRPtHead):
             dense: nn.Linear = DenseHead(layer.in_features, layer.out_features, bias)
         elif layer.splits:
@@ -261,7 +262,7 @@ def _dense(layer: LoRPtLinear) -> nn.Linear:
 
 def _one_below_the_other(layers: list[nn.Linear]) -> Linear:
     biases = [layer.bias for layer in layers]
-    with torch.device("meta"):
+    with on_meta():
         fused = Linear(layers[0].in_features, sum(layer.out_features for layer in layers), biases[0] is not None,
                        splits=[layer.out_features for layer in layers])  # fmt: skip
     fused.weight = nn.Parameter(torch.cat([layer.weight.detach() for layer in layers]))

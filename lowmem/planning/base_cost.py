@@ -27,6 +27,7 @@ from lowmem.memory.allocator import KEEP_FROM_BYTES, MAP_FROM_BYTES, block_cache
 from lowmem.system.devices import cpu_model, usable_cores
 from lowmem.system.errors import ConfigError, MemoryBudgetError
 from lowmem.system.files import cache_root, cached_json, compiled_root, file_sha256, json_sha256
+from lowmem.system.light_imports import LEFT_OUT
 from lowmem.system.process import KILLED, with_parent
 from lowmem.system.tensors import write_tensors
 
@@ -90,7 +91,7 @@ def measured_base(config: RunConfig, world_size: int, tensor_peak: Callable[[Run
     document = file_sha256(Path(config.engine.config)) if config.engine.config else ""
     kept = KEEP_FROM_BYTES, MAP_FROM_BYTES, not block_cache_library(compiled_root())[1]  # another rule of the allocator is another cost
     threads = os.environ.get("OMP_NUM_THREADS")
-    key = json_sha256([settings, document, world_size, _versions(), cpu_model(), usable_cores(), threads, kept])
+    key = json_sha256([settings, document, world_size, _versions(), cpu_model(), usable_cores(), threads, kept, LEFT_OUT])
     path = cache_root(config.data.cache_dir) / "base" / f"{key[:24]}.json"
 
     def measure() -> dict[str, Any]:

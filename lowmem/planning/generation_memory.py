@@ -10,7 +10,7 @@ from lowmem.models.base import LanguageModel
 from lowmem.planning.allocators import CudaAllocator, HostAllocator, live_peaks, replay
 from lowmem.planning.hardware import Hardware
 from lowmem.planning.trace import Trace
-from lowmem.system.dry_run import pretend_device
+from lowmem.system.dry_run import on_meta, pretend_device
 from lowmem.system.units import format_bytes
 
 
@@ -78,7 +78,7 @@ def generation_memory(model: LanguageModel, batch_size: int, context: int, prefi
     Memory: none for the model.
     """
     trace, to_logits = Trace(), cast("Callable[[torch.Tensor], torch.Tensor]", model.logits)
-    with torch.device("meta"), torch.inference_mode(False), torch.no_grad(), trace, pretend_device(device):
+    with on_meta(), torch.inference_mode(False), torch.no_grad(), trace, pretend_device(device):
         with trace.phase("load"):
             trace.mark([parameter.detach() for parameter in model.parameters()], "weights")
             cache = model.new_cache(batch_size, context)

@@ -20,6 +20,7 @@ from lowmem.nn.lorptize import following_layers
 from lowmem.optim.from_config import allocate_states, build_optimizer
 from lowmem.planning.levers import MARGIN, get_key, missing_bytes, set_key, sizes
 from lowmem.planning.predict import Prediction, predict_peak, resolve_without_data
+from lowmem.system.dry_run import on_meta
 from lowmem.system.errors import ConfigError
 from lowmem.system.units import parse_bytes
 
@@ -84,7 +85,7 @@ class Estimator:
 
     def _state_bytes(self, bits: Literal[8, 4]) -> int:
         """Of the optimizer of the whole model."""
-        with torch.device("meta"):
+        with on_meta():
             model = self._model = self._model or build_configured_model(self.config)
             optimizer = build_optimizer(model, replace(self.config.optim, state_bits=bits, backend="lowmem"), partial=True)
             allocate_states(optimizer)
@@ -350,7 +351,7 @@ def _values(config: RunConfig, key: str) -> list[int]:
 
 def _narrowest(config: RunConfig) -> float:
     """The rank from which on some layer of a model of transformers would grow."""
-    with torch.device("meta"):
+    with on_meta():
         model = build_configured_model(_with(config, "model.lorpt.rank", 1))
         layers = list(following_layers(model, config.model.lorpt.ranks))
     return min((break_even_rank(layer.in_features, layer.out_features) for _, layer in layers), default=0.0)
@@ -370,7 +371,7 @@ def _saves(config: RunConfig, rank: int) -> bool:
 def _is_valid(config: RunConfig, key: str, value: int) -> bool:
     """Whether a model of that size exists: small ones may be narrower than their ranks."""
     try:
-        with torch.device("meta"):
+        with on_meta():
             build_configured_model(_with(config, key, value))
     except ConfigError:
         return False

@@ -8,9 +8,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 T = TypeVar("T")
 _pretended: ContextVar[str | None] = ContextVar("lowmem_pretended_device", default=None)
@@ -35,6 +36,32 @@ def device_kind(x: torch.Tensor) -> str:
 def autocast_kind(x: torch.Tensor) -> str:
     """The kind of device whose autocast `x` obeys: its own, or the CPU's, which has every dtype, in a dry run."""
     return "cpu" if is_fake(x) else x.device.type
+
+
+class _NoRandomNumbers(TorchFunctionMode):
+    """Leaves initial weights on the meta device as they are: torch would import sympy, 31 MB, to draw numbers that nobody sees."""
+
+    drawn = frozenset(
+        getattr(owner, name)
+        for owner in (torch.nn.init, torch.Tensor)
+        for name in ("kaiming_normal_", "kaiming_uniform_", "normal_", "trunc_normal_", "uniform_", "xavier_normal_", "xavier_uniform_")
+        if hasattr(owner, name)
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        if func in self.drawn:
+            tensor = args[0] if args else named["tensor"]  # torch.nn.init names it on the way here
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **named)
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Make new tensors on the meta device, and draw no initial weights there."""
+    with torch.device("meta"), _NoRandomNumbers():
+        yield
 
 
 @contextmanager
