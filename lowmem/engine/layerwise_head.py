@@ -225,7 +225,7 @@ class LayerwiseHead:
         """Sum of the losses of the predicted tokens, computed as a step computes them."""
         head = self.model.dense_head()
         with self.autocast():
-            if head is None or not self._by_rows(targets_BT.numel(), head.weight):
+            if head is None or not self._may_go_by_rows(head.weight):
                 return self.model.head_loss(hidden, targets_BT, 1.0).item()
             normed = head.norm(hidden)
         options, dtype = head_loss_options(self.model), self.dtype or normed.dtype
@@ -241,8 +241,11 @@ class LayerwiseHead:
         """
         vocab_size, width = weight.shape
         chunk = self.model.loss_options.chunk_tokens or auto_chunk_tokens(vocab_size, width, weight.element_size())
+        return self.updates.storage.has_matrix(weight) or (tokens > chunk and self._may_go_by_rows(weight))
+
+    def _may_go_by_rows(self, weight: nn.Parameter) -> bool:
         possible = self.updates.clipping.mode == "previous" and (id(weight) not in self.in_embedding or weight is self.lookup)
-        return self.updates.storage.has_matrix(weight) or (weight.requires_grad and tokens > chunk and possible)
+        return weight.requires_grad and possible
 
     def _differentiate_by_rows(
         self, head: MatrixHead, hidden: HiddenParts, targets_BT: torch.Tensor, denominator: float
