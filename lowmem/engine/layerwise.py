@@ -7,7 +7,6 @@ Source: the execution order of L2L, Pudipeddi et al. 2020, arXiv:2002.05645.
 """
 
 import math
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -228,7 +227,7 @@ class LayerwiseEngine(LocalEngine):
     ) -> torch.Tensor | None:
         """Update block `index`; the gradient of what it was given, or None if its own was not finite.
 
-        When memory runs out the gradients so far are dropped, and the block is done again with a smaller micro-batch.
+        When memory runs out the block goes on with a smaller micro-batch.
         """
         lowest = max(self._lowest, 0)
         with self.storage.block(index, states=True, ahead=index - 1 if index > lowest else None) as visit:
@@ -238,10 +237,10 @@ class LayerwiseEngine(LocalEngine):
         self, index: int, boundaries: Boundaries, graphs: Graphs, grad: torch.Tensor, segments_BT: torch.Tensor | None, visit: Visit
     ) -> torch.Tensor | None:
         """`_block`, with the block on the device."""
-        parameters = [p for p in self.model.blocks[index].parameters() if p.requires_grad]
+        parameters, sums = [p for p in self.model.blocks[index].parameters() if p.requires_grad], GradientSums()
         while True:
             try:
-                grad_input, gradients = self._differentiate(index, boundaries, graphs, parameters, grad, segments_BT)
+                self._differentiate(index, boundaries, graphs, parameters, grad, segments_BT, sums)
                 break
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -256,10 +255,10 @@ class LayerwiseEngine(LocalEngine):
             self.messages.append(f"memory ran out in block {index} with micro-batches of {micro}; this block goes on with {smaller}")
         boundaries.free(index)
         if not parameters:
-            return grad_input
-        applied = self.updates.apply(list(zip(parameters, gradients, strict=True)))
+            return grad
+        applied = self.updates.apply(list(zip(parameters, sums.totals, strict=True)))
         visit.changed = applied and not self.updates.rehearsing
-        return grad_input if applied else None
+        return grad if applied else None
 
     def _differentiate(
         self,
@@ -269,16 +268,17 @@ class LayerwiseEngine(LocalEngine):
         parameters: list[nn.Parameter],
         grad: torch.Tensor,
         segments_BT: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-        """Gradients of one block over the whole global batch: of its input, and of its parameters. The first is `grad` itself, which means
-        nothing, for the lowest block that is trained.
+        sums: "GradientSums",
+    ) -> None:
+        """Gradients of one block over the whole global batch: those of its input take the place of those of its output, `grad`, unless it
+        is the lowest that is trained; those of its parameters are added up.
 
-        Memory: both, and one micro-batch of activations.
+        Args:
+            sums: of the sequences that were done before memory ran out; the others are done now.
+        Memory: the sums, and one micro-batch of activations.
         """
         goes_on = index > self._lowest
-        grad_input = torch.empty_like(grad) if goes_on else grad
-        sums: list[torch.Tensor] = []
-        slices = self._slices(grad, self.block_micro_batches[index])
+        slices = self._slices(grad, self.block_micro_batches[index], first=sums.sequences)
         kept = bool(graphs)
         for position, rows in representative(list(enumerate(slices)), grad, distinct=len(slices) if kept else 2):
             if kept:
@@ -291,12 +291,12 @@ class LayerwiseEngine(LocalEngine):
                     output = self.model.block(index, _part(segments_BT, rows))(hidden)
             wanted = [hidden, *parameters] if goes_on else parameters
             found = gradients_of(output, wanted, grad[rows].to(output.dtype))
-            if goes_on:
-                grad_input[rows] = found.pop(0)
+            of_input = found.pop(0) if goes_on else None
             del hidden, output
-            sums = _add(sums, found, more=len(slices) > 1)
-            del found  # else one more gradient of the block would live until the next is there
-        return grad_input, sums
+            sums.add(found, rows, more=len(slices) > 1)
+            if of_input is not None:
+                grad[rows] = of_input
+            del found, of_input  # else one more gradient of the block would live until the next is there
 
     def _embedding(self, tokens_BT: torch.Tensor, segments_BT: torch.Tensor | None, grad: torch.Tensor, tied: Tied) -> None:
         self.embedding.update(tokens_BT, segments_BT, grad, tied, self._slices(tokens_BT, self.micro_batch_size))
@@ -327,9 +327,9 @@ class LayerwiseEngine(LocalEngine):
         super().set_micro_batch_size(size)
         self.block_micro_batches = [min(block, size) for block in self.block_micro_batches]
 
-    def _slices(self, rows_BT: torch.Tensor, micro_batch_size: int) -> list[slice]:
+    def _slices(self, rows_BT: torch.Tensor, micro_batch_size: int, first: int = 0) -> list[slice]:
         rows, at_once = len(rows_BT), self.rows_at_once(rows_BT.shape[1], micro_batch_size)
-        return [slice(start, min(start + at_once, rows)) for start in range(0, rows, at_once)]
+        return [slice(start, min(start + at_once, rows)) for start in range(first, rows, at_once)]
 
     def save(self, directory: Any) -> dict:
         more = {
@@ -353,10 +353,27 @@ def _part(segments_BT: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
     return None if segments_BT is None else segments_BT[rows]
 
 
-def _add(sums: list[torch.Tensor], gradients: list[torch.Tensor], more: bool) -> list[torch.Tensor]:
-    """Running sums, contiguous, in fp32 if there is more than one term."""
-    if not sums:
-        return [(g.float() if more and g.dtype != torch.float64 else g).contiguous() for g in gradients]
-    for total, gradient in zip(sums, gradients, strict=True):
-        total += gradient
-    return sums
+class GradientSums:
+    """Gradients of the parameters of a block, summed over sequences, contiguous; in fp32 if there is more than one term.
+
+    Attributes:
+        totals: one for each parameter.
+        sequences: that were added; the next term is of those that follow.
+    """
+
+    def __init__(self) -> None:
+        self.totals: list[torch.Tensor] = []
+        self.sequences = 0
+
+    def add(self, gradients: list[torch.Tensor], rows: slice, *, more: bool) -> None:
+        """Add one term, all of it or nothing: memory is taken for the first alone.
+
+        Args:
+            more: there are others.
+        """
+        if not self.totals:
+            self.totals = [(g.float() if more and g.dtype != torch.float64 else g).contiguous() for g in gradients]
+        else:
+            for total, gradient in zip(self.totals, gradients, strict=True):
+                total += gradient
+        self.sequences = rows.stop

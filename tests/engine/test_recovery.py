@@ -1,16 +1,18 @@
 """Memory that runs out anywhere in a step costs a smaller micro-batch and nothing else: not a batch, not a bit."""
 
 import random
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 
-from lowmem.engine import layerwise_head
+from lowmem.engine import layerwise, layerwise_head
 from lowmem.engine.layerwise import LayerwiseEngine
 from lowmem.engine.local import LocalEngine
 from lowmem.nn import loss
-from tests.engine.out_of_memory import MemoryRunsOut, bits
+from lowmem.nn.gradients import gradients_of
+from tests.engine.out_of_memory import MESSAGE, MemoryRunsOut, bits
 from tests.engine.recovery_cases import CASES, LR, MICRO, STEPS, make_batch, make_engine
 
 POINTS_PER_CASE = 5
@@ -22,9 +24,14 @@ def _small_blocks_of_rows(monkeypatch):
     monkeypatch.setattr(loss, "GRAD_BLOCK_ROWS", 32)  # three blocks of rows
 
 
-def run_with_failure(case: str, step: int, at: int, monkeypatch) -> tuple[LocalEngine, list[Any], MemoryRunsOut, list[bool]]:
-    """An engine after its steps, during one of which memory ran out; the results, and whether each cell of the head's gradient fit."""
-    engine, results, cells, found = make_engine(case), [], [], MemoryRunsOut()
+Place = tuple[int, int]  # a block, and how many sequences of it were done
+
+
+def run_with_failure(case: str, step: int, at: int, monkeypatch) -> tuple[LocalEngine, list[Any], MemoryRunsOut, list[bool], list[Place]]:
+    """An engine after its steps, during one of which memory ran out; the results, whether each cell of the head's gradient fit, and where
+    in which block it happened."""
+    engine, results, cells, places, found = make_engine(case), [], [], [], MemoryRunsOut()
+    watch_blocks(engine, places.append)
 
     def recording(work, device):
         cells.append(FITS(work, device))
@@ -36,44 +43,63 @@ def run_with_failure(case: str, step: int, at: int, monkeypatch) -> tuple[LocalE
         with failure if number == step else nullcontext():
             results.append(engine.step(make_batch(number), LR))
         found = failure if number == step else found
-    return engine, results, found, cells
+    return engine, results, found, cells, places
 
 
-def run_as_if(like: LocalEngine, case: str, step: int, cells: list[bool], monkeypatch) -> tuple[LocalEngine, list[Any]]:
-    """An engine in which no memory runs out; in `step` it takes over the sizes of `like`, each where a failure changes it."""
+def watch_blocks(engine: LocalEngine, failed: Callable[[Place], None]) -> None:
+    """Have `failed` told where in a block memory ran out."""
+    if not isinstance(engine, LayerwiseEngine):
+        return
+    differentiate = engine._differentiate
+
+    def watched(index, *arguments):
+        try:
+            differentiate(index, *arguments)
+        except RuntimeError:
+            failed((index, arguments[-1].sequences))
+            raise
+
+    engine._differentiate = watched
+
+
+def run_as_if(
+    like: LocalEngine, case: str, step: int, cells: list[bool], places: list[Place], monkeypatch
+) -> tuple[LocalEngine, list[Any]]:
+    """An engine in which memory runs out nowhere but before the gradients of a micro-batch are there, which leaves nothing half done; in
+    `step` it takes over the sizes of `like`, each where a failure changes it."""
     engine, results, script = make_engine(case), [], iter(cells)
 
     def scripted(work, device):
-        fit = next(script)
+        fit = next(script, True)  # an evaluation, afterwards, finds room
         if fit:
             work()
         return fit
 
     monkeypatch.setattr(layerwise_head, "fits", scripted)
     for number in range(STEPS):
-        if number == step:
-            take_over(engine, like)
+        if number == step and engine.micro_batch_size != like.micro_batch_size:
+            engine.set_micro_batch_size(like.micro_batch_size)
+        if number == step and places:
+            fail_between_micro_batches(engine, places.pop(), monkeypatch)
         results.append(engine.step(make_batch(number), LR))
     return engine, results
 
 
-def take_over(engine: LocalEngine, like: LocalEngine) -> None:
-    if engine.micro_batch_size != like.micro_batch_size:
-        engine.set_micro_batch_size(like.micro_batch_size)
-    if not isinstance(engine, LayerwiseEngine) or engine.block_micro_batches == like.block_micro_batches:
-        return
-    forward = engine._forward
+def fail_between_micro_batches(engine: LayerwiseEngine, place: Place, monkeypatch) -> None:
+    differentiate, here, left = engine._differentiate, [], [place]
 
-    def then_smaller(*arguments):
-        """A block whose differentiation fails has gone forward already, and is computed again."""
-        graphs = forward(*arguments)
-        for index, size in enumerate(like.block_micro_batches):
-            if size != engine.block_micro_batches[index]:
-                graphs.pop(index, None)
-                engine.block_micro_batches[index] = size
-        return graphs
+    def noted(index, *arguments):
+        here[:] = [index, arguments[-1]]
+        differentiate(index, *arguments)
 
-    engine._forward = then_smaller
+    def gradients(*arguments, **more):
+        if here and left == [(here[0], here[1].sequences)]:
+            left.clear()
+            raise RuntimeError(MESSAGE)
+        return gradients_of(*arguments, **more)
+
+    engine._differentiate = noted
+    monkeypatch.setattr(layerwise, "gradients_of", gradients)
 
 
 def operations(case: str) -> list[int]:
@@ -88,9 +114,10 @@ def operations(case: str) -> list[int]:
 
 def check_point(case: str, step: int, at: int, monkeypatch) -> str:
     """Everything is equal to the run that meant to; what the recovery was."""
-    engine, results, failure, cells = run_with_failure(case, step, at, monkeypatch)
+    engine, results, failure, cells, places = run_with_failure(case, step, at, monkeypatch)
     assert failure.failed
-    other, expected = run_as_if(engine, case, step, cells, monkeypatch)
+    other, expected = run_as_if(engine, case, step, cells, places, monkeypatch)
+    assert other.micro_batch_state()["size"] == engine.micro_batch_state()["size"]
     where = f"step {step}, operation {at}: {failure.failed}; {engine.messages}"
     assert results == expected, where
     assert bits(engine) == bits(other), where

@@ -173,14 +173,14 @@ def test_what_fails_twice_after_the_first_update_ends_the_run(where):
         engine.step(make_batch(0), LR)
 
 
-def test_the_gradient_of_the_norm_is_computed_again_from_the_same_graph(monkeypatch):
+def test_the_gradient_of_the_norm_is_computed_again(monkeypatch):
     engine, other = (make_engine("dense in rows, layerwise") for _ in range(2))
     expected, grad = other.step(make_batch(0), LR), torch.autograd.grad
     fails = iter([True, False])
 
     def run_out_at_the_end(*arguments, **more):
         result = grad(*arguments, **more)
-        if arguments[1][1:] == [engine.model.norm.weight] and next(fails):
+        if any(wanted is engine.model.norm.weight for wanted in arguments[1]) and next(fails, False):
             raise RuntimeError(MESSAGE)
         return result
 
