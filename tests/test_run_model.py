@@ -295,7 +295,7 @@ OF_THE_ADAPTER = [
     (cut_weights, "adapter_model.safetensors is damaged"),
     (pickled, r"has no adapter_model.safetensors \(found: adapter_model.bin\); .*other formats can carry code"),
     (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json cannot be read"),
-    (change_json("adapter_config.json", peft_type="PREFIX_TUNING"), "found peft_type 'PREFIX_TUNING', allowed: LORA, IA3"),
+    (change_json("adapter_config.json", peft_type="P_TUNING"), "found peft_type 'P_TUNING', allowed: "),
     (change_json("adapter_config.json", task_type="SEQ_CLS"), "found task_type 'SEQ_CLS', allowed: CAUSAL_LM"),
     (change_json("adapter_config.json", init_lora_weights="pissa"), "init_lora_weights is 'pissa', which changes the base"),
     (change_json("adapter_config.json", base_model_name_or_path="/no/where"), "its base is /no/where: no such directory; give the base as"),

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from lowmem.memory.limits import is_out_of_memory
 from lowmem.models.arrival import Arrivals
@@ -26,7 +25,7 @@ from lowmem.models.base import Place, stays
 from lowmem.system.dry_run import on_meta
 from lowmem.system.errors import CheckpointError, ConfigError
 from lowmem.system.files import file_sha256, json_sha256
-from lowmem.system.tensors import all_finite, tensor_shapes, weight_files
+from lowmem.system.tensors import FilePlace, all_finite, read_place, tensor_places, tensor_shapes, weight_files
 
 if TYPE_CHECKING:
     from lowmem.models.huggingface_weights import Kept
@@ -506,9 +505,7 @@ class _Empty:
 
 
 class StoredTensor:
-    """A tensor of a file, which transformers reads by `tensor[...]`; what it gives is mapped onto the file only if it is to be converted.
-
-    One mapping for all would keep every page that was read resident until the last tensor: the whole model in the precision of the file.
+    """A tensor of a file, which transformers reads by `tensor[...]`.
 
     Attributes:
         dtype: as the file names it.
@@ -517,14 +514,14 @@ class StoredTensor:
     Memory: one tensor.
     """
 
-    def __init__(self, path: Path, name: str, shape: tuple[int, ...], dtype: str, wanted: torch.dtype):
-        self.path, self.name, self.dtype = path, name, dtype
+    def __init__(self, path: Path, name: str, place: FilePlace, wanted: torch.dtype):
+        self.path, self.name, self.dtype = path, name, place.dtype
         self.coded_and_read, self.finite = False, True
-        self._shape, self._wanted = shape, wanted
+        self._place, self._wanted = place, wanted
 
     def get_shape(self) -> list[int]:
         """As slices of safetensors give it."""
-        return list(self._shape)
+        return list(self._place.shape)
 
     def get_dtype(self) -> str:
         """As slices of safetensors give it."""
@@ -532,12 +529,10 @@ class StoredTensor:
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         self.coded_and_read = self.dtype not in _NUMBERS and not self.name.endswith(_MASKS)
-        with _reading(self.path), safe_open(self.path, framework="pt", device="cpu") as file:
-            tensor: torch.Tensor = file.get_tensor(self.name)[index]
+        tensor = read_place(self.path, self._place)[index]  # in memory of its own: the file may be rewritten while the model is in use
         if self.dtype in _NUMBERS and not self.name.endswith("mask"):
             self.finite = self.finite and all_finite(tensor, self._wanted)
-        # a copy: the file may be rewritten while the model is in use
-        return tensor.clone() if tensor.dtype == self._wanted else tensor
+        return tensor
 
 
 def stored_tensors(path: Path, wanted: torch.dtype) -> dict[str, StoredTensor]:
@@ -548,15 +543,4 @@ def stored_tensors(path: Path, wanted: torch.dtype) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: the file is missing or damaged.
     """
-    with _reading(path), safe_open(path, framework="pt", device="cpu") as file:
-        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
-        return {name: StoredTensor(path, name, tuple(part.get_shape()), part.get_dtype(), wanted) for name, part in parts.items()}
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Report a file that cannot be read."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); restore the file") from error
+    return {name: StoredTensor(path, name, place, wanted) for name, place in tensor_places(path).items()}

@@ -169,8 +169,7 @@ class LocalEngine(Engine):
 
     def _load_states(self, path: Path, scalars: Scalars) -> None:
         elsewhere = self.storage.saved_states(dict(self.model.named_parameters()))
-        here = dict(read_tensors(path, skip=elsewhere))
-        load_optimizer_tensors(self.model, self.optimizer, here, scalars, elsewhere=elsewhere)
+        load_optimizer_tensors(self.model, self.optimizer, read_tensors(path, skip=elsewhere), scalars, elsewhere=elsewhere)
         allocate_states(self.optimizer)  # a checkpoint from before the first step may hold none
         check_tensors(path, elsewhere, more=True)
         for states in self.storage.each_state(dict(self.model.named_parameters())):

@@ -1,7 +1,7 @@
 """What a step leaves besides weights: optimizer states and random number generators, to be saved and put back exactly."""
 
 import base64
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -56,32 +56,28 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> tup
 def load_optimizer_tensors(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    tensors: dict[str, torch.Tensor],
+    tensors: Iterable[tuple[str, torch.Tensor]],
     scalars: Scalars,
     elsewhere: Collection[str] = (),
 ) -> None:
-    """Put back copies of what `optimizer_tensors` returned, each on the device of its parameter.
-
-    Nothing refers to `tensors` afterwards: those of a safetensors file are mapped onto it, and training would fault, or
-    compute with another run's states, once the file is truncated or rewritten.
+    """Put back what `optimizer_tensors` returned, each on the device of its parameter.
 
     Args:
-        tensors: consumed: each entry is removed as it is placed, so that host copies do not add up.
+        tensors: names and states, which become the optimizer's own.
         elsewhere: names of states that are not on the device, and not in `tensors`.
     Raises:
         CheckpointError: a state names a parameter that the model does not have, or is not of the shape and the dtype that it must be.
-    Memory: the states; they grow as `tensors` shrinks.
+    Memory: the states.
     """
     host_only = {"step"} if not any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups) else set()
     parameters = dict(model.named_parameters())
     optimizer.state.clear()
-    for full_name in list(tensors):
+    for full_name, value in tensors:
         name, _, key = full_name.rpartition(".")
         if name not in parameters:
             raise CheckpointError(f"the checkpoint has optimizer state for {name}, which this model does not have")
-        parameter, value = parameters[name], tensors.pop(full_name)
-        device = value.device if key in host_only else parameter.device
-        optimizer.state[parameter][key] = value.to(device, copy=True)
+        parameter = parameters[name]
+        optimizer.state[parameter][key] = value.to(value.device if key in host_only else parameter.device)
     if not isinstance(scalars, dict) or not all(isinstance(values, dict) for values in scalars.values()):
         raise CheckpointError("the checkpoint has optimizer states that are no objects; its state.json is damaged")
     for name, values in scalars.items():

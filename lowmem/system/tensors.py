@@ -22,6 +22,10 @@ _DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+_READ_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()} | {
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+    "C64": torch.complex64,
+}  # fmt: skip
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights that are no codes
 _WRITE_BYTES = 16 * 1024 * 1024
 INDEX_NAME = "model.safetensors.index.json"
@@ -104,13 +108,9 @@ def read_tensors(path: Path, only: Collection[str] = (), skip: Collection[str] =
         CheckpointError: the file is missing or damaged.
     Memory: one tensor.
     """
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                if (not only or name in only) and name not in skip:
-                    yield name, file.get_tensor(name)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is damaged or missing ({error}); restore the file, or use another checkpoint") from error
+    for name, place in tensor_places(path).items():
+        if (not only or name in only) and name not in skip:
+            yield name, read_place(path, place)
 
 
 def all_finite(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
@@ -129,11 +129,7 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         CheckpointError: the file is missing or damaged.
     """
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is damaged or missing ({error}); restore the file, or use another checkpoint") from error
+    return {name: place.shape for name, place in tensor_places(path).items()}
 
 
 def meta_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -143,16 +139,82 @@ def meta_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
         CheckpointError: the file is missing or damaged.
     """
     dtypes = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+    for name, place in tensor_places(path).items():
+        if place.dtype not in dtypes:
+            raise CheckpointError(f"{path}: {name} is {place.dtype}, allowed: {', '.join(dtypes)}; save it in one of these")
+        yield name, torch.empty(place.shape, dtype=dtypes[place.dtype], device="meta")
+
+
+@dataclass(frozen=True)
+class FilePlace:
+    """Where a tensor lies in a file.
+
+    Attributes:
+        dtype: as safetensors names it.
+        offset, nbytes: in the file.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def tensor_places(path: Path) -> dict[str, FilePlace]:
+    """Where each tensor of a safetensors file lies; nothing else is read.
+
+    The library checks the header. It is not asked for tensors: it would map the whole file as memory of this process, which counts against
+    a limit on that however little of it is read.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            for name in file.keys():  # noqa: SIM118
-                part = file.get_slice(name)
-                dtype = dtypes.get(part.get_dtype())
-                if dtype is None:
-                    raise CheckpointError(f"{path}: {name} is {part.get_dtype()}, allowed: {', '.join(dtypes)}; save it in one of these")
-                yield name, torch.empty(part.get_shape(), dtype=dtype, device="meta")
-    except (OSError, SafetensorError) as error:
+        with safe_open(path, framework="np") as file, open(path, "rb") as raw:
+            names = list(file.keys())
+            length = int.from_bytes(raw.read(8), "little")
+            header = json.loads(raw.read(length))
+        entries = {name: header[name] for name in names}
+        return {
+            name: FilePlace(
+                entry["dtype"],
+                tuple(entry["shape"]),
+                8 + length + entry["data_offsets"][0],
+                entry["data_offsets"][1] - entry["data_offsets"][0],
+            )
+            for name, entry in entries.items()
+        }
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged or missing ({error}); restore the file, or use another checkpoint") from error
+
+
+def read_place(path: Path, place: FilePlace, first: int = 0, count: int | None = None) -> torch.Tensor:
+    """A tensor of a file, or some of its rows, in memory of its own.
+
+    Args:
+        first, count: of the first dimension; all of it by default.
+    Raises:
+        CheckpointError: the file cannot be read, or the dtype is one that this torch does not have.
+    Memory: what is read.
+    """
+    if place.dtype not in _READ_DTYPES:
+        raise CheckpointError(f"{path} has a tensor of {place.dtype}, which PyTorch does not have; save it in fp32, bf16 or fp16")
+    shape, offset = place.shape, place.offset
+    if count is not None:
+        offset += first * (place.nbytes // shape[0])
+        shape = (count, *shape[1:])
+    tensor = torch.empty(shape, dtype=_READ_DTYPES[place.dtype])
+    view, done = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), 0  # type: ignore[arg-type]
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while done < len(view):
+                moved = os.preadv(file.fileno(), [view[done : done + _WRITE_BYTES]], offset + done)
+                if not moved:
+                    raise OSError("the file ends early")
+                done += moved
+    except OSError as error:
+        raise CheckpointError(f"{path} is damaged or missing ({error}); restore the file, or use another checkpoint") from error
+    return tensor
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -207,13 +269,12 @@ def copy_tensors(path: Path, targets: Mapping[str, torch.Tensor | Slice]) -> Non
         CheckpointError: the file is missing or damaged.
     Memory: one tensor.
     """
-    if targets:
-        for name, tensor in read_tensors(path, only=targets):
-            target = targets[name]
-            if isinstance(target, Slice):
-                target.tensor.copy_(tensor[target.first : target.first + len(target.tensor)])  # of a mapping: only that part is read
-            else:
-                target.copy_(tensor)
+    places = tensor_places(path) if targets else {}
+    for name, target in targets.items():
+        if name in places and isinstance(target, Slice):
+            target.tensor.copy_(read_place(path, places[name], target.first, len(target.tensor)))
+        elif name in places:
+            target.copy_(read_place(path, places[name]))  # type: ignore[union-attr]
 
 
 def check_tensors(path: Path, targets: Mapping[str, torch.Tensor | LazyTensor], *, more: bool = False) -> None:

@@ -61,7 +61,7 @@ def test_states_return_bit_for_bit_and_training_goes_on_as_if_never_stopped(tmp_
     write_tensors(tmp_path / "optimizer.safetensors", tensors)
     again, other = trained(name, bits, dtype, steps=0)
     again.load_state_dict(model.state_dict())
-    load_optimizer_tensors(again, other, dict(read_tensors(tmp_path / "optimizer.safetensors")), scalars)
+    load_optimizer_tensors(again, other, read_tensors(tmp_path / "optimizer.safetensors"), scalars)
     assert states(again, other) == states(model, optimizer)
     for seed in (7, 8):
         take_step(model, optimizer, seed)
@@ -75,7 +75,7 @@ def test_eight_bit_states_are_bytes_and_fp32_states_of_bf16_weights_stay_fp32(tm
     tensors, scalars = optimizer_tensors(model, optimizer)
     write_tensors(tmp_path / "optimizer.safetensors", tensors)
     again, other = trained("adamw", 8, torch.bfloat16, steps=0)
-    load_optimizer_tensors(again, other, dict(read_tensors(tmp_path / "optimizer.safetensors")), scalars)
+    load_optimizer_tensors(again, other, read_tensors(tmp_path / "optimizer.safetensors"), scalars)
     found, _ = optimizer_tensors(again, other)
     assert (found["weight.exp_avg"].dtype, found["weight.exp_avg_sq"].dtype) == (torch.int8, torch.uint8)
     narrow = {found[f"weight.{key}_scale"].dtype for key in ("exp_avg", "exp_avg_sq")}
@@ -89,11 +89,7 @@ def test_nothing_refers_to_the_file_once_it_is_loaded(tmp_path: Path):
     model, optimizer = trained("adamw", 32)
     tensors, scalars = optimizer_tensors(model, optimizer)
     write_tensors(path, tensors)
-    loaded = dict(read_tensors(path))
-    sources = {tensor.data_ptr() for tensor in loaded.values()}
-    load_optimizer_tensors(model, optimizer, loaded, scalars)
-    assert loaded == {}
-    assert sources.isdisjoint(tensor.data_ptr() for tensor in optimizer_tensors(model, optimizer)[0].values())
+    load_optimizer_tensors(model, optimizer, read_tensors(path), scalars)
     maps = Path("/proc/self/maps")
     if maps.exists():  # a mapped state would turn the rest of this test into a bus error
         assert str(path) not in maps.read_text()
@@ -109,9 +105,9 @@ def test_nothing_refers_to_the_file_once_it_is_loaded(tmp_path: Path):
 def test_a_state_of_an_unknown_parameter_is_named():
     model, optimizer = trained("adamw", 32)
     with pytest.raises(CheckpointError, match="optimizer state for other, which this model does not have"):
-        load_optimizer_tensors(model, optimizer, {"other.exp_avg": torch.ones(2)}, {})
+        load_optimizer_tensors(model, optimizer, [("other.exp_avg", torch.ones(2))], {})
     with pytest.raises(CheckpointError, match="optimizer state for other, which this model does not have"):
-        load_optimizer_tensors(model, optimizer, {}, {"other": {"step": 3}})
+        load_optimizer_tensors(model, optimizer, [], {"other": {"step": 3}})
 
 
 def test_a_state_that_json_cannot_hold_is_refused():
@@ -137,7 +133,7 @@ def test_states_of_an_older_width_are_converted(shape: tuple[int, ...], held: in
     tensors, scalars = optimizer_tensors(old, old_optimizer)
     values = decode_signed(tensors["weight.exp_avg"].view(-1, BLOCK * held // 8), tensors["weight.exp_avg_scale"], FORMATS[held])
     new, new_optimizer = made(flattened=False)
-    load_optimizer_tensors(new, new_optimizer, dict(tensors), scalars)
+    load_optimizer_tensors(new, new_optimizer, [(name, tensor.clone()) for name, tensor in tensors.items()], scalars)
     state = new_optimizer.state[new.weight]
     assert state["step"] == 3
     assert new_optimizer.bits_of(new.weight) == kept
