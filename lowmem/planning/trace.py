@@ -1,6 +1,7 @@
 """One run of the engine without memory: what building, steps and an evaluation allocate and compute, in order."""
 
 import copy
+import math
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -15,8 +16,11 @@ from lowmem.config.schema import RunConfig, resolve_micro_batch_size
 from lowmem.data.batch import longest_batch
 from lowmem.engine.from_config import build_configured_model, build_local_engine, open_storage
 from lowmem.engine.local import LocalEngine
+from lowmem.engine.state import optimizer_tensors
+from lowmem.engine.storage.backing import NoBacking
+from lowmem.engine.storage.blocks import Storage as BlockStorage
 from lowmem.engine.teacher import teacher_config
-from lowmem.models.base import LanguageModel
+from lowmem.models.base import LanguageModel, saved_tensors
 from lowmem.nn.quantized import CodedWeight, stored_tensors
 from lowmem.system.dry_run import listen, pretend_device, repeats
 from lowmem.system.errors import ConfigError
@@ -64,11 +68,28 @@ class Costs:
         matmul_flops: by dtype name.
         moved_bytes: read and written by everything else.
         calls: operators, each of which costs its launch.
+        storage_read_bytes, storage_written_bytes: brought here and taken away, by where to: "disk", or "host" for a GPU.
     """
 
     matmul_flops: Counter = field(default_factory=Counter)
     moved_bytes: int = 0
     calls: int = 0
+    storage_read_bytes: Counter = field(default_factory=Counter)
+    storage_written_bytes: Counter = field(default_factory=Counter)
+
+
+@dataclass
+class Elsewhere:
+    """What a dry run learns of a backing: see `NoBacking`.
+
+    Attributes:
+        place: "disk" or "host".
+        holds: "blocks", weights and states, or "boundaries".
+    """
+
+    place: str
+    holds: str
+    backing: NoBacking
 
 
 class Trace(TorchDispatchMode):
@@ -79,10 +100,14 @@ class Trace(TorchDispatchMode):
         events: number of the storage made, or ~number of the one released.
         phases: name and position in `events` where each phase begins.
         costs: by phase.
+        elsewhere: backings of the run.
+        checkpoint_bytes: of the tensors in one checkpoint.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.elsewhere: list[Elsewhere] = []
+        self.checkpoint_bytes = 0
         self.storages: list[Storage] = []
         self.events: list[int] = []
         self.phases: list[tuple[str, int]] = []
@@ -104,8 +129,19 @@ class Trace(TorchDispatchMode):
         """Attribute what follows to `name`."""
         self.phases.append((name, len(self.events)))
         self._cost = self.costs.setdefault(name, Costs())
+        before = self._transferred()
         yield
+        read, written = self._transferred()
+        self._cost.storage_read_bytes += read - before[0]
+        self._cost.storage_written_bytes += written - before[1]
         self._cost = Costs()
+
+    def _transferred(self) -> tuple[Counter, Counter]:
+        read, written = Counter[str](), Counter[str]()
+        for part in self.elsewhere:
+            read[part.place] += part.backing.bytes_read
+            written[part.place] += part.backing.bytes_written
+        return read, written
 
     def mark(self, tensors: Any, category: str) -> None:
         """Say what the storages of `tensors` hold."""
@@ -202,6 +238,7 @@ def trace_run(config: RunConfig, world_size: int = 1) -> tuple[Trace, LanguageMo
             model = build_configured_model(config, assumed_new_tokens(config), storage)
             teacher = _teacher(config)
             engine = build_local_engine(config, model, meta, precision, micro_batch_size, teacher, storage)
+            trace.elsewhere = _elsewhere(config, storage, engine)
         trace.mark(model.parameters(), "weights")
         if teacher is not None:
             trace.mark(teacher.parameters(), "teacher")
@@ -221,8 +258,21 @@ def trace_run(config: RunConfig, world_size: int = 1) -> tuple[Trace, LanguageMo
                 engine.evaluate([longest_batch(sequences, config.data.seq_len, packed=mask)])
         with trace.phase("save"):  # tensors are written from where they are
             del batch, batches
+        trace.checkpoint_bytes = _checkpoint_bytes(model, engine)
     trace.name_storages(model.vocab_size)
     return trace, model
+
+
+def _elsewhere(config: RunConfig, storage: BlockStorage, engine: LocalEngine) -> list[Elsewhere]:
+    backings = [(config.train.weights_at, "blocks", getattr(storage, "backing", None)), ("disk", "boundaries", getattr(engine, "disk", None))]
+    return [Elsewhere(place, holds, backing) for place, holds, backing in backings if isinstance(backing, NoBacking)]
+
+
+def _checkpoint_bytes(model: LanguageModel, engine: LocalEngine) -> int:
+    weights, (states, _) = stored_tensors(saved_tensors(model)), optimizer_tensors(model, engine.optimizer)
+    away = engine.storage.saved_states(dict(model.named_parameters()))
+    here = sum(tensor.numel() * tensor.element_size() for tensor in (*weights.values(), *states.values()))
+    return here + sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in away.values())
 
 
 def assumed_new_tokens(config: RunConfig) -> range:
