@@ -41,7 +41,7 @@ def test_a_table_with_the_fastest_plan_first(remembered, capsys):
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
     assert lines[0] == "86,336 parameters"  # 2 * 257 * 64 + 4 * 64^2 + 3 * 64 * 192 + 3 * 64
-    assert lines[1].split() == ["plan", "RAM", "VRAM", "tokens/s", "settings"]
+    assert lines[1].split() == ["plan", "RAM", "VRAM", "disk", "tokens/s", "settings"]
     assert lines[2].startswith("fastest ")
     assert "micro_batch_size=4 activation_checkpointing=none update=accumulate state_bits=32 weight_dtype=fp32 precision=fp32" in lines[2]
     assert [line.split("  ")[0] for line in lines[3:6]] == ["other 1", "other 2", "other 3"]
@@ -163,7 +163,7 @@ def test_a_t4_computes_in_fp16_and_needs_not_be_here(capsys):
     config = json.loads(captured.out)["config"]
     assert (config["device"], config["train"]["precision"]) == ("cuda", "fp16")
     assert parse_bytes(config["budget"]["vram"]) == pytest.approx(14.2 * 2**30, abs=MIB)
-    assert captured.err == "planning for 12.00 GiB of RAM, 14.20 GiB of VRAM\n"
+    assert captured.err == "planning for 12.00 GiB of RAM, 14.20 GiB of VRAM, 60.00 GiB of disk, assumed\n"
 
 
 def test_without_a_model_the_largest_of_a_few_that_fits_is_planned(monkeypatch, capsys):

@@ -1,7 +1,6 @@
 """One run of the engine without memory: what building, steps and an evaluation allocate and compute, in order."""
 
 import copy
-import math
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -16,12 +15,11 @@ from lowmem.config.schema import RunConfig, resolve_micro_batch_size
 from lowmem.data.batch import longest_batch
 from lowmem.engine.from_config import build_configured_model, build_local_engine, open_storage
 from lowmem.engine.local import LocalEngine
-from lowmem.engine.state import optimizer_tensors
-from lowmem.engine.storage.backing import NoBacking
-from lowmem.engine.storage.blocks import Storage as BlockStorage
 from lowmem.engine.teacher import teacher_config
-from lowmem.models.base import LanguageModel, saved_tensors
+from lowmem.models.base import LanguageModel
 from lowmem.nn.quantized import CodedWeight, stored_tensors
+from lowmem.planning.disk_space import EVALUATION_BATCH, assumed_new_tokens, checkpoint_bytes
+from lowmem.planning.traffic import Elsewhere, elsewhere, transferred
 from lowmem.system.dry_run import listen, pretend_device, repeats
 from lowmem.system.errors import ConfigError
 
@@ -78,20 +76,6 @@ class Costs:
     storage_written_bytes: Counter = field(default_factory=Counter)
 
 
-@dataclass
-class Elsewhere:
-    """What a dry run learns of a backing: see `NoBacking`.
-
-    Attributes:
-        place: "disk" or "host".
-        holds: "blocks", weights and states, or "boundaries".
-    """
-
-    place: str
-    holds: str
-    backing: NoBacking
-
-
 class Trace(TorchDispatchMode):
     """Allocations, releases and work, in order, while active.
 
@@ -117,6 +101,10 @@ class Trace(TorchDispatchMode):
         self._closed = False
         self._cost = Costs()
 
+    def scratch_bytes(self) -> int:
+        """Of files for what is elsewhere."""
+        return sum(part.backing.size for part in self.elsewhere if part.place == "disk")
+
     def name_storages(self, vocab_size: int) -> None:
         """Say of every storage that is not marked what it holds, by its shape and by when it was made."""
         for storage in self.storages:
@@ -129,19 +117,12 @@ class Trace(TorchDispatchMode):
         """Attribute what follows to `name`."""
         self.phases.append((name, len(self.events)))
         self._cost = self.costs.setdefault(name, Costs())
-        before = self._transferred()
+        before = transferred(self.elsewhere)
         yield
-        read, written = self._transferred()
+        read, written = transferred(self.elsewhere)
         self._cost.storage_read_bytes += read - before[0]
         self._cost.storage_written_bytes += written - before[1]
         self._cost = Costs()
-
-    def _transferred(self) -> tuple[Counter, Counter]:
-        read, written = Counter[str](), Counter[str]()
-        for part in self.elsewhere:
-            read[part.place] += part.backing.bytes_read
-            written[part.place] += part.backing.bytes_written
-        return read, written
 
     def mark(self, tensors: Any, category: str) -> None:
         """Say what the storages of `tensors` hold."""
@@ -206,9 +187,6 @@ class Trace(TorchDispatchMode):
         cost.moved_bytes += times * sum(t.numel() * t.element_size() for t in tensors)
 
 
-EVALUATION_BATCH = 16  # windows at once, as `lowmem.data.stream` yields them
-
-
 def trace_run(config: RunConfig, world_size: int = 1) -> tuple[Trace, LanguageModel]:
     """Drive the engine that `config` asks for through everything a run does, on tensors without storage.
 
@@ -238,7 +216,7 @@ def trace_run(config: RunConfig, world_size: int = 1) -> tuple[Trace, LanguageMo
             model = build_configured_model(config, assumed_new_tokens(config), storage)
             teacher = _teacher(config)
             engine = build_local_engine(config, model, meta, precision, micro_batch_size, teacher, storage)
-            trace.elsewhere = _elsewhere(config, storage, engine)
+            trace.elsewhere = elsewhere(config, storage, engine)
         trace.mark(model.parameters(), "weights")
         if teacher is not None:
             trace.mark(teacher.parameters(), "teacher")
@@ -258,26 +236,9 @@ def trace_run(config: RunConfig, world_size: int = 1) -> tuple[Trace, LanguageMo
                 engine.evaluate([longest_batch(sequences, config.data.seq_len, packed=mask)])
         with trace.phase("save"):  # tensors are written from where they are
             del batch, batches
-        trace.checkpoint_bytes = _checkpoint_bytes(model, engine)
+        trace.checkpoint_bytes = checkpoint_bytes(model, engine)
     trace.name_storages(model.vocab_size)
     return trace, model
-
-
-def _elsewhere(config: RunConfig, storage: BlockStorage, engine: LocalEngine) -> list[Elsewhere]:
-    backings = [(config.train.weights_at, "blocks", getattr(storage, "backing", None)), ("disk", "boundaries", getattr(engine, "disk", None))]
-    return [Elsewhere(place, holds, backing) for place, holds, backing in backings if isinstance(backing, NoBacking)]
-
-
-def _checkpoint_bytes(model: LanguageModel, engine: LocalEngine) -> int:
-    weights, (states, _) = stored_tensors(saved_tensors(model)), optimizer_tensors(model, engine.optimizer)
-    away = engine.storage.saved_states(dict(model.named_parameters()))
-    here = sum(tensor.numel() * tensor.element_size() for tensor in (*weights.values(), *states.values()))
-    return here + sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in away.values())
-
-
-def assumed_new_tokens(config: RunConfig) -> range:
-    """Ids for data.add_tokens where the tokenizer that gives them is not read: the last rows."""
-    return range(max(0, config.model.vocab_size - len(config.data.add_tokens)), config.model.vocab_size if config.data.add_tokens else 0)
 
 
 def _for_one_rank(config: RunConfig, world_size: int) -> RunConfig:

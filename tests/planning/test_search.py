@@ -110,3 +110,33 @@ def test_from_python_with_a_budget_of_its_own():
     found = plan_for(config, type(config.budget)(ram=f"{2 * budget(8000)}B"))
     assert found.fits
     assert config == small_config(*SETTINGS)
+
+
+DEEP = ["model.num_layers=8", "model.dim=128", *SETTINGS[1:]]
+
+
+def test_blocks_go_to_a_disk_where_nothing_else_fits():
+    ram = f"budget.ram={budget(7000)}B"
+    refused = plan(small_config(*DEEP, ram, "budget.disk=0"), margin=0.0)
+    assert not refused.fits
+    found = plan(small_config(*DEEP, ram, "budget.disk=1GiB"), margin=0.0)
+    assert found.fits
+    train = found.prediction.config.train
+    assert (train.weights_at, train.boundary_offload, train.update, train.activation_checkpointing) == ("disk", "disk", "layerwise", "block")
+    assert found.prediction.config.optim.state_bits == 32  # the disk has room
+    assert found.prediction.time.transfer > 0
+    small = plan(small_config(*DEEP, ram, f"budget.disk={found.prediction.disk_bytes - 1}B"), margin=0.0)
+    assert not small.fits or small.prediction.config.optim.state_bits < 32
+    roomy = plan(small_config(*DEEP, f"budget.ram={budget(100_000)}B", "budget.disk=1GiB"), margin=0.0)
+    assert {p.config.train.weights_at for p in [roomy.prediction, *roomy.alternatives]} == {"device"}
+
+
+def test_blocks_of_a_gpu_go_to_host_memory_where_there_is_enough_of_it():
+    """And to a disk where there is not, unless that is too small."""
+    settings = ["model.dim=512", "model.num_layers=12", "device=cuda", "train.precision=bf16", "train.global_batch_size=2"]
+    settings += ["train.micro_batch_size=auto", "data.seq_len=32", "budget.vram=46MiB"]
+    places = {}
+    for ram, disk in ((2000, "0"), (400, "4GiB"), (400, "0")):
+        found = plan(small_config(*settings, f"budget.ram={BASE_BYTES + (ram << 20)}B", f"budget.disk={disk}"), margin=0.0)
+        places[ram, disk] = found.prediction.config.train.weights_at if found.fits else ""
+    assert places == {(2000, "0"): "host", (400, "4GiB"): "disk", (400, "0"): ""}

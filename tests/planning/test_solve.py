@@ -8,7 +8,7 @@ from lowmem.planning.levers import set_key
 from lowmem.planning.predict import predict_peak
 from lowmem.planning.search import SOLVABLE, solve
 from lowmem.system.errors import ConfigError
-from tests.planning.small import BASE_BYTES, remember_predictions, small_config, stub_measurements
+from tests.planning.small import BASE_BYTES, ON_DISK, remember_predictions, small_config, stub_measurements
 
 MIB = 1 << 20
 
@@ -88,9 +88,22 @@ def test_ranks_that_save_nothing_are_not_tried():
 
 @pytest.mark.parametrize("settings, key, message", [
     (["budget.ram=1GiB"], "model.heads", "--solve is 'model.heads'; allowed: model.dim, model.num_layers, data.seq_len, "),
-    ([], "model.dim", "--solve needs a budget; give --budget.ram, --budget.vram or both"),
+    ([], "model.dim", "--solve needs a budget; give --budget.ram, --budget.vram or --budget.disk"),
 ])  # fmt: skip
 def test_what_cannot_be_solved(settings, key, message):
     with pytest.raises(ConfigError) as raised:
         solve(small_config(*settings), key)
     assert str(raised.value).startswith(message)
+
+
+def test_layers_within_a_budget_of_disk():
+    settings = [*ON_DISK, "model.dim=128", f"budget.ram={BASE_BYTES + 8 * MIB}B", "budget.disk=40MiB"]
+    found = solve(small_config(*settings), "model.num_layers", margin=0.0)
+    assert found.beyond == found.value + 1
+    assert found.prediction.disk_bytes <= 40 * MIB < predict_peak(with_layers(settings, found.beyond)).disk_bytes
+    resident = solve(small_config("model.dim=128", f"budget.ram={BASE_BYTES + 8 * MIB}B"), "model.num_layers", margin=0.0)
+    assert 0 < resident.value < found.value
+
+
+def with_layers(settings, layers: int):
+    return small_config(*settings, f"model.num_layers={layers}")
