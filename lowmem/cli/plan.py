@@ -126,7 +126,7 @@ def _hopeless(config: RunConfig) -> bool:
     blocks = sum(parameter.numel() for parameter in model.blocks.parameters()) if disk else 0  # which need not be in memory
     limits = [parse_bytes(limit) for limit in (config.budget.vram, config.budget.ram) if limit and parse_bytes(limit)]
     memory = 3 * (numbers - blocks) + _PROCESS_BYTES > min(limits, default=1 << 60)
-    return memory or (disk > 0 and 3 * numbers * checkpoints_at_once(config) > disk)
+    return memory or (disk > 0 and 3 * numbers * (1 + checkpoints_at_once(config)) > disk)
 
 
 def _solve(config: RunConfig, flags: argparse.Namespace) -> int:

@@ -1,8 +1,11 @@
 """Settings that save memory: which there are, that each saves where it should, and what is missing from a budget."""
 
+from dataclasses import replace
+
 import pytest
 
 from lowmem.config.checks import config_problems
+from lowmem.planning.allocators import Peaks
 from lowmem.planning.hardware import GIB, NAMED, Hardware, describe, named_hardware, this_hardware
 from lowmem.planning.levers import changed, get_key, lever, levers, missing_bytes, refusal, set_key, sizes
 from lowmem.planning.predict import predict_peak
@@ -111,20 +114,26 @@ def test_named_hardware_and_this_machine():
     assert describe(named_hardware("t4")) == "12.00 GiB of RAM, 14.20 GiB of VRAM, 60.00 GiB of disk, assumed"
 
 
-def test_blocks_elsewhere_are_named_where_nothing_else_is_enough():
-    """Here states and all activations are less than what is missing, and the disk is allowed, or not, or too small."""
-    settings = ["model.dim=256", "model.num_layers=8", "train.micro_batch_size=1", f"budget.ram={BASE_BYTES + (14 << 20)}B"]
-    assert f"Largest saving: {ON_A_DISK} (-" in refusal(predict_peak(small_config(*settings)))
-    for disk in ("0", "20MiB"):
-        paragraph = refusal(predict_peak(small_config(*settings, f"budget.disk={disk}")))
-        assert "weights_at" not in paragraph
-        assert "Largest saving: " in paragraph
-    roomy = [*settings[:-1], f"budget.ram={BASE_BYTES + (100 << 20)}B"]
-    assert "weights_at" not in refusal(predict_peak(small_config(*roomy)))
+@pytest.mark.parametrize("room, disk, named", [
+    (25, "", "--optim.state_bits=8 --optim.backend=lowmem (-30 MiB)"), (50, "", ON_A_DISK + " (-60 MiB)"),
+    (50, "4GiB", ON_A_DISK + " (-60 MiB)"), (50, "0", "--optim.state_bits=8 --optim.backend=lowmem (-30 MiB)"),
+    (50, "1MiB", "--optim.state_bits=8 --optim.backend=lowmem (-30 MiB)"),
+])  # fmt: skip
+def test_blocks_elsewhere_are_named_where_nothing_else_is_enough_and_the_disk_has_room(room, disk, named, monkeypatch):
+    """A run of 100 MiB that needs `room` less; 8-bit states save 30 MiB, a disk 60."""
+    whole = predict_peak(small_config(f"budget.disk={disk}", f"budget.ram={100 - room}MiB"))
+
+    def predict(config, *more):
+        saved = 60 if config.train.weights_at == "disk" else 30 if config.optim.state_bits == 8 else 0
+        scratch = {"scratch": 8 << 20} if config.train.weights_at == "disk" else {}
+        return replace(whole, config=config, host=Peaks({"steady_steps": (100 - saved) << 20}), disk=scratch)
+
+    monkeypatch.setattr("lowmem.planning.levers.predict_peak", predict)
+    assert f"Largest saving: {named}. " in refusal(predict(whole.config))
 
 
 def test_a_budget_of_disk_is_refused_with_both_figures():
-    config = small_config(*ON_DISK, "model.num_layers=3", "train.steps=1000", "budget.disk=1MiB")
+    config = small_config(*ON_DISK, "model.num_layers=2", "train.steps=1000", "budget.disk=1MiB")
     prediction = predict_peak(config)
     assert prediction.disk_bytes == prediction.disk["scratch"] + prediction.disk["checkpoints"]
     assert missing_bytes(prediction, margin=0.0) == {"disk": prediction.disk_bytes - (1 << 20)}

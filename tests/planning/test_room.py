@@ -24,7 +24,8 @@ def needs(prediction) -> int:
 
 
 @pytest.mark.parametrize("settings, count", [
-    (["train.steps=10", "train.save_every=100"], 1), (["train.steps=10", "train.save_every=0"], 1), (["train.steps=10", "train.save_every=6"], 2),
+    (["train.steps=10", "train.save_every=100"], 1), (["train.steps=10", "train.save_every=0"], 1),
+    (["train.steps=10", "train.save_every=6"], 2),
     (["train.steps=1000"], 3), (["train.steps=1000", "train.eval_every=50"], 4), (["train.steps=1000", "train.keep_last=1"], 2),
     (["train.steps=10", "train.eval_every=2", "train.save_every=0"], 4),
 ])  # fmt: skip

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 
-from lowmem.planning.levers import set_key
+from lowmem.planning.levers import missing_bytes, set_key
 from lowmem.planning.predict import predict_peak
 from lowmem.planning.search import SOLVABLE, solve
 from lowmem.system.errors import ConfigError
-from tests.planning.small import BASE_BYTES, ON_DISK, remember_predictions, small_config, stub_measurements
+from tests.planning.small import BASE_BYTES, LAYERWISE, ON_DISK, remember_predictions, small_config, stub_measurements
 
 MIB = 1 << 20
 
@@ -97,12 +97,13 @@ def test_what_cannot_be_solved(settings, key, message):
 
 
 def test_layers_within_a_budget_of_disk():
-    settings = [*ON_DISK, "model.dim=128", f"budget.ram={BASE_BYTES + 8 * MIB}B", "budget.disk=40MiB"]
+    """RAM holds two layers whatever their number; resident, it would hold no more than three."""
+    room = f"budget.ram={BASE_BYTES + 9 * MIB}B"
+    settings = [*ON_DISK, "model.dim=128", room, "budget.disk=22MiB"]
     found = solve(small_config(*settings), "model.num_layers", margin=0.0)
-    assert found.beyond == found.value + 1
-    assert found.prediction.disk_bytes <= 40 * MIB < predict_peak(with_layers(settings, found.beyond)).disk_bytes
-    resident = solve(small_config("model.dim=128", f"budget.ram={BASE_BYTES + 8 * MIB}B"), "model.num_layers", margin=0.0)
-    assert 0 < resident.value < found.value
+    assert (found.value, found.beyond) == (4, 5)
+    assert found.prediction.disk_bytes <= 22 * MIB < predict_peak(with_layers(settings, 5)).disk_bytes
+    assert missing_bytes(predict_peak(with_layers([*LAYERWISE, "model.dim=128", room], 4)), margin=0.0)
 
 
 def with_layers(settings, layers: int):

@@ -62,7 +62,9 @@ def test_traffic_and_sizes_are_those_of_a_real_run(settings, tmp_path):
     trace, _ = trace_run(config)
     found = real_traffic(config, trace, tmp_path)
     assert {
-        name: (costs.storage_read_bytes["disk"], costs.storage_written_bytes["disk"]) for name, costs in trace.costs.items() if name != "save"
+        name: (costs.storage_read_bytes["disk"], costs.storage_written_bytes["disk"])
+        for name, costs in trace.costs.items()
+        if name != "save"
     } == found
     assert found["steady_steps"][0] > 0
     assert sizes_without_a_step(config) == (trace.checkpoint_bytes, trace.scratch_bytes())
