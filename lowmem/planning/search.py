@@ -146,7 +146,7 @@ _UPDATES: tuple[Settings, ...] = (
 _BY_BLOCKS: Settings = (("train.update", "layerwise"), ("train.activation_checkpointing", "block"))
 # Where blocks are besides the device, for what fits in no other way: it costs time, and wears a disk.
 _ELSEWHERE: tuple[Settings, ...] = (
-    (*_BY_BLOCKS, ("train.weights_at", "host")),
+    (*_BY_BLOCKS, ("train.weights_at", "host"), ("train.boundary_offload", "cpu")),
     (*_BY_BLOCKS, ("train.weights_at", "disk"), ("train.boundary_offload", "disk")),
 )
 

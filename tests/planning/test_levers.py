@@ -21,7 +21,7 @@ def measurements(monkeypatch):
 
 BY_BLOCKS = "--train.update=layerwise --train.activation_checkpointing=block"
 ON_A_DISK = f"--train.weights_at=disk --train.boundary_offload=disk {BY_BLOCKS}"
-IN_HOST_MEMORY = f"--train.weights_at=host {BY_BLOCKS}"
+IN_HOST_MEMORY = f"--train.weights_at=host --train.boundary_offload=cpu {BY_BLOCKS}"
 
 
 def texts(*settings: str) -> list[str]:
