@@ -88,7 +88,7 @@ def test_a_written_plan_is_a_configuration_that_pretrain_takes(remembered, tmp_p
 def test_nothing_fits(remembered, tmp_path, capsys):
     path = tmp_path / "planned.yaml"
     ram = BASE_BYTES + 200_000
-    assert plan(f"--write={path}", ram=ram) == 3
+    assert plan("--budget.disk=0", f"--write={path}", ram=ram) == 3
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("lowmem: error: nothing fits: the smallest plan lacks ")
@@ -100,7 +100,7 @@ def test_nothing_fits(remembered, tmp_path, capsys):
     assert "Traceback" not in captured.err
     assert not path.exists()
 
-    assert plan("--json", ram=ram) == 3
+    assert plan("--budget.disk=0", "--json", ram=ram) == 3
     answer = json.loads(capsys.readouterr().out)
     assert answer["fits"] is False
     peak = answer["plan"]["predicted"]["host_peak_bytes"]

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,10 +162,11 @@ def _set_budget(config: RunConfig, hardware_name: str) -> AbstractContextManager
         return nullcontext()
     else:
         hardware = this_hardware()
-    print(f"planning for {describe(hardware)}", file=sys.stderr)
     config.budget.ram = config.budget.ram or _mib(hardware.ram_bytes)
     config.budget.vram = config.budget.vram or (_mib(hardware.vram_bytes) if hardware.vram_bytes else "0")
     config.budget.disk = config.budget.disk or (_mib(hardware.disk_bytes) if hardware.disk_bytes else "")
+    ram, vram, disk = (parse_bytes(size or "0") for size in (config.budget.ram, config.budget.vram, config.budget.disk))
+    print(f"planning for {describe(replace(hardware, ram_bytes=ram, vram_bytes=vram, disk_bytes=disk))}", file=sys.stderr)
     _use_device(config, hardware.vram_bytes > 0)
     _use_precision(config, hardware)
     return planning_for(hardware)

@@ -78,8 +78,12 @@ _BY_BLOCKS = {"train__update": "layerwise", "train__activation_checkpointing": "
 def streaming(config: RunConfig) -> list[Lever]:
     """Places for blocks besides the device: a GPU's host memory, a disk. They cost time, where computing does not hide the transfer."""
     no_disk = bool(config.budget.disk) and not parse_bytes(config.budget.disk)
-    host = [lever(train__weights_at="host", train__boundary_offload="cpu", **_BY_BLOCKS)] if config.device == "cuda" and config.train.weights_at == "device" else []
-    return host + ([] if no_disk else [lever(train__weights_at="disk", train__boundary_offload="disk", **_BY_BLOCKS)])
+    found = []
+    if config.device == "cuda" and config.train.weights_at == "device":
+        found.append(lever(train__weights_at="host", train__boundary_offload="cpu", **_BY_BLOCKS))
+    if not no_disk:
+        found.append(lever(train__weights_at="disk", train__boundary_offload="disk", **_BY_BLOCKS))
+    return found
 
 
 def changed(config: RunConfig, *changes: Lever) -> RunConfig:

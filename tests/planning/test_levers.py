@@ -132,17 +132,24 @@ def test_blocks_elsewhere_are_named_where_nothing_else_is_enough_and_the_disk_ha
     assert f"Largest saving: {named}. " in refusal(predict(whole.config))
 
 
-def test_a_budget_of_disk_is_refused_with_both_figures():
+def test_a_budget_of_disk_is_refused_with_both_figures(monkeypatch):
     config = small_config(*ON_DISK, "model.num_layers=2", "train.steps=1000", "budget.disk=1MiB")
     prediction = predict_peak(config)
     assert prediction.disk_bytes == prediction.disk["scratch"] + prediction.disk["checkpoints"]
     assert missing_bytes(prediction, margin=0.0) == {"disk": prediction.disk_bytes - (1 << 20)}
+    saved = prediction.disk_bytes - (1 << 20)
+    monkeypatch.setattr(
+        "lowmem.planning.levers.predict_peak", lambda config, *more: replace(prediction, config=config, disk=one_less(prediction, config))
+    )
     paragraph = refusal(prediction)
     assert paragraph.startswith(f"the run needs {format_bytes(prediction.disk_bytes)} (checkpoints ")
-    assert ") of disk, the budget is 1MiB. Largest saving: --" in paragraph
-    assert missing_bytes(predict_peak(small_config(*ON_DISK, f"budget.disk={prediction.disk_bytes}B"))) == {}
+    assert f") of disk, the budget is 1MiB. Largest saving: --train.keep_last=1 (-{format_bytes(saved)}). " in paragraph
     assert any(line.startswith("predicted use of disks: ") for line in prediction.lines())
     assert prediction.report()["predicted"]["disk_components"] == prediction.disk
+
+
+def one_less(prediction, config) -> dict[str, int]:
+    return prediction.disk if config.train.keep_last > 1 else {"checkpoints": 1 << 20}
 
 
 def test_no_disk_and_blocks_on_it_contradict_each_other():
