@@ -225,7 +225,8 @@ def _nothing_fits(found: Any) -> str:
     return (
         f"nothing fits: the smallest plan lacks {' and '.join(lacks)}, a margin included. It needs\n{parts}\n"
         f"The nearest plans:\n{nearest}\n"
-        "Use a larger budget, or a smaller model: lowmem plan --solve=model.dim, model.num_layers or data.seq_len"
+        f"Use a larger budget{', fewer checkpoints (--train.keep_last=1)' if 'disk' in found.missing else ''}, or a smaller model: "
+        "lowmem plan --solve=model.dim, model.num_layers or data.seq_len"
     )
 
 

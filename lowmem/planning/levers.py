@@ -112,12 +112,13 @@ def predict_fitting(config: RunConfig, world_size: int = 1, local_ranks: int = 0
 
 
 def missing_bytes(prediction: Prediction, margin: float = MARGIN) -> dict[str, int]:
-    """Bytes beyond each budget that is exceeded, margin included; empty if the run fits."""
+    """Bytes beyond each budget that is exceeded, a margin of memory included; empty if the run fits."""
     budget, missing = prediction.config.budget, {}
     for name, need in needs(prediction).items():
         limit = parse_bytes(getattr(budget, name) or "0")
-        if limit and need > limit * (1 - margin):
-            missing[name] = round(need - limit * (1 - margin))
+        allowed = limit * (1 - margin) if name != "disk" else limit  # of disks the prediction is exact
+        if limit and need > allowed:
+            missing[name] = round(need - allowed)
     return missing
 
 

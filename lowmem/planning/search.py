@@ -190,7 +190,7 @@ def plan(config: RunConfig, *, margin: float = MARGIN, alternatives: int = 3) ->
 
     Args:
         config: with budget.ram, budget.vram or both, and perhaps budget.disk; everything the search does not choose is kept.
-        margin: share of each budget that stays free.
+        margin: share of each budget of memory that stays free.
     Raises:
         ConfigError: the configuration contradicts itself or its budget.
     Memory: see `predict_peak`.
@@ -268,9 +268,9 @@ def _levels(config: RunConfig) -> list[Settings]:
 
 def _excess(config: RunConfig, estimate: Estimate, margin: float) -> float:
     """Bytes beyond the budgets."""
-    budget = config.budget
-    pairs = ((budget.ram, estimate.host_bytes), (budget.vram, estimate.cuda_bytes), (budget.disk, estimate.disk_bytes))
-    return sum(max(0.0, need - parse_bytes(limit) * (1 - margin)) for limit, need in pairs if limit and parse_bytes(limit))
+    budget, room = config.budget, 1 - margin
+    pairs = ((budget.ram, estimate.host_bytes, room), (budget.vram, estimate.cuda_bytes, room), (budget.disk, estimate.disk_bytes, 1.0))
+    return sum(max(0.0, need - parse_bytes(limit) * share) for limit, need, share in pairs if limit and parse_bytes(limit))
 
 
 def _ranked(candidates: list[Candidate]) -> list[Candidate]:

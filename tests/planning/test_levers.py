@@ -136,7 +136,10 @@ def test_a_budget_of_disk_is_refused_with_both_figures(monkeypatch):
     config = small_config(*ON_DISK, "model.num_layers=2", "train.steps=1000", "budget.disk=1MiB")
     prediction = predict_peak(config)
     assert prediction.disk_bytes == prediction.disk["scratch"] + prediction.disk["checkpoints"]
-    assert missing_bytes(prediction, margin=0.0) == {"disk": prediction.disk_bytes - (1 << 20)}
+    assert missing_bytes(prediction) == {"disk": prediction.disk_bytes - (1 << 20)}
+    prediction.config.budget.disk = f"{prediction.disk_bytes}B"
+    assert missing_bytes(prediction) == {}  # no margin: sizes on disks are exact
+    prediction.config.budget.disk = "1MiB"
     saved = prediction.disk_bytes - (1 << 20)
     monkeypatch.setattr(
         "lowmem.planning.levers.predict_peak", lambda config, *more: replace(prediction, config=config, disk=one_less(prediction, config))
