@@ -159,7 +159,7 @@ class Prediction:
         if self.time.rates:
             time = self.time
             lines[-1] += (
-                f", a step of {self.step_s:,.1f} s: {time.compute:,.1f} s of computing beside {time.transfer:,.1f} s in which "
+                f", a step of {self.step_s:,.2f} s: {time.compute:,.2f} s of computing beside {time.transfer:,.2f} s in which "
                 f"{format_bytes(time.read_bytes)} are read and {format_bytes(time.written_bytes)} written ({time.rates} rates)"
             )
         return lines

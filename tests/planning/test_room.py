@@ -1,5 +1,6 @@
 """Room on disks before a run begins: what is counted, what is refused, and in which words."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -106,3 +107,15 @@ def test_a_run_ends_with_code_7_before_any_work(tmp_path, monkeypatch, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert "which has 1000 B free; free space there, lower train.keep_last" in line
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_beyond_its_budget_of_disk_ends_with_code_3(tmp_path, monkeypatch, capsys):
+    stub_measurements(monkeypatch)
+    (tmp_path / "text.txt").write_text("some text " * 100)
+    run = [f"--{setting}" for setting in (*TINY, f"data.sources=[{{path: {tmp_path}/text.txt}}]", f"run_dir={tmp_path}/run")]
+    assert main(["pretrain", *run, "--dry_run", "--json", "--budget.disk=100KiB"]) == 3
+    captured = capsys.readouterr()
+    components = json.loads(captured.out)["predicted"]["disk_components"]
+    assert components["shards"] == 2000
+    assert f"the run needs {format_bytes(sum(components.values()))}" in captured.err
+    assert "of disk, the budget is 100KiB. Largest saving: " in captured.err
