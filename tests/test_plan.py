@@ -7,9 +7,10 @@ import pytest
 
 from lowmem.cli.main import main
 from lowmem.config.load import load_run_config
+from lowmem.planning.predict import predict_peak
 from lowmem.planning.search import Plan
 from lowmem.system.units import format_bytes, parse_bytes
-from tests.planning.small import BASE_BYTES, TINY, remember_predictions, small_config, stub_measurements
+from tests.planning.small import BASE_BYTES, ON_DISK, TINY, remember_predictions, small_config, stub_measurements
 
 MIB = 1 << 20
 MODEL = [
@@ -41,7 +42,7 @@ def test_a_table_with_the_fastest_plan_first(remembered, capsys):
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
     assert lines[0] == "86,336 parameters"  # 2 * 257 * 64 + 4 * 64^2 + 3 * 64 * 192 + 3 * 64
-    assert lines[1].split() == ["plan", "RAM", "VRAM", "tokens/s", "settings"]
+    assert lines[1].split() == ["plan", "RAM", "VRAM", "disk", "tokens/s", "settings"]
     assert lines[2].startswith("fastest ")
     assert "micro_batch_size=4 activation_checkpointing=none update=accumulate state_bits=32 weight_dtype=fp32 precision=fp32" in lines[2]
     assert [line.split("  ")[0] for line in lines[3:6]] == ["other 1", "other 2", "other 3"]
@@ -87,19 +88,19 @@ def test_a_written_plan_is_a_configuration_that_pretrain_takes(remembered, tmp_p
 def test_nothing_fits(remembered, tmp_path, capsys):
     path = tmp_path / "planned.yaml"
     ram = BASE_BYTES + 200_000
-    assert plan(f"--write={path}", ram=ram) == 3
+    assert plan("--budget.disk=0", f"--write={path}", ram=ram) == 3
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("lowmem: error: nothing fits: the smallest plan lacks ")
     assert f"of RAM (budget {ram}B)" in captured.err
     assert "The nearest plans:\n" in captured.err
     nearest = captured.err.split("The nearest plans:\n")[1].splitlines()
-    assert len([line for line in nearest if " of RAM: micro_batch_size=" in line]) == 4
+    assert len([line for line in nearest if " of disk: micro_batch_size=" in line]) == 4
     assert "lowmem plan --solve=" in captured.err
     assert "Traceback" not in captured.err
     assert not path.exists()
 
-    assert plan("--json", ram=ram) == 3
+    assert plan("--budget.disk=0", "--json", ram=ram) == 3
     answer = json.loads(capsys.readouterr().out)
     assert answer["fits"] is False
     peak = answer["plan"]["predicted"]["host_peak_bytes"]
@@ -163,12 +164,10 @@ def test_a_t4_computes_in_fp16_and_needs_not_be_here(capsys):
     config = json.loads(captured.out)["config"]
     assert (config["device"], config["train"]["precision"]) == ("cuda", "fp16")
     assert parse_bytes(config["budget"]["vram"]) == pytest.approx(14.2 * 2**30, abs=MIB)
-    assert captured.err == "planning for 12.00 GiB of RAM, 14.20 GiB of VRAM\n"
+    assert captured.err == "planning for 12.00 GiB of RAM, 14.20 GiB of VRAM, 60.00 GiB of disk, assumed\n"
 
 
 def test_without_a_model_the_largest_of_a_few_that_fits_is_planned(monkeypatch, capsys):
-    from lowmem.planning.predict import predict_peak
-
     prediction, tried = predict_peak(small_config()), []
 
     def search(config):
@@ -184,8 +183,6 @@ def test_without_a_model_the_largest_of_a_few_that_fits_is_planned(monkeypatch, 
 
 
 def test_models_whose_weights_alone_are_too_much_are_not_searched(monkeypatch, capsys):
-    from lowmem.planning.predict import predict_peak
-
     prediction, tried = predict_peak(small_config("budget.ram=300MiB")), []
 
     def search(config):
@@ -202,6 +199,50 @@ def test_steps_are_taken_instead_of_tokens(remembered, capsys):
     assert plan("--train.steps=3", "--solve=train.micro_batch_size", "--json") == 0
     train = json.loads(capsys.readouterr().out)["config"]["train"]
     assert (train["steps"], train["tokens"]) == (3, 0)
+
+
+def test_a_budget_of_disk_decides_how_many_layers(remembered, capsys):
+    on_disk = [f"--{setting}" for setting in ON_DISK]
+    arguments = ["--solve=model.num_layers", "--budget.disk=6MiB", *on_disk]
+    assert plan(*arguments) == 0
+    captured = capsys.readouterr()
+    assert " of RAM and " in captured.out
+    assert " of disk\n" in captured.out
+    assert captured.err == ""
+    assert plan(*arguments[:2]) == 0
+    assert "with blocks on a disk there may be more: --solve=model.num_layers --train.weights_at=disk" in capsys.readouterr().err
+
+
+def test_named_hardware_sets_budgets_and_rates(remembered, monkeypatch, capsys):
+    from lowmem.planning.hardware import planned_hardware
+
+    seen = []
+
+    def search(config):
+        seen.append((config.budget, planned_hardware()))
+        return Plan(predict_peak(small_config()), True, {})
+
+    monkeypatch.setattr("lowmem.planning.search.plan", search)
+    assert main(["plan", *MODEL, "--hardware=rtx4060", "--budget.ram=30GiB"]) == 0
+    budget, hardware = seen[0]
+    assert (budget.ram, parse_bytes(budget.vram) >> 20, budget.disk) == ("30GiB", 7372, "204800MiB")
+    assert hardware.storage.source == "assumed"
+    assert planned_hardware() is None
+
+
+def test_with_a_disk_larger_models_are_tried(monkeypatch, capsys):
+    tried = []
+
+    def search(config):
+        tried.append(config.model.dim)
+        return Plan(predict_peak(small_config()), True, {})
+
+    monkeypatch.setattr("lowmem.planning.search.plan", search)
+    assert main(["plan", "--budget.ram=4GiB", "--budget.vram=0", "--budget.disk=40GiB"]) == 0
+    assert main(["plan", "--budget.ram=4GiB", "--budget.vram=0", "--budget.disk=100GiB"]) == 0
+    assert main(["plan", "--budget.ram=4GiB", "--budget.vram=0", "--budget.disk=0"]) == 0
+    assert tried == [2048, 4096, 1024]
+    assert "planning for a 6.7B decoder" in capsys.readouterr().err
 
 
 def test_help_names_the_options(capsys):

@@ -29,7 +29,7 @@ from lowmem.system.devices import (
     cxx_compiler,
     usable_cores,
 )
-from lowmem.system.files import cache_root, compiled_root
+from lowmem.system.files import cache_root, compiled_root, existing_folder
 from lowmem.system.units import format_bytes
 
 # Distribution, the extra that installs it ("" for what lowmem always needs), and what it is for.
@@ -122,13 +122,9 @@ def memory_report() -> dict[str, Any]:
 def disk_report() -> list[dict[str, Any]]:
     """Free bytes where runs and token shards go by default."""
     return [
-        {"purpose": purpose, "path": str(path), "free_bytes": shutil.disk_usage(_existing(path)).free}
+        {"purpose": purpose, "path": str(path), "free_bytes": shutil.disk_usage(existing_folder(path)).free}
         for purpose, path in (("working directory", Path.cwd()), ("token shards", cache_root("")))
     ]
-
-
-def _existing(path: Path) -> Path:
-    return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 def library_report() -> list[dict[str, Any]]:

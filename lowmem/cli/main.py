@@ -25,7 +25,7 @@ _IMPOSSIBLE_PATHS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOO
 USAGE = """usage: lowmem COMMAND [options]
 
   pretrain   train a model from scratch, or go on with a run     lowmem pretrain --config configs/cpu/demo.yaml
-  plan       the fastest settings that fit a memory budget       lowmem plan --budget.ram=4GiB --budget.vram=6GiB
+  plan       the fastest settings that fit memory and disk       lowmem plan --budget.ram=4GiB --budget.vram=6GiB
   profile    measured against predicted memory, as a report      lowmem profile configs/cpu/demo.yaml --steps 10 --out report
   generate   write text with a trained model                     lowmem generate --run runs/demo --prompt "def "
   finetune   adapt a model to conversations, by LoRA and kin      lowmem finetune --model.path=SmolLM2-135M --data=chat.jsonl

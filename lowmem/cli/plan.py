@@ -5,6 +5,8 @@ import copy
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +27,17 @@ if TYPE_CHECKING:
 
 _CHOSEN = (
     "train.micro_batch_size", "train.activation_checkpointing", "train.update", "optim.state_bits", "train.weight_dtype",
-    "train.precision",
+    "train.precision", "train.weights_at",
 )  # fmt: skip
+_BY_BLOCKS = "--train.weights_at=disk --train.boundary_offload=disk --train.update=layerwise --train.activation_checkpointing=block"
 _PROCESS_BYTES = 250_000_000  # of any process that has imported PyTorch
 # For those who name no model: the largest of these that fits. Width, MLP width, layers, heads, vocabulary, sequence.
+_SHAPES_ON_DISK = {
+    "6.7B": (4096, 11008, 32, 32, 32000, 512),
+    "3.4B": (3200, 8640, 26, 32, 32000, 512),
+    "1.1B": (2048, 5632, 22, 16, 32000, 512),
+    "537M": (1536, 4096, 16, 16, 32000, 512),
+}  # tried where a budget of disk is given
 _SHAPES = {
     "215M": (1024, 2688, 12, 16, 32000, 512),
     "58M": (512, 1408, 8, 8, 32000, 512),
@@ -55,9 +64,11 @@ def plan_main(argv: Sequence[str]) -> int:
     config = load_run_config(flags.config, overrides)
     if flags.write:
         _check_target(Path(flags.write))
-    _set_budget(config, flags.hardware)
-    if flags.solve:
-        return _solve(config, flags)
+    with _set_budget(config, flags.hardware):
+        return _solve(config, flags) if flags.solve else _plan(config, flags)
+
+
+def _plan(config: RunConfig, flags: argparse.Namespace) -> int:
     found = _planned(config, flags.config)
     if flags.json:
         print(json.dumps(_as_json(found), indent=1))
@@ -89,7 +100,8 @@ def _planned(config: RunConfig, path: str) -> Any:
 
     if path or config.model != ModelConfig():
         return plan(config)
-    for name, (dim, hidden_dim, layers, heads, vocab_size, seq_len) in _SHAPES.items():
+    shapes = {**(_SHAPES_ON_DISK if parse_bytes(config.budget.disk or "0") else {}), **_SHAPES}
+    for name, (dim, hidden_dim, layers, heads, vocab_size, seq_len) in shapes.items():
         shaped = copy.deepcopy(config)
         shaped.model = ModelConfig(dim=dim, hidden_dim=hidden_dim, num_layers=layers, num_heads=heads)
         shaped.data.tokenizer_vocab_size, shaped.data.seq_len = vocab_size, seq_len
@@ -106,11 +118,15 @@ def _hopeless(config: RunConfig) -> bool:
     """Whether even narrow weights and states, with nothing else, exceed a budget."""
 
     from lowmem.models.registry import build_model
+    from lowmem.planning.disk_space import checkpoints_at_once
 
     with on_meta():
         model = build_model(config.model, vocab_size=config.data.tokenizer_vocab_size, max_seq_len=config.data.seq_len, seed=0)
+    numbers, disk = model.num_parameters(), parse_bytes(config.budget.disk or "0")
+    blocks = sum(parameter.numel() for parameter in model.blocks.parameters()) if disk else 0  # which need not be in memory
     limits = [parse_bytes(limit) for limit in (config.budget.vram, config.budget.ram) if limit and parse_bytes(limit)]
-    return 3 * model.num_parameters() + _PROCESS_BYTES > min(limits)
+    memory = 3 * (numbers - blocks) + _PROCESS_BYTES > min(limits, default=1 << 60)
+    return memory or (disk > 0 and 3 * numbers * (1 + checkpoints_at_once(config)) > disk)
 
 
 def _solve(config: RunConfig, flags: argparse.Namespace) -> int:
@@ -127,27 +143,32 @@ def _solve(config: RunConfig, flags: argparse.Namespace) -> int:
     if not flags.json:
         print(f"{solution.key}={solution.value} is the largest that fits: {_needs(solution.prediction)}")
         print(f"{solution.beyond} does not" if solution.beyond else "no larger value is allowed")
+        if config.train.weights_at == "device" and config.budget.disk and parse_bytes(config.budget.disk):
+            print(f"with blocks on a disk there may be more: --solve={flags.solve} {_BY_BLOCKS}", file=sys.stderr)
     if flags.write:
         _write(flags.write, solution.prediction)
     return 0
 
 
-def _set_budget(config: RunConfig, hardware_name: str) -> None:
-    """The budget that was given, or what the named or this hardware has."""
-    from lowmem.planning.hardware import describe, named_hardware, this_hardware
+def _set_budget(config: RunConfig, hardware_name: str) -> AbstractContextManager[None]:
+    """The budget that was given, or what the named or this hardware has; in the context that is returned rates are the named one's."""
+    from lowmem.planning.hardware import describe, named_hardware, planning_for, this_hardware
 
     if hardware_name:
         hardware = named_hardware(hardware_name)
     elif config.budget.ram or config.budget.vram:
         _use_device(config, parse_bytes(config.budget.vram or "0") > 0)
-        return
+        return nullcontext()
     else:
         hardware = this_hardware()
-    print(f"planning for {describe(hardware)}", file=sys.stderr)
     config.budget.ram = config.budget.ram or _mib(hardware.ram_bytes)
     config.budget.vram = config.budget.vram or (_mib(hardware.vram_bytes) if hardware.vram_bytes else "0")
+    config.budget.disk = config.budget.disk or (_mib(hardware.disk_bytes) if hardware.disk_bytes else "")
+    ram, vram, disk = (parse_bytes(size or "0") for size in (config.budget.ram, config.budget.vram, config.budget.disk))
+    print(f"planning for {describe(replace(hardware, ram_bytes=ram, vram_bytes=vram, disk_bytes=disk))}", file=sys.stderr)
     _use_device(config, hardware.vram_bytes > 0)
     _use_precision(config, hardware)
+    return planning_for(hardware)
 
 
 def _use_device(config: RunConfig, gpu: bool) -> None:
@@ -180,29 +201,36 @@ def _settings(prediction: "Prediction") -> str:
 
 
 def _table(predictions: "Sequence[Prediction]") -> list[str]:
-    lines = [f"{'plan':8} {'RAM':>10} {'VRAM':>10} {'tokens/s':>9}  settings"]
+    lines = [f"{'plan':8} {'RAM':>10} {'VRAM':>10} {'disk':>10} {'tokens/s':>9}  settings"]
     for number, prediction in enumerate(predictions):
         ram, vram = format_bytes(prediction.host.peak_bytes), format_bytes(prediction.cuda_reserved.peak_bytes)
-        name = "fastest" if not number else f"other {number}"
-        lines.append(f"{name:8} {ram:>10} {vram:>10} {prediction.tokens_per_s:>9,.0f}  {_settings(prediction)}")
+        name, disk = "fastest" if not number else f"other {number}", format_bytes(prediction.disk_bytes)
+        speed = f"{prediction.tokens_per_s:,.{0 if prediction.tokens_per_s >= 10 else 2}f}"
+        lines.append(f"{name:8} {ram:>10} {vram:>10} {disk:>10} {speed:>9}  {_settings(prediction)}")
     return [f"{predictions[0].parameters:,} parameters", *lines, *predictions[0].lines()[1:]]
 
 
 def _needs(prediction: "Prediction") -> str:
-    ram, vram = prediction.host.peak_bytes, prediction.cuda_reserved.peak_bytes
-    return f"{format_bytes(ram)} of RAM" + (f" and {format_bytes(vram)} of VRAM" if vram else "")
+    ram, vram, disk = prediction.host.peak_bytes, prediction.cuda_reserved.peak_bytes, prediction.disk_bytes
+    parts = [f"{format_bytes(ram)} of RAM", *([f"{format_bytes(vram)} of VRAM"] if vram else []), f"{format_bytes(disk)} of disk"]
+    return f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def _nothing_fits(found: Any) -> str:
     budget = found.prediction.config.budget
-    lacks = [f"{format_bytes(size)} of {name.upper()} (budget {getattr(budget, name)})" for name, size in found.missing.items()]
+    lacks = [f"{format_bytes(size)} of {_name(kind)} (budget {getattr(budget, kind)})" for kind, size in found.missing.items()]
     nearest = "\n".join(f"  {_needs(other)}: {_settings(other)}" for other in [found.prediction, *found.alternatives])
     parts = "\n".join(f"  {line}" for line in found.prediction.lines()[1:])
     return (
         f"nothing fits: the smallest plan lacks {' and '.join(lacks)}, a margin included. It needs\n{parts}\n"
         f"The nearest plans:\n{nearest}\n"
-        "Use a larger budget, or a smaller model: lowmem plan --solve=model.dim, model.num_layers or data.seq_len"
+        f"Use a larger budget{', fewer checkpoints (--train.keep_last=1)' if 'disk' in found.missing else ''}, or a smaller model: "
+        "lowmem plan --solve=model.dim, model.num_layers or data.seq_len"
     )
+
+
+def _name(budget: str) -> str:
+    return budget if budget == "disk" else budget.upper()
 
 
 def _check_target(path: Path) -> None:
@@ -223,7 +251,7 @@ def _write(path: str, prediction: "Prediction") -> None:
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = OptionParser(
         prog="lowmem plan",
-        description="The fastest settings that fit a memory budget. Any key of the configuration can be given as --section.key=value.",
+        description="The fastest settings that fit memory and disk. Any key of the configuration can be given as --section.key=value.",
     )
     parser.add_argument("--config", default="", metavar="FILE", help="YAML file with the model and the data")
     parser.add_argument("--hardware", default="", metavar="NAME", help="plan for a device by its name, such as t4; default: this machine")

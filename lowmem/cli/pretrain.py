@@ -54,6 +54,10 @@ def pretrain_main(argv: Sequence[str], command: str = "pretrain", defaults: Sequ
     if flags.dry_run:
         return _dry_run(config, as_json=flags.json)
     answer = _predicted(config, flags)
+    if not (processes.rank() or flags.force):
+        from lowmem.planning.room import check_room
+
+        check_room(config, fresh=flags.fresh)
     if answer is None:
         return _train(config, flags, None)
     micro_batch_size = answer["micro_batch_size"]
@@ -66,7 +70,7 @@ def _predicted(config: RunConfig, flags: argparse.Namespace) -> dict[str, Any] |
     Raises:
         MemoryBudgetError: they exceed the budget.
     """
-    if processes.rank() or flags.force or not (config.budget.ram or config.budget.vram):
+    if processes.rank() or flags.force or not (config.budget.ram or config.budget.vram or config.budget.disk):
         return None
     from lowmem.memory.host import granted_memory
     from lowmem.planning.check import check_run
@@ -242,7 +246,7 @@ def _parse(argv: Sequence[str], command: str) -> tuple[argparse.Namespace, list[
     parser.add_argument("--config", default="", metavar="FILE", help="YAML file; overrides come after it")
     parser.add_argument("--print_config", action="store_true", help="print the configuration, commented, and stop")
     parser.add_argument("--dry_run", action="store_true", help="print the configuration and its predicted peaks, train nothing")
-    parser.add_argument("--force", action="store_true", help="start even if the prediction exceeds the budget")
+    parser.add_argument("--force", action="store_true", help="start even if the prediction exceeds the budget or a disk")
     parser.add_argument("--json", action="store_true", help="with --dry_run: one JSON object on standard output")
     parser.add_argument("--fresh", action="store_true", help="start over; the run that is there is kept beside the new one")
     parser.add_argument("--resume", choices=["auto", "last_valid"], default="auto", help="last_valid passes over damaged checkpoints")

@@ -366,6 +366,11 @@ def _storage_problems(config: RunConfig) -> list[str]:
             f"train.storage_dir is {train.storage_dir}, but nothing is kept there; remove it, or set train.weights_at=disk or "
             "train.boundary_offload=disk"
         )
+    kept = [key for key in ("weights_at", "boundary_offload") if getattr(train, key) == "disk"]
+    if kept and config.budget.disk and not parse_bytes(config.budget.disk):
+        problems.append(
+            f"budget.disk is {config.budget.disk} (no disk), but train.{kept[0]} is disk; raise it, leave it out, or keep that in memory"
+        )
     if train.weights_at == "device" or train.update != "layerwise":
         return problems
     wrong = {

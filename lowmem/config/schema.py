@@ -380,12 +380,15 @@ class EngineConfig:
 
 @dataclass
 class BudgetConfig:
-    """Memory the run may use; empty is no limit, "0" is no such device."""
+    """Memory and disk the run may use; empty is no limit, "0" is no such device."""
 
     ram: str = ""
     """Host memory, such as 4GiB; enforced: a run past it ends with exit code 3 instead of the kernel's OOM killer."""
     vram: str = ""
     """Device memory, such as 6GiB; enforced through the allocator."""
+    disk: str = ""
+    """Room on disks, such as 40GiB, for scratch files, the checkpoints that are kept, and token shards where their size is known; a run
+    predicted to take more is refused. 0: blocks and boundaries stay in memory."""
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Literal
 
 from lowmem.config.checks import config_problems
 from lowmem.config.schema import RunConfig, auto_micro_batch_sizes
-from lowmem.planning.predict import Prediction, described, predict_peak
+from lowmem.planning.predict import Prediction, described, listed_bytes, predict_peak
 from lowmem.system.units import format_bytes, parse_bytes
 
 MARGIN = 0.03  # of a budget, for what a prediction misses; see profiling/README.md
@@ -69,7 +69,21 @@ def levers(config: RunConfig) -> list[Lever]:
         lever(train__loss_chunk_tokens=256),
         lever(engine__offload="cpu", engine__zero_stage=2) if config.engine.name == "deepspeed" else lever(),
     ]
-    return [candidate for candidate in candidates if _changes(config, candidate)]
+    return [candidate for candidate in [*candidates, *streaming(config)] if _changes(config, candidate)]
+
+
+_BY_BLOCKS = {"train__update": "layerwise", "train__activation_checkpointing": "block"}
+
+
+def streaming(config: RunConfig) -> list[Lever]:
+    """Places for blocks besides the device: a GPU's host memory, a disk. They cost time, where computing does not hide the transfer."""
+    no_disk = bool(config.budget.disk) and not parse_bytes(config.budget.disk)
+    found = []
+    if config.device == "cuda" and config.train.weights_at == "device":
+        found.append(lever(train__weights_at="host", train__boundary_offload="cpu", **_BY_BLOCKS))
+    if not no_disk:
+        found.append(lever(train__weights_at="disk", train__boundary_offload="disk", **_BY_BLOCKS))
+    return found
 
 
 def changed(config: RunConfig, *changes: Lever) -> RunConfig:
@@ -98,14 +112,19 @@ def predict_fitting(config: RunConfig, world_size: int = 1, local_ranks: int = 0
 
 
 def missing_bytes(prediction: Prediction, margin: float = MARGIN) -> dict[str, int]:
-    """Bytes beyond each budget that is exceeded, margin included; empty if the run fits."""
+    """Bytes beyond each budget that is exceeded, a margin of memory included; empty if the run fits."""
     budget, missing = prediction.config.budget, {}
-    needs = {"ram": prediction.host.peak_bytes, "vram": prediction.cuda_reserved.peak_bytes}
-    for name, need in needs.items():
+    for name, need in needs(prediction).items():
         limit = parse_bytes(getattr(budget, name) or "0")
-        if limit and need > limit * (1 - margin):
-            missing[name] = round(need - limit * (1 - margin))
+        allowed = limit * (1 - margin) if name != "disk" else limit  # of disks the prediction is exact
+        if limit and need > allowed:
+            missing[name] = round(need - allowed)
     return missing
+
+
+def needs(prediction: Prediction) -> dict[str, int]:
+    """Bytes by the budget that they are held against."""
+    return {"ram": prediction.host.peak_bytes, "vram": prediction.cuda_reserved.peak_bytes, "disk": prediction.disk_bytes}
 
 
 def _changes(config: RunConfig, candidate: Lever) -> bool:
@@ -128,22 +147,35 @@ def refusal(prediction: Prediction, world_size: int = 1, local_ranks: int = 0, m
     missing = missing_bytes(prediction, margin)
     if not missing:
         return ""
-    budget = prediction.config.budget
-    parts = []
-    for name, peaks in (("ram", prediction.host), ("vram", prediction.cuda_reserved)):
-        if name in missing:
-            parts.append(f"{described(peaks)} of {name.upper()}, the budget is {getattr(budget, name)}")
-    saving = _largest_saving(prediction, world_size, local_ranks, next(iter(missing)))
+    budget, parts = prediction.config.budget, []
+    whole = {"ram": described(prediction.host), "vram": described(prediction.cuda_reserved), "disk": listed_bytes(prediction.disk)}
+    for name in missing:
+        parts.append(f"{whole[name]} of {name if name == 'disk' else name.upper()}, the budget is {getattr(budget, name)}")
+    which = next(iter(missing))
+    saving = _largest_saving(prediction, world_size, local_ranks, which, missing[which])
     return f"the run needs {' and '.join(parts)}. {saving}See: lowmem plan"
 
 
-def _largest_saving(prediction: Prediction, world_size: int, local_ranks: int, which: str) -> str:
-    def need(other: Prediction) -> int:
-        return other.host.peak_bytes if which == "ram" else other.cuda_reserved.peak_bytes
-
+def _largest_saving(prediction: Prediction, world_size: int, local_ranks: int, which: str, missing: int) -> str:
+    """Of what is missing most; blocks elsewhere, which cost time, where no other change is enough by itself."""
     best, saved = None, 0
-    for lever in levers(prediction.config):
-        saving = need(prediction) - need(predict_peak(changed(prediction.config, lever), world_size, local_ranks, prediction.base))
+    elsewhere = {lever.text for lever in streaming(prediction.config)}
+    for lever in _disk_savers(prediction.config) if which == "disk" else levers(prediction.config):
+        if lever.text in elsewhere and saved >= missing:
+            continue
+        other = predict_peak(changed(prediction.config, lever), world_size, local_ranks, prediction.base)
+        if lever.text in elsewhere and needs(other)["disk"] > (parse_bytes(prediction.config.budget.disk or "0") or float("inf")):
+            continue
+        saving = needs(prediction)[which] - needs(other)[which]
         if saving > saved:
             best, saved = lever, saving
     return f"Largest saving: {best.text} (-{format_bytes(saved)}). " if best else ""
+
+
+def _disk_savers(config: RunConfig) -> list[Lever]:
+    """What would take less room on disks."""
+    candidates = [*levers(config), lever(train__keep_last=1)]
+    candidates += [lever(train__weights_at="device", train__boundary_offload="none", train__storage_dir="")]
+    candidates += [lever(train__boundary_offload="none")] if config.train.weights_at == "disk" else []
+    candidates += [lever(train__boundary_dtype="bf16")] if config.train.boundary_offload == "disk" else []
+    return [candidate for candidate in candidates if _changes(config, candidate)]

@@ -1,37 +1,78 @@
 """What a run will need, known before it starts: the real step on tensors without memory, replayed through a model of the allocator."""
 
 import copy
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from lowmem.config.schema import RunConfig
 from lowmem.engine.deepspeed.ds_config import BUCKET_ELEMENTS, build_deepspeed_config, offloads_optimizer, zero_stage
 from lowmem.engine.resolve import chosen_device, resolve, settled_model
+from lowmem.engine.storage.disk_file import ALIGNMENT
 from lowmem.memory.allocator import block_cache_library
 from lowmem.models.base import LanguageModel
 from lowmem.nn.quantized import stored_bytes
 from lowmem.optim.kernels.formats import state_bytes
 from lowmem.planning.allocators import CudaAllocator, HostAllocator, Peaks, live_peaks, replay
 from lowmem.planning.base_cost import Base, data_bytes, measured_base, tokenizer_rows
+from lowmem.planning.disk_space import disk_components
 from lowmem.planning.hardware import Rates, rates_for
+from lowmem.planning.storage_rates import storage_rates_for
 from lowmem.planning.trace import Trace, trace_run
 from lowmem.system.errors import ConfigError
 from lowmem.system.files import compiled_root
 from lowmem.system.units import format_bytes, parse_bytes
 
 
-def step_seconds(config: RunConfig, trace: Trace, model: LanguageModel, world_size: int) -> float:
+@dataclass(frozen=True)
+class StepTime:
     """Seconds of one steady step of the whole run.
+
+    Attributes:
+        compute: on the device.
+        transfer: of blocks and boundaries that are elsewhere, from there and back.
+        first: of the transfer, the weights and states of one block, which nothing hides.
+        read_bytes, written_bytes: of the transfer.
+        rates: how the rates of the transfer are known; "" where there is none.
+    """
+
+    compute: float
+    transfer: float = 0.0
+    first: float = 0.0
+    read_bytes: int = 0
+    written_bytes: int = 0
+    rates: str = ""
+
+    @property
+    def total(self) -> float:
+        """The longer of the two, as one thread transfers while the device computes, and the fetch before which nothing can be computed."""
+        return max(self.compute, self.transfer - self.first) + self.first
+
+
+def step_time(config: RunConfig, trace: Trace, model: LanguageModel, world_size: int) -> StepTime:
+    """Of a run on this machine, or the one that is planned for.
+
+    Transfers overlap with computing as far as possible: a block's with the computing of the one before it. Where parts of a step differ,
+    as a forward pass that waits for the disk and a backward pass that does not, a step takes longer than this.
 
     Args:
         config: resolved.
         trace: of one rank's share of it.
     """
-    return trace_seconds(config, trace, model, rates_for(config), world_size)
+    compute, cost = trace_seconds(config, trace, model, rates_for(config), world_size), trace.costs["steady_steps"]
+    if not trace.elsewhere:
+        return StepTime(compute)
+    rates, came, went = storage_rates_for(config), cost.storage_read_bytes, cost.storage_written_bytes
+    read, written = came["disk"] / rates.disk_read, went["disk"] / rates.disk_written
+    if config.device == "cuda":  # what comes from a disk goes by way of host memory, by the same thread
+        read, written = read + came.total() / rates.copied, written + went.total() / rates.copied
+    blocks = sum(part.backing.size for part in trace.elsewhere if part.holds == "blocks") / len(model.blocks)
+    first = read * min(1.0, blocks / max(1, came.total()))
+    return StepTime(compute, read + written, first, came.total(), went.total(), rates.source)
 
 
 def trace_seconds(config: RunConfig, trace: Trace, model: LanguageModel, rates: Rates, world_size: int = 1) -> float:
-    """As `step_seconds`, with rates that are given."""
+    """Seconds that a steady step computes, with rates that are given."""
     cost = trace.costs["steady_steps"]
     products = sum(flops / rates.flops_per_s(dtype) for dtype, flops in cost.matmul_flops.items())
     traffic = cost.moved_bytes / rates.bytes_per_s
@@ -53,7 +94,8 @@ class Prediction:
         trained_parameters: those that are trained.
         host: resident memory of all processes of the run.
         cuda_allocated, cuda_reserved: of each device; empty without one.
-        step_s: seconds a step will take on this machine.
+        time: of a step, on this machine or the one that is planned for.
+        disk: bytes on disks by what they are for: scratch, checkpoints, shards.
         base: how the cost of interpreter and libraries is known.
     """
 
@@ -65,8 +107,19 @@ class Prediction:
     host: Peaks
     cuda_allocated: Peaks
     cuda_reserved: Peaks
-    step_s: float
+    time: StepTime
+    disk: dict[str, int]
     base: Base
+
+    @property
+    def step_s(self) -> float:
+        """Seconds a step will take."""
+        return self.time.total
+
+    @property
+    def disk_bytes(self) -> int:
+        """On all disks."""
+        return sum(self.disk.values())
 
     @property
     def tokens_per_s(self) -> float:
@@ -85,6 +138,9 @@ class Prediction:
             "host_phases": self.host.by_phase,
             "cuda_phases": self.cuda_reserved.by_phase,
             "tokens_per_s": round(self.tokens_per_s, 1),
+            "step": asdict(self.time) | {"total": self.step_s},
+            "disk_bytes": self.disk_bytes,
+            "disk_components": self.disk,
             "base_is": self.base.source,
         }
 
@@ -97,7 +153,15 @@ class Prediction:
         ]
         if self.cuda_reserved.by_phase:
             lines.append(f"predicted peak of VRAM, reserved: {described(self.cuda_reserved)}")
-        lines.append(f"predicted speed: {self.tokens_per_s:,.0f} tokens/s")
+        if self.disk_bytes:
+            lines.append(f"predicted use of disks: {listed_bytes(self.disk)}")
+        lines.append(f"predicted speed: {self.tokens_per_s:,.{0 if self.tokens_per_s >= 10 else 2}f} tokens/s")
+        if self.time.rates:
+            time = self.time
+            lines[-1] += (
+                f", a step of {self.step_s:,.2f} s: {time.compute:,.2f} s of computing beside {time.transfer:,.2f} s in which "
+                f"{format_bytes(time.read_bytes)} are read and {format_bytes(time.written_bytes)} written ({time.rates} rates)"
+            )
         return lines
 
     def report(self) -> dict[str, Any]:
@@ -115,9 +179,14 @@ class Prediction:
 
 def described(peaks: Peaks) -> str:
     """ "1.20 GiB (weights 0.40 GiB, ...)", the largest component first."""
-    ordered = sorted(peaks.components.items(), key=lambda item: -item[1])
+    return listed_bytes(peaks.components, peaks.peak_bytes)
+
+
+def listed_bytes(components: Mapping[str, int], total: int = 0) -> str:
+    """As `described`; of their sum where no total is given."""
+    ordered = sorted(components.items(), key=lambda item: -item[1])
     listed = ", ".join(f"{name.replace('_', ' ')} {format_bytes(size)}" for name, size in ordered if size >= 1 << 20)
-    return f"{format_bytes(peaks.peak_bytes)} ({listed})"
+    return f"{format_bytes(total or sum(components.values()))}{f' ({listed})' if listed or total else ''}"
 
 
 def predict_peak(config: RunConfig, world_size: int = 1, local_ranks: int = 0, base: Base | None = None) -> Prediction:
@@ -134,14 +203,15 @@ def predict_peak(config: RunConfig, world_size: int = 1, local_ranks: int = 0, b
         own, and kept in the cache.
     """
     config = resolve_without_data(config)
-    trace, model = trace_run(_as_computed(config), world_size)
+    trace, model = trace_run(as_computed(config), world_size)
     local_ranks = local_ranks or world_size
     base = base or measured_base(config, local_ranks, _host_tensors)
     host, allocated, reserved = (_on_cuda if config.device == "cuda" else _on_cpu)(config, trace, model, world_size, local_ranks)
     host = host.plus("base", base.size_bytes).plus("data", data_bytes(config) * local_ranks)
     return Prediction(
         config, model.num_parameters(), model.num_trained_parameters(), model.component_parameters(),
-        model.flops_per_token(config.data.seq_len), host, allocated, reserved, step_seconds(config, trace, model, world_size), base,
+        model.flops_per_token(config.data.seq_len), host, allocated, reserved, step_time(config, trace, model, world_size),
+        disk_components(config, run_checkpoint_bytes(config, trace.checkpoint_bytes, model), trace.scratch_bytes()), base,
     )  # fmt: skip
 
 
@@ -159,7 +229,7 @@ def resolve_without_data(config: RunConfig) -> RunConfig:
 
 def _host_tensors(config: RunConfig, world_size: int) -> int:
     """Peak of what the tensors of a run take on the host."""
-    trace, model = trace_run(_as_computed(config), world_size)
+    trace, model = trace_run(as_computed(config), world_size)
     return (_on_cuda if config.device == "cuda" else _on_cpu)(config, trace, model, world_size, world_size)[0].peak_bytes
 
 
@@ -177,10 +247,12 @@ def _on_cuda(config: RunConfig, trace: Trace, model: LanguageModel, world_size: 
     peaks = replay(trace, CudaAllocator(limit), {"allocated": "allocated_bytes", "reserved": "reserved_bytes"}, offloaded)
     allocated, reserved = (peaks[name].plus("workspace", CUBLAS_WORKSPACE_BYTES) for name in ("allocated", "reserved"))
     host = Peaks(dict.fromkeys(allocated.by_phase, 0))
-    host.by_phase["load"] = stored_bytes(model.parameters())
+    host.by_phase["load"] = _loaded_bytes(config, model)
     host.components = {"weights": host.by_phase["load"]}
     if offloaded:
         host = host.plus("activations", max(live_peaks(trace, {offloaded}, pinned_bytes).values()))
+    if config.train.weights_at != "device":
+        host = host.plus("elsewhere", _pinned_for_blocks(trace))
     if config.engine.name == "deepspeed":
         device, away = zero_peaks(config, trace, model, world_size)
         rounding = max(0, reserved.peak_bytes - allocated.peak_bytes)  # of the same activations, by the same allocator
@@ -189,12 +261,34 @@ def _on_cuda(config: RunConfig, trace: Trace, model: LanguageModel, world_size: 
     return host, allocated, reserved
 
 
+def _loaded_bytes(config: RunConfig, model: LanguageModel) -> int:
+    """Weights that are on the host before a GPU has them: all, or, where blocks live elsewhere, the largest block besides what is none."""
+    if config.train.weights_at == "device":
+        return stored_bytes(model.parameters())
+    blocks = [stored_bytes(block.parameters()) for block in model.blocks]
+    return stored_bytes(model.parameters()) - sum(blocks) + max(blocks)
+
+
+def _pinned_for_blocks(trace: Trace) -> int:
+    """Host memory of a GPU's blocks: all of them, or buffers by way of which they come from a disk."""
+    blocks = [part for part in trace.elsewhere if part.holds == "blocks"]
+    kept = sum(pinned_bytes(size + ALIGNMENT) for part in blocks if part.place == "host" for size in part.backing.pieces if size)
+    return kept + sum(pinned_bytes(size) for part in blocks if part.place == "disk" for size in part.backing.buffers.values())
+
+
 def pinned_bytes(size: int) -> int:
     """What a pinned block of `size` bytes takes: PyTorch rounds up to the next power of two."""
     return 1 << max(size - 1, 1).bit_length()
 
 
-def _as_computed(config: RunConfig) -> RunConfig:
+def run_checkpoint_bytes(config: RunConfig, local: int, model: LanguageModel) -> int:
+    """Of one checkpoint of a run, whose local engine would write `local` bytes: ZeRO keeps an fp32 master copy of narrow weights, too."""
+    if config.engine.name == "local" or not zero_stage(build_deepspeed_config(config, world_size=1, micro_batch_size=1)):
+        return local
+    return local + (4 * model.num_trained_parameters() if config.train.precision != "fp32" else 0)
+
+
+def as_computed(config: RunConfig) -> RunConfig:
     """The local engine that computes what each rank computes, at the largest rank that a schedule may reach."""
     largest = config.model.lorpt.largest_rank()
     if config.engine.name == "local" and not largest:

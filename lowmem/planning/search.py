@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import dropwhile
@@ -18,7 +18,8 @@ from lowmem.nn.layers import default_hidden_dim
 from lowmem.nn.lorpt import break_even_rank
 from lowmem.nn.lorptize import following_layers
 from lowmem.optim.from_config import allocate_states, build_optimizer
-from lowmem.planning.levers import MARGIN, get_key, missing_bytes, set_key, sizes
+from lowmem.planning.disk_space import checkpoints_at_once
+from lowmem.planning.levers import MARGIN, changed, get_key, missing_bytes, set_key, sizes, streaming
 from lowmem.planning.predict import Prediction, predict_peak, resolve_without_data
 from lowmem.system.dry_run import on_meta
 from lowmem.system.errors import ConfigError
@@ -35,6 +36,10 @@ class Estimate:
     host_bytes: float
     cuda_bytes: float
     step_s: float
+    disk_bytes: float = 0.0
+
+
+Measures = tuple[float, float, float, float]  # as in an Estimate, in its order
 
 
 class Estimator:
@@ -55,10 +60,11 @@ class Estimator:
         Args:
             settings: dotted keys and values.
         """
-        if ("optim.state_bits", 4) in settings:
+        if ("optim.state_bits", 4) in settings and not self._streams(settings):
             wide = tuple((key, 8 if key == "optim.state_bits" else value) for key, value in settings)
             other = self.estimate(wide, micro_batch_size)
             saved = self._state_bytes(8) - self._state_bytes(4)
+            other = replace(other, disk_bytes=other.disk_bytes - saved * checkpoints_at_once(self.config))
             if self.config.device == "cuda":
                 return replace(other, cuda_bytes=other.cuda_bytes - saved)
             return replace(other, host_bytes=other.host_bytes - saved)
@@ -67,10 +73,11 @@ class Estimator:
         points = {m: self._all_layers(settings, m) for m in _MICRO_BATCHES if self.config.train.global_batch_size % m == 0}
         return _at(points, micro_batch_size)
 
-    def _all_layers(
-        self, settings: tuple[tuple[str, object], ...], micro_batch_size: int, whole: bool = False
-    ) -> tuple[float, float, float]:
-        """Host bytes, device bytes and seconds of the whole model.
+    def _streams(self, settings: tuple[tuple[str, object], ...]) -> bool:
+        return dict(settings).get("train.weights_at", self.config.train.weights_at) != "device"
+
+    def _all_layers(self, settings: tuple[tuple[str, object], ...], micro_batch_size: int, whole: bool = False) -> Measures:
+        """What the whole model needs.
 
         Args:
             whole: the micro-batch is the global batch.
@@ -80,8 +87,8 @@ class Estimator:
             return self._measures(settings, layers, micro_batch_size, whole)
         low, high = (self._measures(settings, few, micro_batch_size, whole) for few in _LAYERS)
         more = (layers - _LAYERS[0]) / (_LAYERS[1] - _LAYERS[0])
-        host, cuda, seconds = (a + (b - a) * more for a, b in zip(low, high, strict=True))
-        return host, cuda, seconds
+        host, cuda, seconds, disk = (a + (b - a) * more for a, b in zip(low, high, strict=True))
+        return host, cuda, seconds, disk
 
     def _state_bytes(self, bits: Literal[8, 4]) -> int:
         """Of the optimizer of the whole model."""
@@ -92,11 +99,9 @@ class Estimator:
         values = (value for state in optimizer.state.values() for value in state.values())
         return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
 
-    def _measures(
-        self, settings: tuple[tuple[str, object], ...], layers: int, micro_batch_size: int, whole: bool
-    ) -> tuple[float, float, float]:
+    def _measures(self, settings: tuple[tuple[str, object], ...], layers: int, micro_batch_size: int, whole: bool) -> Measures:
         prediction = self._short(settings, layers, micro_batch_size, whole)
-        return prediction.host.peak_bytes, prediction.cuda_reserved.peak_bytes, prediction.step_s
+        return prediction.host.peak_bytes, prediction.cuda_reserved.peak_bytes, prediction.step_s, prediction.disk_bytes
 
     def _short_trace(self, settings: tuple[tuple[str, object], ...], layers: int, micro_batch_size: int, whole: bool) -> Prediction:
         config = with_settings(self.config, settings, micro_batch_size)
@@ -117,15 +122,16 @@ def with_settings(config: RunConfig, settings: tuple[tuple[str, object], ...], m
     return config
 
 
-def _at(points: dict[int, tuple[float, float, float]], micro_batch_size: int) -> Estimate:
+def _at(points: dict[int, Measures], micro_batch_size: int) -> Estimate:
     """Memory is linear in the micro-batch, time in its inverse."""
-    host, cuda, seconds = points[1]
+    host, cuda, seconds, disk = points[1]
     if len(points) == 1 or micro_batch_size == 1:
-        return Estimate(host, cuda, seconds)
-    host_2, cuda_2, seconds_2 = points[2]
+        return Estimate(host, cuda, seconds, disk)
+    host_2, cuda_2, seconds_2, _ = points[2]
     more = micro_batch_size - 1
     overhead = (seconds - seconds_2) * 2  # of all micro-batches of one sequence, whatever is in them
-    return Estimate(host + (host_2 - host) * more, cuda + (cuda_2 - cuda) * more, seconds - overhead * (1 - 1 / micro_batch_size))
+    seconds -= overhead * (1 - 1 / micro_batch_size)
+    return Estimate(host + (host_2 - host) * more, cuda + (cuda_2 - cuda) * more, seconds, disk)
 
 
 MAX_MICRO_BATCH_TOKENS = 8192  # beyond that a step gets no faster
@@ -140,6 +146,12 @@ _UPDATES: tuple[Settings, ...] = (
     (("train.update", "accumulate"), ("train.activation_checkpointing", "low_rank")),
     (("train.update", "accumulate"), ("train.activation_checkpointing", "block")),
     (("train.update", "layerwise"), ("train.activation_checkpointing", "block")),
+)
+_BY_BLOCKS: Settings = (("train.update", "layerwise"), ("train.activation_checkpointing", "block"))
+# Where blocks are besides the device, for what fits in no other way: it costs time, and wears a disk.
+_ELSEWHERE: tuple[Settings, ...] = (
+    (*_BY_BLOCKS, ("train.weights_at", "host"), ("train.boundary_offload", "cpu")),
+    (*_BY_BLOCKS, ("train.weights_at", "disk"), ("train.boundary_offload", "disk")),
 )
 
 
@@ -177,11 +189,12 @@ class Plan:
 def plan(config: RunConfig, *, margin: float = MARGIN, alternatives: int = 3) -> Plan:
     """The fastest settings for `config` that fit its budget.
 
-    Micro-batch, recomputation, update mode, bits of states and weights are chosen; what the model is and sees is not.
+    Micro-batch, recomputation, update mode, bits of states and weights are chosen; what the model is and sees is not. Where nothing fits,
+    blocks are kept in a GPU's host memory, or on a disk.
 
     Args:
-        config: with budget.ram, budget.vram or both; everything the search does not choose is kept.
-        margin: share of each budget that stays free.
+        config: with budget.ram, budget.vram or both, and perhaps budget.disk; everything the search does not choose is kept.
+        margin: share of each budget of memory that stays free.
     Raises:
         ConfigError: the configuration contradicts itself or its budget.
     Memory: see `predict_peak`.
@@ -193,16 +206,10 @@ def plan(config: RunConfig, *, margin: float = MARGIN, alternatives: int = 3) ->
     problems = config_problems(with_settings(config, (), 1))
     if problems:
         raise ConfigError("\n".join(problems))
-    found = sorted(_candidates(config, margin), key=lambda candidate: _excess(config, candidate.estimate, margin))
-    fitting = [candidate for candidate in found if not _excess(config, candidate.estimate, margin)]
-    ranked = _ranked(fitting)
-    chosen: list[Prediction] = []
-    for candidate in ranked:
-        prediction = _verified(config, candidate, margin)
-        if prediction is not None:
-            chosen.append(prediction)
-        if len(chosen) > alternatives:
-            break
+    found, chosen = _search(config, _UPDATES, margin, alternatives)
+    if not chosen:
+        more, chosen = _search(config, _places(config), margin, alternatives)
+        found = sorted([*found, *more], key=lambda candidate: _excess(config, candidate.estimate, margin))
     if not found:
         raise ConfigError("no combination of train.update and train.activation_checkpointing is allowed with this configuration")
     if chosen:
@@ -213,12 +220,31 @@ def plan(config: RunConfig, *, margin: float = MARGIN, alternatives: int = 3) ->
     return Plan(nearest[0], False, missing_bytes(nearest[0], margin), nearest[1:])
 
 
-def _candidates(config: RunConfig, margin: float) -> Iterator[Candidate]:
-    """For each mode and level, the largest micro-batch that fits; one sequence at a time where none does."""
+def _search(config: RunConfig, ways: Sequence[Settings], margin: float, alternatives: int) -> tuple[list[Candidate], list[Prediction]]:
+    """All candidates, those that come nearest first, and the predictions of the fastest that fit."""
+    found = sorted(_candidates(config, ways, margin), key=lambda candidate: _excess(config, candidate.estimate, margin))
+    chosen: list[Prediction] = []
+    for candidate in _ranked([candidate for candidate in found if not _excess(config, candidate.estimate, margin)]):
+        prediction = _verified(config, candidate, margin)
+        if prediction is not None:
+            chosen.append(prediction)
+        if len(chosen) > alternatives:
+            break
+    return found, chosen
+
+
+def _places(config: RunConfig) -> list[Settings]:
+    """Where else blocks may be; what does not go with the rest of the configuration is refused as any candidate is."""
+    allowed = {get_key(changed(config, place), "train.weights_at") for place in streaming(config)}
+    return [place for place in _ELSEWHERE if dict(place)["train.weights_at"] in allowed]
+
+
+def _candidates(config: RunConfig, ways: Sequence[Settings], margin: float) -> Iterator[Candidate]:
+    """For each way of computing and level, the largest micro-batch that fits; one sequence at a time where none does."""
     estimator = Estimator(config)
     largest = max(1, MAX_MICRO_BATCH_TOKENS // config.data.seq_len)
     for level, narrowing in enumerate(_levels(config)):
-        for update in _UPDATES:
+        for update in ways:
             settings = update + narrowing
             if ("train.activation_checkpointing", "low_rank") in update and not config.model.lorpt.rank and config.model.name != "i3":
                 continue  # without low-rank layers it is selective by another name
@@ -246,8 +272,9 @@ def _levels(config: RunConfig) -> list[Settings]:
 
 def _excess(config: RunConfig, estimate: Estimate, margin: float) -> float:
     """Bytes beyond the budgets."""
-    pairs = ((config.budget.ram, estimate.host_bytes), (config.budget.vram, estimate.cuda_bytes))
-    return sum(max(0.0, need - parse_bytes(limit) * (1 - margin)) for limit, need in pairs if limit and parse_bytes(limit))
+    budget, room = config.budget, 1 - margin
+    pairs = ((budget.ram, estimate.host_bytes, room), (budget.vram, estimate.cuda_bytes, room), (budget.disk, estimate.disk_bytes, 1.0))
+    return sum(max(0.0, need - parse_bytes(limit) * share) for limit, need, share in pairs if limit and parse_bytes(limit))
 
 
 def _ranked(candidates: list[Candidate]) -> list[Candidate]:
@@ -303,8 +330,8 @@ def solve(config: RunConfig, key: str, *, margin: float = MARGIN) -> Solution:
     """
     if key not in SOLVABLE:
         raise ConfigError(f"--solve is {key!r}; allowed: {', '.join(SOLVABLE)}")
-    if not (config.budget.ram or config.budget.vram):
-        raise ConfigError("--solve needs a budget; give --budget.ram, --budget.vram or both")
+    if not (config.budget.ram or config.budget.vram or config.budget.disk):
+        raise ConfigError("--solve needs a budget; give --budget.ram, --budget.vram or --budget.disk")
     config = resolve_without_data(config)
     values = list(dropwhile(lambda value: not _is_valid(config, key, value), _values(config, key)))
     if not values:

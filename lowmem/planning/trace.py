@@ -18,6 +18,8 @@ from lowmem.engine.local import LocalEngine
 from lowmem.engine.teacher import teacher_config
 from lowmem.models.base import LanguageModel
 from lowmem.nn.quantized import CodedWeight, stored_tensors
+from lowmem.planning.disk_space import EVALUATION_BATCH, assumed_new_tokens, checkpoint_bytes
+from lowmem.planning.traffic import Elsewhere, elsewhere, transferred
 from lowmem.system.dry_run import listen, pretend_device, repeats
 from lowmem.system.errors import ConfigError
 
@@ -64,11 +66,14 @@ class Costs:
         matmul_flops: by dtype name.
         moved_bytes: read and written by everything else.
         calls: operators, each of which costs its launch.
+        storage_read_bytes, storage_written_bytes: brought here and taken away, by where to: "disk", or "host" for a GPU.
     """
 
     matmul_flops: Counter = field(default_factory=Counter)
     moved_bytes: int = 0
     calls: int = 0
+    storage_read_bytes: Counter = field(default_factory=Counter)
+    storage_written_bytes: Counter = field(default_factory=Counter)
 
 
 class Trace(TorchDispatchMode):
@@ -79,10 +84,14 @@ class Trace(TorchDispatchMode):
         events: number of the storage made, or ~number of the one released.
         phases: name and position in `events` where each phase begins.
         costs: by phase.
+        elsewhere: backings of the run.
+        checkpoint_bytes: of the tensors in one checkpoint.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.elsewhere: list[Elsewhere] = []
+        self.checkpoint_bytes = 0
         self.storages: list[Storage] = []
         self.events: list[int] = []
         self.phases: list[tuple[str, int]] = []
@@ -91,6 +100,10 @@ class Trace(TorchDispatchMode):
         self._references: dict[int, Any] = {}
         self._closed = False
         self._cost = Costs()
+
+    def scratch_bytes(self) -> int:
+        """Of files for what is elsewhere."""
+        return sum(part.backing.size for part in self.elsewhere if part.place == "disk")
 
     def name_storages(self, vocab_size: int) -> None:
         """Say of every storage that is not marked what it holds, by its shape and by when it was made."""
@@ -104,7 +117,11 @@ class Trace(TorchDispatchMode):
         """Attribute what follows to `name`."""
         self.phases.append((name, len(self.events)))
         self._cost = self.costs.setdefault(name, Costs())
+        before = transferred(self.elsewhere)
         yield
+        read, written = transferred(self.elsewhere)
+        self._cost.storage_read_bytes += read - before[0]
+        self._cost.storage_written_bytes += written - before[1]
         self._cost = Costs()
 
     def mark(self, tensors: Any, category: str) -> None:
@@ -170,9 +187,6 @@ class Trace(TorchDispatchMode):
         cost.moved_bytes += times * sum(t.numel() * t.element_size() for t in tensors)
 
 
-EVALUATION_BATCH = 16  # windows at once, as `lowmem.data.stream` yields them
-
-
 def trace_run(config: RunConfig, world_size: int = 1) -> tuple[Trace, LanguageModel]:
     """Drive the engine that `config` asks for through everything a run does, on tensors without storage.
 
@@ -202,6 +216,7 @@ def trace_run(config: RunConfig, world_size: int = 1) -> tuple[Trace, LanguageMo
             model = build_configured_model(config, assumed_new_tokens(config), storage)
             teacher = _teacher(config)
             engine = build_local_engine(config, model, meta, precision, micro_batch_size, teacher, storage)
+            trace.elsewhere = elsewhere(config, storage, engine)
         trace.mark(model.parameters(), "weights")
         if teacher is not None:
             trace.mark(teacher.parameters(), "teacher")
@@ -221,13 +236,9 @@ def trace_run(config: RunConfig, world_size: int = 1) -> tuple[Trace, LanguageMo
                 engine.evaluate([longest_batch(sequences, config.data.seq_len, packed=mask)])
         with trace.phase("save"):  # tensors are written from where they are
             del batch, batches
+        trace.checkpoint_bytes = checkpoint_bytes(model, engine)
     trace.name_storages(model.vocab_size)
     return trace, model
-
-
-def assumed_new_tokens(config: RunConfig) -> range:
-    """Ids for data.add_tokens where the tokenizer that gives them is not read: the last rows."""
-    return range(max(0, config.model.vocab_size - len(config.data.add_tokens)), config.model.vocab_size if config.data.add_tokens else 0)
 
 
 def _for_one_rank(config: RunConfig, world_size: int) -> RunConfig:

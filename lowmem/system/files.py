@@ -58,6 +58,12 @@ def _homeless_root() -> Path:
     return folder
 
 
+def existing_folder(path: Path) -> Path:
+    """`path`, or the nearest folder above it that exists."""
+    path = path.expanduser().absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
 def compiled_root() -> Path:
     """Folder of what was compiled on this machine, whatever run it was for."""
     return cache_root("") / "compiled"

@@ -187,8 +187,8 @@ _ELSEWHERE, _MEMORY, _SAVING, _LENGTH = "where things are", "memory and speed", 
 _GROWTH = "for the rest of the run, as the rank may be changed"
 FREE_KEYS = {
     "run_dir": _ELSEWHERE, "device": "what is computed in is recorded and compared", "loggers": _SAVING, "data.cache_dir": _ELSEWHERE,
-    "budget.ram": _MEMORY, "budget.vram": _MEMORY, "train.micro_batch_size": _MEMORY, "train.activation_checkpointing": _MEMORY,
-    "train.loss_chunk_tokens": _MEMORY,
+    "budget.ram": _MEMORY, "budget.vram": _MEMORY, "budget.disk": _MEMORY, "train.micro_batch_size": _MEMORY,
+    "train.activation_checkpointing": _MEMORY, "train.loss_chunk_tokens": _MEMORY,
     "train.weights_at": _MEMORY, "train.boundary_offload": _MEMORY, "train.storage_dir": _ELSEWHERE, "train.threads": _MEMORY,
     "train.steps": _LENGTH, "train.tokens": _LENGTH,
     "train.save_every": _SAVING, "train.keep_last": _SAVING, "train.eval_every": _SAVING, "train.eval_sequences": _SAVING,

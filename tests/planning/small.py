@@ -9,7 +9,7 @@ import pytest
 from lowmem.config.load import load_run_config
 from lowmem.config.schema import RunConfig
 from lowmem.planning.base_cost import Base
-from lowmem.planning.hardware import Rates
+from lowmem.planning.hardware import Rates, StorageRates
 from lowmem.planning.predict import Prediction, predict_peak
 
 TINY = [
@@ -18,7 +18,9 @@ TINY = [
 ]  # fmt: skip
 I3 = ["model.name=i3", "model.num_heads=1", "model.attention_rank=16", "model.lorpt.rank=16"]
 LAYERWISE = ["train.update=layerwise", "train.activation_checkpointing=block"]
+ON_DISK = [*LAYERWISE, "train.weights_at=disk", "train.boundary_offload=disk"]
 BASE_BYTES = 50 << 20
+STORAGE_RATES = StorageRates(1e9, 5e8, 1e10, "measured")
 RATES = Rates({"float32": 1e11, "bfloat16": 1e11}, 1e10, 1e-6, {"32": 1e8, "8": 1e8, "4": 1e8, "bitsandbytes": 1e7})
 
 
@@ -32,6 +34,7 @@ def stub_measurements(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("lowmem.planning.predict.measured_base", lambda *arguments: Base(BASE_BYTES, "measured"))
     patch.setattr("lowmem.planning.base_cost.UNSEEN_BYTES", 0)
     patch.setattr("lowmem.planning.predict.rates_for", lambda config: RATES)
+    patch.setattr("lowmem.planning.predict.storage_rates_for", lambda config: STORAGE_RATES)
 
 
 def remember_predictions(patch: pytest.MonkeyPatch) -> None:

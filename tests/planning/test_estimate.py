@@ -44,7 +44,7 @@ def test_models_of_three_layers_are_traced_as_they_are():
     config = resolve_without_data(small_config())
     for size in (1, 2):
         full = predict_peak(with_settings(config, (), size))
-        assert Estimator(config).estimate((), size) == Estimate(full.host.peak_bytes, 0, pytest.approx(full.step_s))
+        assert Estimator(config).estimate((), size) == Estimate(full.host.peak_bytes, 0, pytest.approx(full.step_s), full.disk_bytes)
 
 
 def test_traces_are_shared(monkeypatch):

@@ -8,7 +8,7 @@ from lowmem.config.checks import config_problems
 from lowmem.planning import plan as plan_for
 from lowmem.planning.levers import missing_bytes
 from lowmem.planning.predict import predict_peak
-from lowmem.planning.search import WORTH, Plan, plan
+from lowmem.planning.search import _UPDATES, WORTH, Plan, plan
 from tests.planning.small import BASE_BYTES, remember_predictions, small_config, stub_measurements
 
 KIB = 1 << 10
@@ -110,3 +110,42 @@ def test_from_python_with_a_budget_of_its_own():
     found = plan_for(config, type(config.budget)(ram=f"{2 * budget(8000)}B"))
     assert found.fits
     assert config == small_config(*SETTINGS)
+
+
+@pytest.fixture
+def by_blocks(monkeypatch):
+    """Fewer candidates: those that keep least."""
+    monkeypatch.setattr("lowmem.planning.search._UPDATES", _UPDATES[-1:])
+
+
+def test_blocks_go_to_a_disk_where_nothing_else_fits(by_blocks):
+    narrow = ["model.num_layers=4", "model.dim=128", "optim.state_bits=4", "train.global_batch_size=2"]
+
+    def found(ram_kib: int, disk: str) -> Plan:
+        return plan(small_config(*narrow, f"budget.ram={budget(ram_kib)}B", f"budget.disk={disk}"), margin=0.0, alternatives=1)
+
+    assert not found(5000, "0").fits
+    away = found(5000, "1GiB")
+    assert away.fits
+    train = away.prediction.config.train
+    assert (train.weights_at, train.boundary_offload, train.update, train.activation_checkpointing) == (
+        "disk",
+        "disk",
+        "layerwise",
+        "block",
+    )
+    assert away.prediction.time.transfer > 0
+    assert not found(5000, f"{away.prediction.disk_bytes - 1}B").fits
+    roomy = found(100_000, "1GiB")
+    assert {p.config.train.weights_at for p in [roomy.prediction, *roomy.alternatives]} == {"device"}
+
+
+def test_blocks_of_a_gpu_go_to_host_memory_where_there_is_enough_of_it(by_blocks):
+    """And to a disk where there is not, unless there is none."""
+    narrow = ["optim.state_bits=4", "train.weight_dtype=bf16", "model.dim=256", "model.num_layers=4", "train.global_batch_size=1"]
+    settings = ["device=cuda", "train.precision=bf16", "train.micro_batch_size=1", *narrow, "budget.vram=40MiB"]
+    places = {}
+    for ram, disk in ((40, "0"), (9, "4GiB"), (9, "0")):
+        found = plan(small_config(*settings, f"budget.ram={BASE_BYTES + (ram << 20)}B", f"budget.disk={disk}"), margin=0.0)
+        places[ram, disk] = found.prediction.config.train.weights_at if found.fits else ""
+    assert places == {(40, "0"): "host", (9, "4GiB"): "disk", (9, "0"): ""}

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 
-from lowmem.planning.levers import set_key
+from lowmem.planning.levers import missing_bytes, set_key
 from lowmem.planning.predict import predict_peak
 from lowmem.planning.search import SOLVABLE, solve
 from lowmem.system.errors import ConfigError
-from tests.planning.small import BASE_BYTES, remember_predictions, small_config, stub_measurements
+from tests.planning.small import BASE_BYTES, LAYERWISE, ON_DISK, remember_predictions, small_config, stub_measurements
 
 MIB = 1 << 20
 
@@ -88,9 +88,23 @@ def test_ranks_that_save_nothing_are_not_tried():
 
 @pytest.mark.parametrize("settings, key, message", [
     (["budget.ram=1GiB"], "model.heads", "--solve is 'model.heads'; allowed: model.dim, model.num_layers, data.seq_len, "),
-    ([], "model.dim", "--solve needs a budget; give --budget.ram, --budget.vram or both"),
+    ([], "model.dim", "--solve needs a budget; give --budget.ram, --budget.vram or --budget.disk"),
 ])  # fmt: skip
 def test_what_cannot_be_solved(settings, key, message):
     with pytest.raises(ConfigError) as raised:
         solve(small_config(*settings), key)
     assert str(raised.value).startswith(message)
+
+
+def test_layers_within_a_budget_of_disk():
+    """RAM holds two layers whatever their number; resident, it would hold no more than three."""
+    room = f"budget.ram={BASE_BYTES + 9 * MIB}B"
+    settings = [*ON_DISK, "model.dim=128", room, "budget.disk=22MiB"]
+    found = solve(small_config(*settings), "model.num_layers", margin=0.0)
+    assert (found.value, found.beyond) == (4, 5)
+    assert found.prediction.disk_bytes <= 22 * MIB < predict_peak(with_layers(settings, 5)).disk_bytes
+    assert missing_bytes(predict_peak(with_layers([*LAYERWISE, "model.dim=128", room], 4)), margin=0.0)
+
+
+def with_layers(settings, layers: int):
+    return small_config(*settings, f"model.num_layers={layers}")

@@ -17,9 +17,9 @@ BUCKET = 4_000_000  # elements of a communication buffer, configs/deepspeed
 
 def peaks(*settings: str, ranks: int = 2):
     config = resolve_without_data(small_config("engine.name=deepspeed", *settings))
-    from lowmem.planning.predict import _as_computed
+    from lowmem.planning.predict import as_computed
 
-    trace, model = trace_run(_as_computed(config), ranks)
+    trace, model = trace_run(as_computed(config), ranks)
     assert model.num_parameters() == N
     dynamic = live_peaks(trace, {"activations", "logits", "workspace"})["steady_steps"]
     return zero_peaks(config, trace, model, ranks), dynamic

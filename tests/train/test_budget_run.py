@@ -31,7 +31,7 @@ def test_within_its_budget_memory_json_has_predicted_and_measured(folder):
     assert result.returncode == 0, result.stderr
     assert "predicted peak of RAM: " in result.stderr
     report = json.loads((folder / "fits" / "memory.json").read_text())
-    assert report["budget"] == {"ram": "2GiB", "vram": ""}
+    assert report["budget"] == {"ram": "2GiB", "vram": "", "disk": ""}
     predicted, measured = report["predicted"], report["measured"]
     for peaks in (predicted, measured):
         assert set(PEAKS) <= set(peaks)

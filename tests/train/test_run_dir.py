@@ -56,7 +56,7 @@ REFUSED = {
     "val_source",
     "optim": "name lr matrix_lr momentum betas eps weight_decay state_bits backend clip clip_by schedule warmup_steps min_lr_ratio "
     "decay_fraction",
-    "train": "global_batch_size seq_len_schedule update boundary_dtype boundary_offload precision weight_dtype label_smoothing z_loss "
+    "train": "global_batch_size seq_len_schedule update boundary_dtype precision weight_dtype label_smoothing z_loss "
     "double_quant distill.teacher distill.weight distill.temperature init_from seed",
     "adapter": "method r lora_alpha lora_dropout target_modules loraplus_lr_ratio last_k",
     "engine": "name zero_stage offload config",
