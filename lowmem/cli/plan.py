@@ -123,9 +123,13 @@ def _hopeless(config: RunConfig) -> bool:
     with on_meta():
         model = build_model(config.model, vocab_size=config.data.tokenizer_vocab_size, max_seq_len=config.data.seq_len, seed=0)
     numbers, disk = model.num_parameters(), parse_bytes(config.budget.disk or "0")
-    blocks = sum(parameter.numel() for parameter in model.blocks.parameters()) if disk else 0  # which need not be in memory
+    blocks = matrices = 0
+    if disk:  # neither need be in memory, but matrices with a row for each word are, with one byte a number or more, until all are there
+        blocks, head = sum(parameter.numel() for parameter in model.blocks.parameters()), model.dense_head()
+        beside = [model.lookup_parameter(), None if head is None else head.weight]
+        matrices = sum({id(weight): weight.numel() for weight in beside if weight is not None}.values())
     limits = [parse_bytes(limit) for limit in (config.budget.vram, config.budget.ram) if limit and parse_bytes(limit)]
-    memory = 3 * (numbers - blocks) + _PROCESS_BYTES > min(limits, default=1 << 60)
+    memory = 3 * (numbers - blocks - matrices) + matrices + _PROCESS_BYTES > min(limits, default=1 << 60)
     return memory or (disk > 0 and 3 * numbers * (1 + checkpoints_at_once(config)) > disk)
 
 

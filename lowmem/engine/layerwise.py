@@ -28,6 +28,7 @@ from lowmem.engine.storage.disk_file import DiskFile
 from lowmem.memory.limits import is_out_of_memory
 from lowmem.models.base import LanguageModel, largest_part_bytes
 from lowmem.nn.gradients import gradients_of
+from lowmem.nn.linear import accumulate_dtype
 from lowmem.nn.recompute import run_block
 from lowmem.optim.clipping import BlockClipping
 from lowmem.optim.from_config import build_optimizer, set_learning_rate
@@ -91,7 +92,8 @@ class LayerwiseEngine(LocalEngine):
         matrix = model.dense_head() if self.clipping.mode == "previous" else None
         for weight in (lookup, None if matrix is None else matrix.weight):
             if weight is not None and weight.requires_grad and (weight is lookup or id(weight) not in map(id, model.embed_parameters())):
-                self.storage.adopt_matrix(weight, self.optimizer)
+                tied = matrix is not None and weight is lookup is matrix.weight
+                self.storage.adopt_matrix(weight, self.optimizer, accumulate_dtype(weight.dtype) if tied else None)
         self.head = LayerwiseHead(model, self.updates, lookup, self.autocast, self.autocast_dtype, self.messages.append)
         self.embedding = LayerwiseEmbedding(model, self.updates, self._embed_parameters, lookup, self.autocast)
 

@@ -132,7 +132,7 @@ class LayerwiseEmbedding:
             grad.index_add_(0, ids[here] - rows.start, sums[here])
 
         self.updates.begin_rows(matrix)
-        for index, rows in representative(list(enumerate(blocks)), sums):
+        for index, rows in representative(list(enumerate(blocks)), sums, distinct=matrix.distinct(blocks)):
             grad = grad_RC[: rows.stop - rows.start]
             once_more(partial(fill, grad, rows, slice(bounds[index], bounds[index + 1])), device)
             if not self.updates.apply_rows(matrix, rows.start, grad, 1 / self.updates.scale.get_scale()):

@@ -391,7 +391,7 @@ class CrossEntropyByRows:
         # the lowest finite number: beside it the sum of nothing is 0, where -inf would make it NaN
         self.max_N1, self.sum_N1 = torch.full_like(zeros, torch.finfo(self.wide).min), zeros
         self.target_N1, self.total_N1 = torch.zeros_like(zeros), torch.zeros_like(zeros) if self.options.label_smoothing else None
-        for rows in representative(self.blocks, self.hidden_NC):
+        for rows in representative(self.blocks, self.hidden_NC, distinct=self.matrix.distinct(self.blocks)):
             self._over_tokens(partial(self._observe, rows, self._read(rows)))
         lse = self.max_N1 + self.sum_N1.log()
         losses = lse - self.target_N1
@@ -464,7 +464,7 @@ class CrossEntropyByRows:
             MemoryError: a single token is too much.
         """
         self.allocate()
-        for rows in representative(self.blocks, self.hidden_NC):
+        for rows in representative(self.blocks, self.hidden_NC, distinct=self.matrix.distinct(self.blocks)):
             weight = self._read(rows)
             grad_weight = self.grad_weight_RC[: len(weight)].zero_()
             self._over_tokens(partial(self._add_cell, rows, weight, grad_weight))

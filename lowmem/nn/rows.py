@@ -4,7 +4,7 @@ Shapes: V rows, C columns.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
@@ -33,7 +33,10 @@ class MatrixRows(ABC):
 
     Attributes:
         parameter: says which matrix it is, by identity, and its shape, dtype and requires_grad; its numbers may be elsewhere.
+        streamed: whether they are. What a dry run counts of reads and writes then depends on all blocks of rows, not on one of them.
     """
+
+    streamed = False
 
     def __init__(self, parameter: torch.Tensor):
         self.parameter = parameter
@@ -47,6 +50,10 @@ class MatrixRows(ABC):
     def dtype(self) -> torch.dtype:
         """Of what is stored; of quantised rows what they pass for."""
         return self.parameter.dtype
+
+    def distinct(self, blocks: Sequence[slice]) -> int:
+        """How many of `blocks` a dry run goes through; see `lowmem.system.dry_run.representative`."""
+        return len(blocks) if self.streamed else 1
 
     @abstractmethod
     def read(self, rows: slice) -> torch.Tensor:

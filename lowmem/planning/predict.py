@@ -66,7 +66,7 @@ def step_time(config: RunConfig, trace: Trace, model: LanguageModel, world_size:
     read, written = came["disk"] / rates.disk_read, went["disk"] / rates.disk_written
     if config.device == "cuda":  # what comes from a disk goes by way of host memory, by the same thread
         read, written = read + came.total() / rates.copied, written + went.total() / rates.copied
-    blocks = sum(part.backing.size for part in trace.elsewhere if part.holds == "blocks") / len(model.blocks)
+    blocks = sum(part.of_blocks for part in trace.elsewhere) / len(model.blocks)
     first = read * min(1.0, blocks / max(1, came.total()))
     return StepTime(compute, read + written, first, came.total(), went.total(), rates.source)
 
@@ -262,7 +262,9 @@ def _on_cuda(config: RunConfig, trace: Trace, model: LanguageModel, world_size: 
 
 
 def _loaded_bytes(config: RunConfig, model: LanguageModel) -> int:
-    """Weights that are on the host before a GPU has them: all, or, where blocks live elsewhere, the largest block besides what is none."""
+    """Weights that are on the host before a GPU has them: all, or, where blocks live elsewhere, the largest block besides what is none:
+    matrices that will live there, too, are on the device until their optimizer has them.
+    """
     if config.train.weights_at == "device":
         return stored_bytes(model.parameters())
     blocks = [stored_bytes(block.parameters()) for block in model.blocks]
@@ -270,7 +272,7 @@ def _loaded_bytes(config: RunConfig, model: LanguageModel) -> int:
 
 
 def _pinned_for_blocks(trace: Trace) -> int:
-    """Host memory of a GPU's blocks: all of them, or buffers by way of which they come from a disk."""
+    """Host memory of a GPU's blocks and matrices beside them: all of them, or buffers by way of which they come from a disk."""
     blocks = [part for part in trace.elsewhere if part.holds == "blocks"]
     kept = sum(pinned_bytes(size + ALIGNMENT) for part in blocks if part.place == "host" for size in part.backing.pieces if size)
     return kept + sum(pinned_bytes(size) for part in blocks if part.place == "disk" for size in part.backing.buffers.values())

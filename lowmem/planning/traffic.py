@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from lowmem.config.schema import RunConfig
 from lowmem.engine.local import LocalEngine
 from lowmem.engine.storage.backing import NoBacking
-from lowmem.engine.storage.blocks import Storage
+from lowmem.engine.storage.blocks import Storage, StreamedBlocks
 
 
 @dataclass
@@ -16,21 +16,24 @@ class Elsewhere:
 
     Attributes:
         place: "disk", or "host" for a GPU.
-        holds: "blocks", which is weights and states, or "boundaries".
+        holds: "blocks", which is weights and states, of matrices beside them too, or "boundaries".
+        of_blocks: bytes of the blocks alone.
     """
 
     place: str
     holds: str
     backing: NoBacking
+    of_blocks: int = 0
 
 
 def elsewhere(config: RunConfig, storage: Storage, engine: LocalEngine) -> list[Elsewhere]:
     """The backings of a dry run."""
-    backings = [
-        (config.train.weights_at, "blocks", getattr(storage, "backing", None)),
-        ("disk", "boundaries", getattr(engine, "disk", None)),
-    ]
-    return [Elsewhere(place, holds, backing) for place, holds, backing in backings if isinstance(backing, NoBacking)]
+    found = []
+    if isinstance(storage, StreamedBlocks) and isinstance(storage.backing, NoBacking):
+        of_blocks = sum(part.size for sections in (storage.weights, storage.states) for part in sections.parts.values())
+        found.append(Elsewhere(config.train.weights_at, "blocks", storage.backing, of_blocks))
+    disk = getattr(engine, "disk", None)
+    return [*found, Elsewhere("disk", "boundaries", disk)] if isinstance(disk, NoBacking) else found
 
 
 def transferred(parts: Sequence[Elsewhere]) -> tuple[Counter, Counter]:

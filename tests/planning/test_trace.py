@@ -61,9 +61,9 @@ def real_steps(config: RunConfig) -> Watch:
     with watch:
         model = build_configured_model(config)
         engine = build_local_engine(config, model, torch.device("cpu"), config.train.precision, resolve_micro_batch_size(config, 1))
-        # no token twice: the gradient of the embedding has a row for each different one, and a dry run assumes that all are
+        # as many different tokens as there can be: the gradient of the embedding has a row for each, and a dry run assumes that
         starts = np.arange(config.train.global_batch_size)[:, None] * config.data.seq_len
-        windows = starts + np.arange(config.data.seq_len + 1)
+        windows = (starts + np.arange(config.data.seq_len + 1)) % model.vocab_size
         for _ in range(2):
             engine.step(Batch.from_windows(windows, 0 if config.data.document_mask else None), config.optim.lr)
         watch.open = False

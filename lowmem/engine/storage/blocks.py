@@ -43,8 +43,12 @@ class Storage:
     def adopt(self, blocks: nn.ModuleList, optimizer: torch.optim.Optimizer) -> None:
         """Take over the optimizer states of blocks, before any exist."""
 
-    def adopt_matrix(self, parameter: nn.Parameter, optimizer: LowBitOptimizer) -> None:
-        """Take over a (V, C) matrix that will only be read and updated in blocks of rows, and its states."""
+    def adopt_matrix(self, parameter: nn.Parameter, optimizer: LowBitOptimizer, gradient: torch.dtype | None = None) -> None:
+        """Take over a (V, C) matrix that will only be read and updated in blocks of rows, and its states.
+
+        Args:
+            gradient: of what is kept of its gradient until the end of the step, for which there is room from now on; None keeps none.
+        """
 
     def has_matrix(self, parameter: torch.Tensor) -> bool:
         """Whether a matrix was taken over and is elsewhere."""
@@ -190,11 +194,13 @@ class StreamedBlocks(Storage):
             ends = [piece.offset + piece.nbytes for key, piece in weights.pieces.items() if key[0] in {id(p) for p in trained}]
             weights.written = aligned_size(max(ends, default=0))
 
-    def adopt_matrix(self, parameter: nn.Parameter, optimizer: LowBitOptimizer) -> None:
+    def adopt_matrix(self, parameter: nn.Parameter, optimizer: LowBitOptimizer, gradient: torch.dtype | None = None) -> None:
         if id(parameter) in self._matrices or not StreamedRows.takes(parameter):
             return
         self._parameters[id(parameter)] = parameter
-        self._matrices[id(parameter)] = StreamedRows(parameter, optimizer, self.backing, self.device)
+        self._matrices[id(parameter)] = matrix = StreamedRows(parameter, optimizer, self.backing, self.device)
+        if gradient is not None:
+            self._gradients[id(parameter)] = StreamedGradient(matrix, gradient, self.backing, self.device)
         for suffix in _parts(parameter):
             self._detach_weight((id(parameter), suffix))
         for name in [name for name, value in optimizer.state[parameter].items() if isinstance(value, torch.Tensor)]:
@@ -210,12 +216,7 @@ class StreamedBlocks(Storage):
         return self._matrices.get(id(parameter)) or super().rows_of(parameter, optimizer)
 
     def gradient_rows_of(self, matrix: MatrixRows, dtype: torch.dtype, device: torch.device) -> GradientRows:
-        if not isinstance(matrix, StreamedRows):
-            return super().gradient_rows_of(matrix, dtype, device)
-        key = id(matrix.parameter)
-        if key not in self._gradients:
-            self._gradients[key] = StreamedGradient(matrix, dtype, self.backing, self.device)
-        return self._gradients[key]
+        return self._gradients.get(id(matrix.parameter)) or super().gradient_rows_of(matrix, dtype, device)
 
     @contextmanager
     def block(self, index: int, *, states: bool = False, ahead: int | None = None, blank: bool = False) -> Iterator[Visit]:
@@ -286,7 +287,7 @@ class StreamedBlocks(Storage):
             for suffix, part in _parts(tensor).items():
                 key = id(tensor), suffix
                 if key in places:
-                    found[name + suffix] = self._lazy(places[key].place(key), part)
+                    found[name + suffix] = self._lazy(places[key].place(key), part.shape, part.dtype)
                 else:
                     found[name + suffix] = self._matrices[key[0]].lazy(suffix, part) if key[0] in self._matrices else part
         return found
@@ -296,20 +297,20 @@ class StreamedBlocks(Storage):
         found = {}
         for key, section in _places(self.states).items():
             piece = section.pieces[key]
-            found[by_id[key[0]] + key[1]] = self._lazy(section.place(key), torch.empty(piece.shape, dtype=piece.dtype, device="meta"))
+            found[by_id[key[0]] + key[1]] = self._lazy(section.place(key), piece.shape, piece.dtype)
         for number, matrix in self._matrices.items():
             found |= {by_id[number] + suffix: lazy for suffix, lazy in matrix.lazy_states().items()}
         return found
 
-    def _lazy(self, place: tuple[int, int], like: torch.Tensor) -> LazyTensor:
+    def _lazy(self, place: tuple[int, int], shape: torch.Size, dtype: torch.dtype) -> LazyTensor:
         offset, size = place
 
         def get() -> torch.Tensor:
-            made = torch.empty(like.shape, dtype=like.dtype)
+            made = torch.empty(shape, dtype=dtype)
             self.backing.get(offset, made)
             return made
 
-        return LazyTensor(tuple(like.shape), like.dtype, get, lambda file: self.backing.copy_to(file, offset, size))
+        return LazyTensor(tuple(shape), dtype, get, lambda file: self.backing.copy_to(file, offset, size))
 
     def each_part(self, tensors: Mapping[str, torch.Tensor], *, changed: bool = False) -> Iterator[dict[str, torch.Tensor]]:
         owners = {key[0]: index for index, section in self.weights.parts.items() for key in section.pieces}

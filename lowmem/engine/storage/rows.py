@@ -15,6 +15,7 @@ from lowmem.nn.loss import row_blocks
 from lowmem.nn.quantized import BLOCK, CODES, SCALE, QuantizedWeight
 from lowmem.nn.rows import GradientRows, MatrixRows, Window
 from lowmem.optim.low_bit import LowBitOptimizer
+from lowmem.system.dry_run import device_kind
 from lowmem.system.tensors import LazyTensor, Slice
 
 
@@ -26,6 +27,8 @@ class StreamedRows(MatrixRows):
         optimizer: has, or allocates, its states.
     Memory: two blocks of rows, for an update two of their states, and the rows that are looked up.
     """
+
+    streamed = True
 
     def __init__(self, parameter: nn.Parameter, optimizer: LowBitOptimizer, backing: Backing, device: torch.device):
         super().__init__(parameter)
@@ -66,7 +69,10 @@ class StreamedRows(MatrixRows):
 
     def gather(self, ids: torch.Tensor) -> torch.Tensor:
         if isinstance(self.backing, NoBacking):
-            return torch.empty(len(ids), self.shape[1], dtype=self.dtype, device=ids.device)
+            different = self._table(min(len(ids), self.shape[0])) if device_kind(ids) == "cpu" else {}  # a GPU's are on the host
+            found = torch.empty(len(ids), self.shape[1], dtype=self.dtype, device=ids.device)
+            del different  # not before: both are there at once
+            return found
         self.weights.check(wait=True)
         unique, inverse = ids.to("cpu").unique(return_inverse=True)
         table = self._table(len(unique))
