@@ -192,11 +192,11 @@ def layerwise(case: Case) -> str:
     expected, engine, found = gradients(case.engine(micro=1), batch()), case.engine("layerwise", micro=1), {}
     names = {parameter: name for name, parameter in engine.model.named_parameters()}
 
-    def keep(parameter: Any, grad: torch.Tensor, *, start: int = 0, grad_scale: float = 1.0) -> None:
+    def keep(parameter: Any, window: Any, grad: torch.Tensor, *, start: int = 0, grad_scale: float = 1.0) -> None:
         whole = found.setdefault(names[parameter], torch.zeros(parameter.numel()))
         whole[start : start + grad.numel()] += grad.flatten() * grad_scale
 
-    engine.optimizer.update = keep
+    engine.optimizer.apply = keep
     engine.step(batch(), 1e-3)
     largest = max(gradient.abs().max().item() for gradient in expected.values())
     return shown(max(apart(found[name], gradient.flatten(), scale=0.05 * largest) for name, gradient in expected.items()))

@@ -14,7 +14,7 @@ from lowmem.planning.disk_space import EVALUATION_BATCH, assumed_new_tokens, che
 from lowmem.planning.predict import as_computed, resolve_without_data, run_checkpoint_bytes
 from lowmem.planning.traffic import elsewhere
 from lowmem.system.dry_run import pretend_device
-from lowmem.system.errors import ConfigError, StorageError
+from lowmem.system.errors import CheckpointError, ConfigError, StorageError
 from lowmem.system.files import existing_folder
 from lowmem.system.units import format_bytes
 
@@ -35,7 +35,10 @@ def check_room(config: RunConfig, *, fresh: bool = False) -> None:
         resolved = resolve_without_data(config)
     except ConfigError:
         resolved = resolve_without_data(replace(config, model=replace(config.model, vocab_size=config.model.vocab_size or _FEW_ROWS)))
-    checkpoint, scratch = sizes_without_a_step(resolved)
+    try:
+        checkpoint, scratch = sizes_without_a_step(resolved)
+    except (ConfigError, CheckpointError):
+        return  # what cannot be built is told by what builds it
     folder = Path(config.run_dir) / "checkpoints"
     existing = 0 if fresh else sum(path.stat().st_size for path in folder.glob("*/*") if path.is_file())
     uses = [_Use(Path(config.run_dir), max(0, checkpoint * checkpoints_at_once(config) - existing), "checkpoints", _FOR_CHECKPOINTS)]

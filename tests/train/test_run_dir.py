@@ -58,7 +58,7 @@ REFUSED = {
     "decay_fraction",
     "train": "global_batch_size seq_len_schedule update boundary_dtype precision weight_dtype label_smoothing z_loss "
     "double_quant distill.teacher distill.weight distill.temperature init_from seed",
-    "adapter": "method r lora_alpha lora_dropout target_modules loraplus_lr_ratio last_k",
+    "adapter": "method r lora_alpha lora_dropout target_modules loraplus_lr_ratio last_k num_virtual_tokens",
     "engine": "name zero_stage offload config",
     "model": "path revision name dim hidden_dim num_layers num_heads num_kv_heads vocab_size max_seq_len positions rope_theta norm "
     "norm_eps activation bias tie_embeddings attention_rank state_dim lorpt.rank lorpt.targets lorpt.ranks lorpt.bottleneck lorpt.init "
