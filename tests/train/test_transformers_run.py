@@ -187,3 +187,15 @@ def test_killed_in_a_save_it_goes_on_bit_equal(tmp_path):
         assert leg.returncode == -signal.SIGKILL, leg.stderr
     assert pretrain(*given) == 0
     assert final_bits(killed) == final_bits(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("settings", [{}, {"adapter.method": "lora"}])
+def test_a_run_whose_blocks_are_on_a_disk_leaves_what_a_resident_one_does(tmp_path, settings):
+    left = []
+    for place in ("device", "disk"):
+        given = {"train.steps": 2, "train.update": "layerwise", "train.weights_at": place, "train.loss_chunk_tokens": 9, **settings}
+        assert pretrain(*arguments(tmp_path, place, "llama", **given)) == 0
+        folders = [tmp_path / place / "merged", tmp_path / place / "adapter"]
+        left.append({str(file.relative_to(tmp_path / place)): file.read_bytes() for folder in folders for file in folder.rglob("*")})
+    assert "merged/model.safetensors" in left[0]
+    assert left[0] == left[1]
