@@ -42,7 +42,13 @@ Tensor = torch.Tensor | LazyTensor
 
 @torch.no_grad()
 def export_of_transformers(
-    run: RunModel, out: Path, *, adapter: bool, dtype: Literal["fp32", "bf16", "fp16"] | None = None, overwrite: bool = False
+    run: RunModel,
+    out: Path,
+    *,
+    adapter: bool,
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None,
+    overwrite: bool = False,
+    storage: Storage | None = None,
 ) -> tuple[Path, int]:
     """Write the adapter of a model of transformers, or the model with its adapter or its low-rank factors multiplied in.
 
@@ -51,6 +57,7 @@ def export_of_transformers(
         adapter: write the adapter alone.
         dtype: of a merged model; see `save_merged`.
         overwrite: take a folder that is not empty: an earlier export there is replaced, and other files are left alone.
+        storage: where its blocks are; None has all of them here.
     Returns:
         The directory of its base, and bytes of the weights.
     Raises:
@@ -73,7 +80,7 @@ def export_of_transformers(
             chosen = None if dtype is None else DTYPES[dtype]
             if chosen is None and run.config.train.weight_dtype in QUANTIZED:  # which were read as what they stand for
                 chosen = _base_dtype(base)
-            save_merged(run.model, base, target, dtype=chosen, **beside)
+            save_merged(run.model, base, target, dtype=chosen, **beside, storage=storage)
     return base, sum(path.stat().st_size for path in out.glob("*.safetensors"))
 
 
