@@ -13,6 +13,8 @@ from lowmem.data.tokenizers import ByteTokenizer
 from lowmem.engine import run_model
 from lowmem.engine.from_config import temporary_storage
 from lowmem.engine.run_model import load_run_model
+from lowmem.generation import generate_batch
+from lowmem.generation.sampling import SamplingOptions
 from lowmem.models.huggingface import HuggingFaceModel
 from lowmem.models.registry import build_model
 from lowmem.system.errors import CheckpointError, ConfigError, DataError
@@ -211,7 +213,7 @@ def write_adapted_run(base, run_dir, monkeypatch):
     """A run of LoRA on `base`, whose checkpoint holds what was trained; the model as it was then."""
     trained = adapted(base)
 
-    def build(config, new_tokens=()):
+    def build(config, new_tokens=(), storage=None):
         meta = torch.get_default_device().type == "meta"
         with torch.device("cpu"):
             fresh = adapted(base)
@@ -376,6 +378,8 @@ def test_blocks_may_be_elsewhere(tmp_path, dtype, changes):
         assert all(parameter.isnan().all() for parameter in elsewhere.model.blocks.parameters())
         assert torch.equal(elsewhere.model(tokens), here.model(tokens))
         assert {p.dtype for p in elsewhere.model.parameters()} == {p.dtype for p in here.model.parameters()}
+        texts = [generate_batch(run.model, run.tokenizer, ["some", "a"], SamplingOptions(temperature=0), 9) for run in (here, elsewhere)]
+        assert [text.token_ids for text in texts[0]] == [text.token_ids for text in texts[1]]
     assert not list((tmp_path / "scratch").iterdir())
 
 
