@@ -151,6 +151,8 @@ def test_ctrl_c_ends_one_text_in_a_conversation_and_the_command_otherwise(run, c
         (["--run", "r", "--prompt", "-", "--prompt", "-"], "--prompt - is given twice"),
         (["--run", "r", "--chat", "--json"], "--chat with --json needs --prompt"),
         (["--run", "r", "--prompt", "x", "--device", "tpu"], "device is 'tpu'; allowed: auto, cpu, cuda"),
+        (["--run", "r", "--prompt", "x", "--storage_dir", "d"], "--storage_dir is for --weights_at=disk; add it"),
+        (["--run", "r", "--prompt", "x", "--weights_at", "host", "--device", "cpu"], "in host memory already; use disk"),
     ],
 )
 def test_bad_usage_is_refused(arguments, message, run):
@@ -457,3 +459,52 @@ def test_what_a_directory_cannot_be_is_one_line(tmp_path, capsys):
         said = capsys.readouterr().err
         assert message in said
         assert said.count("\n") == 1
+
+
+STREAMED = ["--weights_at=disk", "--storage_dir"]
+
+
+@pytest.mark.parametrize(("family", "method"), [("llama", ""), ("gpt2", ""), ("llama", "lora"), ("llama", "dora"), ("gemma3_text", "")])
+def test_blocks_on_a_disk_write_the_same_text(family, method, tmp_path, capsys):
+    base = where = tmp_path / "base"
+    save_base(base, family)
+    if method:
+        where = tmp_path / "adapter"
+        save_adapted(base, where, method)
+    arguments = ["--run", str(where), "--prompt", "some words", "--prompt", "a", "--temperature", "0"]
+    wanted, found = written(capsys, *arguments), written(capsys, *arguments, *STREAMED, str(tmp_path / "scratch"))
+    assert [report["token_ids"] for report in found] == [report["token_ids"] for report in wanted]
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_blocks_on_a_disk_count_two_at_a_time(tmp_path, capsys, monkeypatch):
+    base = tmp_path / "base"
+    model = save_base(base, num_hidden_layers=6)
+    asked = ["--run", str(base), "--prompt", "x", "--max_new_tokens", "4", "--device", "cpu"]
+    predicted = []
+    for more in ([], ["--weights_at=disk"]):
+        capsys.readouterr()
+        assert run_command(command.generate_main, [*asked, "--dry_run", "--json", *more]) == 0
+        predicted.append(json.loads(capsys.readouterr().out)["predicted"])
+    block = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
+    assert predicted[0]["weights_bytes"] - predicted[1]["weights_bytes"] == 4 * block
+    for name in ("cache_bytes", "logits_bytes", "activations_bytes"):
+        assert predicted[0][name] == predicted[1][name]
+    between = sum(entry["ram_bytes"] for entry in predicted) // 2
+    monkeypatch.setattr(command, "this_hardware", lambda: Hardware(between, 0))
+    assert run_command(command.generate_main, asked) == 3
+    assert "the weights alone do not fit; set --weights_at=disk" in capsys.readouterr().err
+    assert run_command(command.generate_main, [*asked, "--weights_at=disk"]) == 0
+    assert not [path for path in base.iterdir() if path.name.startswith(".")]
+
+
+def test_a_scratch_file_that_cannot_be_is_one_line(tmp_path, capsys):
+    base = tmp_path / "base"
+    save_base(base)
+    (tmp_path / "file").write_text("")
+    given = ["--run", str(base), "--prompt", "x", "--device", "cpu", *STREAMED, str(tmp_path / "file")]
+    capsys.readouterr()
+    assert run_command(command.generate_main, given) == 7
+    error = capsys.readouterr().err
+    assert "name another folder with --storage_dir, then run the same command again" in error
+    assert "checkpoints" not in error

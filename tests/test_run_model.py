@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from lowmem.config.dump import dump_config
-from lowmem.config.schema import ModelConfig, RunConfig
+from lowmem.config.schema import LorptConfig, ModelConfig, RunConfig
 from lowmem.data.tokenizer_loading import load_tokenizer
 from lowmem.data.tokenizers import ByteTokenizer
 from lowmem.engine import run_model
+from lowmem.engine.from_config import temporary_storage
 from lowmem.engine.run_model import load_run_model
+from lowmem.generation import generate_batch
+from lowmem.generation.sampling import SamplingOptions
 from lowmem.models.huggingface import HuggingFaceModel
 from lowmem.models.registry import build_model
 from lowmem.system.errors import CheckpointError, ConfigError, DataError
@@ -210,7 +213,7 @@ def write_adapted_run(base, run_dir, monkeypatch):
     """A run of LoRA on `base`, whose checkpoint holds what was trained; the model as it was then."""
     trained = adapted(base)
 
-    def build(config, new_tokens=()):
+    def build(config, new_tokens=(), storage=None):
         meta = torch.get_default_device().type == "meta"
         with torch.device("cpu"):
             fresh = adapted(base)
@@ -361,3 +364,26 @@ def test_rows_that_an_adapter_brought_are_made(tmp_path):
     with torch.no_grad():
         made, wanted = run.model(tokens), trained(input_ids=tokens).logits
     torch.testing.assert_close(made[..., :rows], wanted[..., :rows], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "changes"), [(torch.float32, {}), (torch.bfloat16, {"tie_embeddings": True}), (torch.float32, {"lorpt": 4})]
+)
+def test_blocks_may_be_elsewhere(tmp_path, dtype, changes):
+    shape = replace(MODEL, **{**changes, **({"lorpt": LorptConfig(rank=4)} if "lorpt" in changes else {})})
+    write_run(tmp_path / "run", shape, dtype=dtype)
+    here, tokens = load_run_model(tmp_path / "run"), torch.arange(3, 15).view(1, -1)
+    with temporary_storage("disk", tmp_path / "scratch", torch.device("cpu")) as storage, torch.inference_mode():
+        elsewhere = load_run_model(tmp_path / "run", storage=storage)
+        assert all(parameter.isnan().all() for parameter in elsewhere.model.blocks.parameters())
+        assert torch.equal(elsewhere.model(tokens), here.model(tokens))
+        assert {p.dtype for p in elsewhere.model.parameters()} == {p.dtype for p in here.model.parameters()}
+        texts = [generate_batch(run.model, run.tokenizer, ["some", "a"], SamplingOptions(temperature=0), 9) for run in (here, elsewhere)]
+        assert [text.token_ids for text in texts[0]] == [text.token_ids for text in texts[1]]
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_blocks_whose_sizes_change_stay_here(tmp_path):
+    write_run(tmp_path / "run", replace(MODEL, lorpt=LorptConfig(rank=4, schedule={5: 6})))
+    with temporary_storage("disk", tmp_path, torch.device("cpu")) as storage, pytest.raises(ConfigError, match="whose sizes change"):
+        load_run_model(tmp_path / "run", storage=storage)

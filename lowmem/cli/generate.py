@@ -5,11 +5,13 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from lowmem.cli.options import OptionParser
 from lowmem.config.keys import shown
 from lowmem.data.chat_template import ChatTemplate, has_chat_template, load_chat_template
+from lowmem.engine.from_config import temporary_storage
 from lowmem.engine.huggingface_files import sampling_values
 from lowmem.engine.run_model import RunModel, load_run_model
 from lowmem.generation import GenerationResult, generate, generate_batch
@@ -50,6 +52,11 @@ def parse_flags(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--force", action="store_true", help="start even if memory seems too small")
     parser.add_argument("--checkpoint", type=_checkpoint, default="latest", metavar="WHICH", help="latest (default), best, or a step")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--weights_at", choices=("device", "host", "disk"), default="device",
+        help="where the blocks' weights are; elsewhere they are fetched for each token (default device)",
+    )  # fmt: skip
+    parser.add_argument("--storage_dir", default="", metavar="DIR", help="with --weights_at=disk: of the scratch file (default --run)")
     parser.add_argument("--preset", choices=list(PRESETS), default="", help=f"values for several of the following: {_presets()}")
     for name, kind in SETTINGS.items():
         shown = "" if DEFAULTS[name] is None else f" (default {DEFAULTS[name]})"
@@ -80,6 +87,8 @@ def _contradiction(flags: argparse.Namespace) -> str:
         return "--system is for --chat; add it, or put the text into the prompt"
     if flags.batch_size is not None and flags.batch_size < 1:
         return f"batch_size is {flags.batch_size}; allowed: 1 or more"
+    if flags.storage_dir and flags.weights_at != "disk":
+        return "--storage_dir is for --weights_at=disk; add it, or leave --storage_dir out"
     if "" in flags.stop:
         return 'a stop string is ""; give at least one character, or leave --stop out'
     if not (given or flags.interactive or flags.chat or flags.dry_run):
@@ -123,6 +132,8 @@ def generate_main(argv: Sequence[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character must not end the text
+    if flags.weights_at == "host" and device.type == "cpu":
+        raise ConfigError("--weights_at is host, but a CPU writes, whose weights are in host memory already; use disk")
     which = (flags.run, flags.checkpoint, device)
     adapter = {"adapter": flags.adapter} if flags.adapter else {}
     outline = load_run_model(*which, outline=True, **adapter)
@@ -135,12 +146,14 @@ def generate_main(argv: Sequence[str]) -> int:
     if flags.dry_run:
         return 0
     template = _template(outline, flags.run) if flags.chat else None
-    run = load_run_model(*which, **adapter)
-    try:
-        _write(run, flags, settings, prompts, template, warn)
-    except KeyboardInterrupt as error:
-        sys.stdout.write("\n")
-        raise StoppedBySignal("generation stopped", EXIT_INTERRUPTED) from error
+    with temporary_storage(flags.weights_at, Path(flags.storage_dir or flags.run), device) as storage:
+        elsewhere: dict[str, Any] = {**adapter, **({"storage": storage} if storage.streams else {})}
+        run = load_run_model(flags.run, flags.checkpoint, device, **elsewhere)
+        try:
+            _write(run, flags, settings, prompts, template, warn)
+        except KeyboardInterrupt as error:
+            sys.stdout.write("\n")
+            raise StoppedBySignal("generation stopped", EXIT_INTERRUPTED) from error
     return 0
 
 
@@ -360,7 +373,7 @@ def _check_memory(run: RunModel, flags: argparse.Namespace, prompts: Sequence[st
     context = min(context, window) if window else context
     alone = flags.chat or flags.interactive
     batch_size = 1 if alone else min(flags.batch_size or BATCH_SIZE, len(prompts)) if prompts else flags.batch_size or 1
-    memory = generation_memory(run.model, batch_size, context, PREFILL_TOKENS, device)
+    memory = generation_memory(run.model, batch_size, context, PREFILL_TOKENS, device, flags.weights_at)
     free = this_hardware()
     problem = "" if flags.force and not flags.dry_run else generation_refusal(run.model, memory, free, PREFILL_TOKENS)
     if flags.dry_run:

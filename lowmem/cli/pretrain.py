@@ -165,7 +165,7 @@ def _write_model(run: "Run") -> None:
             run.display.message(f"{problem}: adapter/ is written, and no merged/; adapter.merge=false asks for none")
         elif config.adapter.merge:
             with written_whole(run.run_dir.path / "merged") as target:
-                save_merged(model, base, target, **beside)
+                save_merged(model, base, target, **beside, storage=getattr(run.engine, "storage", None))
 
 
 def _finish(run: "Run", peak: "PeakMemory", predicted: dict[str, Any] | None, together: bool) -> None:

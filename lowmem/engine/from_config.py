@@ -1,8 +1,9 @@
 """From a resolved configuration to a model and the engine of one process."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -43,6 +44,25 @@ def open_storage(config: RunConfig, device: torch.device) -> Storage:
     return StreamedBlocks(
         _open_disk(config, device) if place == "disk" else HostMemory(device) if device.type != "meta" else NoBacking(), device
     )
+
+
+@contextmanager
+def temporary_storage(place: Literal["device", "host", "disk"], directory: Path, device: torch.device) -> Iterator[Storage]:
+    """Where the blocks of a model live that is read for one use, empty.
+
+    Args:
+        directory: of the scratch file, on a disk; nothing is left there.
+    Raises:
+        StorageError: it cannot be written.
+    """
+    if place == "disk":
+        storage: Storage = StreamedBlocks(DiskFile(directory, option="--storage_dir"), device)
+    else:
+        storage = open_storage(RunConfig(train=TrainConfig(weights_at=place)), device)
+    try:
+        yield storage
+    finally:
+        storage.close()
 
 
 def _open_disk(config: RunConfig, device: torch.device) -> DiskFile | NoBacking:

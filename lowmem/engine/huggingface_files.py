@@ -298,26 +298,31 @@ def outline(directory: Path, dtype: torch.dtype) -> Any:
     return model
 
 
-def initial_model(directory: Path, dtype: torch.dtype, *, kept: "Kept | None" = None) -> Any:
+def initial_model(directory: Path, dtype: torch.dtype, *, kept: "Kept | None" = None, place: Place = stays) -> Any:
     """The model that a directory describes, with weights that mean nothing, to be given those of a checkpoint.
 
     Args:
         kept: its low-rank layers; None has none.
+        place: see `load_model`.
     Raises:
         ConfigError, CheckpointError: see `outline`.
     Memory: the weights; where layers are low-rank none until they are written.
     """
-    described = outline(directory, dtype)
-    if kept is not None and kept.changes_layers():
+    described, changes = outline(directory, dtype), kept is not None and kept.changes_layers()
+    if changes or place is not stays:
         from lowmem.models.huggingface_weights import convert_shapes
 
-        if torch.get_default_device().type == "meta":
+        if kept is not None and torch.get_default_device().type == "meta":
             convert_shapes(described, kept)
             return described
         kept_once = reversed(described.state_dict(keep_vars=True).items())  # of tied weights the first
         names = {id(tensor): name for name, tensor in kept_once}
         tensors = described.state_dict()
-        return _given(directory, described, dtype, {name: _Empty(tensors[name]) for name in names.values()}, kept)[0]
+        arrivals = None if place is stays else Arrivals(place)
+        model = _given(directory, described, dtype, {name: _Empty(tensors[name]) for name in names.values()}, kept, arrivals)[0]
+        if arrivals is not None:
+            arrivals.finish()
+        return model
     config = described.config
     from transformers import AutoModelForCausalLM
 

@@ -16,6 +16,7 @@ from lowmem.engine import huggingface_files
 from lowmem.engine.huggingface_files import reported_as_damage, resolve_model_path
 from lowmem.engine.weights import coded_weights, stored_weights, summary, weight_problems
 from lowmem.models.adapters import UNUSED_BY_PEFT
+from lowmem.models.base import Place, stays
 from lowmem.models.huggingface import HuggingFaceModel
 from lowmem.models.prefix import PROMPT_EMBEDDINGS, add_prefix, load_prompt_embeddings, prompt_embeddings
 from lowmem.system.dry_run import on_meta
@@ -72,11 +73,14 @@ def adapter_base(adapter: Path) -> Path:
         raise CheckpointError(f"{adapter / CONFIG}: its base is {said}; give the base as --run and this as --adapter") from error
 
 
-def base_with_adapter(base: Path, dtype: torch.dtype, adapter: Path | None, *, rows: int, outline: bool) -> HuggingFaceModel:
+def base_with_adapter(
+    base: Path, dtype: torch.dtype, adapter: Path | None, *, rows: int, outline: bool, place: Place = stays
+) -> HuggingFaceModel:
     """The model of a directory of transformers, with an adapter of PEFT if one is given.
 
     Args:
         rows: tokens of the tokenizer, for which an adapter may have brought new rows.
+        place: see `load_model`.
     Raises:
         CheckpointError: see `load_model`; or the adapter is none, is damaged, or is for another base.
     Memory: the base and the adapter; of an outline nothing.
@@ -84,7 +88,7 @@ def base_with_adapter(base: Path, dtype: torch.dtype, adapter: Path | None, *, r
     if outline:
         with on_meta():
             return _adapted(huggingface_files.outline(base, dtype), adapter, rows)
-    return _adapted(huggingface_files.load_model(base, dtype), adapter, rows)
+    return _adapted(huggingface_files.load_model(base, dtype, place=place), adapter, rows)
 
 
 def with_adapter(model: Any, adapter: Path, tokenizer: Tokenizer) -> tuple[HuggingFaceModel, Tokenizer]:

@@ -25,8 +25,17 @@ from lowmem.engine.huggingface_files import (
 )
 from lowmem.engine.manifest import checkpoint_name, checkpoint_step, checkpoint_steps, recorded_tokenizer, verify_weights
 from lowmem.engine.storage.blocks import Storage
-from lowmem.engine.weights import coded_weights, copy_weights, load_trained, load_weights, stored_weights, summary, weight_problems
-from lowmem.models.base import LanguageModel, move_to
+from lowmem.engine.weights import (
+    coded_weights,
+    copy_weights,
+    load_trained,
+    load_weights,
+    read_dtype,
+    stored_weights,
+    summary,
+    weight_problems,
+)
+from lowmem.models.base import LanguageModel, Place, move_to, stays
 from lowmem.models.registry import build_model
 from lowmem.nn.quantized import WeightFormat
 from lowmem.system.devices import device_has_native_bf16
@@ -97,6 +106,7 @@ def load_run_model(
     *,
     outline: bool = False,
     adapter: Path | str | None = None,
+    storage: Storage | None = None,
 ) -> RunModel:
     """The model of a directory.
 
@@ -106,21 +116,23 @@ def load_run_model(
         device: where the model goes; the CPU if None.
         outline: leave the model on the meta device: shapes and dtypes as they would be there, and no numbers.
         adapter: an adapter of PEFT, in place of the one that the run or the directory has.
+        storage: takes over each block as soon as it is there; None leaves all on the device. An outline has none.
     Raises:
         CheckpointError: something is missing or damaged, or weights do not fit the run's configuration or its tokenizer; the message
             names it.
         ConfigError: the run's config.yaml cannot be read, `checkpoint` or `adapter` is given for a directory that has no such thing.
         DataError: the tokenizer.json is malformed.
-    Memory: the weights, and one tensor more while they are read; of an outline nothing.
+        StorageError: a block cannot be written to where it is to live.
+    Memory: the weights, and one tensor more while they are read; where blocks are elsewhere one block of them; of an outline nothing.
     """
-    run_dir, device = Path(run_dir), device or torch.device("cpu")
+    run_dir, device, storage = Path(run_dir), device or torch.device("cpu"), storage or Storage()
     kind = directory_kind(run_dir)
     if kind != "run" and checkpoint != "latest":
         raise ConfigError(f"--checkpoint is {checkpoint}, but {run_dir} is no lowmem run and has one state; leave it out")
     if kind == "run":
-        run = _run_of_lowmem(run_dir, checkpoint, device, outline, None if adapter is None else Path(adapter))
+        run = _run_of_lowmem(run_dir, checkpoint, device, outline, None if adapter is None else Path(adapter), storage)
     else:
-        run = _run_of_directory(run_dir, kind, device, outline, None if adapter is None else Path(adapter))
+        run = _run_of_directory(run_dir, kind, device, outline, None if adapter is None else Path(adapter), storage)
     if not 0 < run.tokenizer.vocab_size <= run.model.vocab_size:
         raise CheckpointError(
             f"{run_dir}: the tokenizer has {run.tokenizer.vocab_size} tokens, the model {run.model.vocab_size} rows; the files belong to "
@@ -131,7 +143,7 @@ def load_run_model(
     return replace(run, model=(run.model if outline else move_to(run.model, device)).eval(), end_ids=ends, generation=values)
 
 
-def _run_of_lowmem(run_dir: Path, checkpoint: Any, device: torch.device, outline: bool, adapter: Path | None) -> RunModel:
+def _run_of_lowmem(run_dir: Path, checkpoint: Any, device: torch.device, outline: bool, adapter: Path | None, storage: Storage) -> RunModel:
     path = checkpoint_path(run_dir, checkpoint)
     config = load_run_config(run_dir / "config.yaml", check=False)
     shape = config.model
@@ -148,11 +160,11 @@ def _run_of_lowmem(run_dir: Path, checkpoint: Any, device: torch.device, outline
         base = resolve_model_path(shape.path, shape.revision)
         folders = (run_dir, base)
         if adapter is not None and config.adapter.method != "none":  # the base with another adapter
-            return _run_of_directory(base, "transformers", device, outline, adapter)
+            return _run_of_directory(base, "transformers", device, outline, adapter, storage)
     if not outline:
         verify_weights(path)
     added = range(tokenizer.vocab_size - len(config.data.add_tokens), tokenizer.vocab_size)  # the tokenizer has them after its own
-    model = _trained_model(config, path / "model.safetensors", device, outline, added)
+    model = _trained_model(config, path / "model.safetensors", device, outline, added, storage)
     if adapter is not None:
         from lowmem.engine.peft_files import with_adapter
 
@@ -161,37 +173,54 @@ def _run_of_lowmem(run_dir: Path, checkpoint: Any, device: torch.device, outline
     return RunModel(model, tokenizer, config, checkpoint_step(path.name) or 0, path, folders)
 
 
-def _trained_model(config: RunConfig, weights: Path, device: torch.device, outline: bool, added: Sequence[int]) -> LanguageModel:
+def _trained_model(
+    config: RunConfig, weights: Path, device: torch.device, outline: bool, added: Sequence[int], storage: Storage
+) -> LanguageModel:
     """The model of a run with the weights of a checkpoint; where those are a part of it, the others are its base's."""
     native, train = device_has_native_bf16(device), config.train
     with on_meta() if outline else nullcontext():
+        if config.adapter.method == "none" and storage.streams and not outline:
+            return _streamed_model(config, weights, native, storage)
         if config.adapter.method == "none":
             model = _initial_model(config)
             load_weights(weights, model, keep_bf16=native, read=meta_tensors if outline else read_tensors)
             return model
         precision: Any = "fp32" if train.precision == "bf16" and not native else train.precision
         stored: Any = "fp32" if train.weight_dtype == "bf16" and not native else train.weight_dtype
-        model = build_configured_model(replace(config, train=replace(train, precision=precision, weight_dtype=stored)), added)
-    load_trained(weights, model.saved_tensors())
+        model = build_configured_model(replace(config, train=replace(train, precision=precision, weight_dtype=stored)), added, storage)
+    load_trained(weights, model.saved_tensors(), storage)
     return model
 
 
-def _initial_model(config: RunConfig) -> LanguageModel:
+def _streamed_model(config: RunConfig, weights: Path, keep_bf16: bool, storage: Storage) -> LanguageModel:
+    """As `load_weights` makes it, with blocks that are elsewhere and are filled one by one."""
+    if config.model.lorpt.schedule or config.model.lorpt.grow_to:
+        raise ConfigError(
+            "the blocks of a run with model.lorpt.schedule or grow_to, whose sizes change, cannot be elsewhere; keep them here"
+        )
+    model = _initial_model(config, read_dtype(weights, keep_bf16=keep_bf16), storage.place)
+    load_trained(weights, model.state_dict(keep_vars=True), storage)
+    return model
+
+
+def _initial_model(config: RunConfig, dtype: torch.dtype = torch.float32, place: Place = stays) -> LanguageModel:
     """The model of a run, to be given all weights of a checkpoint."""
     shape = config.model
     if not shape.path:
-        return build_model(shape, vocab_size=shape.vocab_size, max_seq_len=shape.max_seq_len, seed=config.train.seed)
+        return build_model(
+            shape, vocab_size=shape.vocab_size, max_seq_len=shape.max_seq_len, seed=config.train.seed, dtype=dtype, place=place
+        )
     from lowmem.models.huggingface import HuggingFaceModel
     from lowmem.models.huggingface_weights import Kept
 
-    kept = Kept(WeightFormat(torch.float32), lorpt=shape.lorpt, blank=True)
-    model = initial_model(resolve_model_path(shape.path, shape.revision), torch.float32, kept=kept)
+    kept = Kept(WeightFormat(dtype), lorpt=shape.lorpt, blank=True)
+    model = initial_model(resolve_model_path(shape.path, shape.revision), dtype, kept=kept, place=place)
     if config.data.add_tokens and shape.vocab_size > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(shape.vocab_size, mean_resizing=False)
     return HuggingFaceModel(model, shape.max_seq_len)
 
 
-def _run_of_directory(directory: Path, kind: Kind, device: torch.device, outline: bool, adapter: Path | None) -> RunModel:
+def _run_of_directory(directory: Path, kind: Kind, device: torch.device, outline: bool, adapter: Path | None, storage: Storage) -> RunModel:
     """A model as transformers or PEFT have written it."""
     check_transformers()
     from lowmem.engine.peft_files import adapter_base, base_with_adapter
@@ -203,9 +232,10 @@ def _run_of_directory(directory: Path, kind: Kind, device: torch.device, outline
         directory = adapter_base(directory)
     base = resolve_model_path(str(directory))
     tokenizer = load_model_tokenizer(base) if adapter is None or not (adapter / "tokenizer.json").is_file() else load_tokenizer(adapter)
-    model = base_with_adapter(base, files_dtype(base, device), adapter, rows=tokenizer.vocab_size, outline=outline)
+    place = storage.place if storage.streams else stays
+    model = base_with_adapter(base, files_dtype(base, device), adapter, rows=tokenizer.vocab_size, outline=outline, place=place)
     if not outline:
-        check_contract(model)
+        check_contract(model, briefly=storage.streams)
     shape = ModelConfig(path=str(base), vocab_size=model.vocab_size, max_seq_len=model.max_seq_len)
     stored = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[next(model.parameters()).dtype]
     config = RunConfig(model=shape, train=TrainConfig(weight_dtype=stored))  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from lowmem.engine.storage.blocks import Storage
 from lowmem.models.base import LanguageModel
 from lowmem.nn.lorptize import adopt_ranks
 from lowmem.nn.quantized import CODES, SCALE, assign, dequantized
@@ -78,18 +79,28 @@ def load_weights(
 
 
 @torch.no_grad()
-def load_trained(path: Path, targets: Mapping[str, torch.Tensor]) -> None:
+def load_trained(path: Path, targets: Mapping[str, torch.Tensor], storage: Storage | None = None) -> None:
     """Copy the tensors of a file, which are those that were trained, into a model whose other weights are there.
 
     Args:
         targets: what the model's checkpoints hold, by name.
+        storage: where its blocks are; None has all of them here.
     Raises:
         CheckpointError: see `load_weights`.
+        StorageError: a block cannot be written.
     Memory: one tensor.
     """
     _check(path, targets)
     if not any(target.is_meta for target in targets.values()):
-        copy_weights(path, targets)
+        for part in (storage or Storage()).each_part(targets, changed=True):
+            copy_weights(path, part)
+
+
+def read_dtype(path: Path, *, keep_bf16: bool) -> torch.dtype:
+    """The dtype that `load_weights` gives a model; fp32 where there is no such file."""
+    found = {tensor.dtype for _, tensor in meta_tensors(path)} if path.is_file() else set()
+    dtype = found.pop() if len(found) == 1 else torch.float32
+    return dtype if dtype in WEIGHT_DTYPES and (keep_bf16 or dtype != torch.bfloat16) else torch.float32
 
 
 @torch.no_grad()

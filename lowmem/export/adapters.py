@@ -20,11 +20,14 @@ from lowmem.data.tokenizers import Tokenizer
 from lowmem.engine.huggingface_files import GENERATION_CONFIG, read_config_json, resolve_model_path
 from lowmem.engine.peft_files import CONFIG, WEIGHTS
 from lowmem.engine.run_model import RunModel
+from lowmem.engine.storage.blocks import Storage
 from lowmem.export.hf import DTYPES, check_out
 from lowmem.models.prefix import PROMPT_EMBEDDINGS, prefix_config, prompt_embeddings
 from lowmem.nn.lorpt import LoRPtLinear
 from lowmem.nn.lorptize import LoRPtConv1D
-from lowmem.nn.quantized import CodedWeight
+from lowmem.nn.loss import row_blocks
+from lowmem.nn.quantized import CodedWeight, dense
+from lowmem.nn.rows import MatrixRows
 from lowmem.system.dry_run import on_meta
 from lowmem.system.errors import CheckpointError, ConfigError, DataError
 from lowmem.system.files import make_directory, storage_errors, write_json, written_whole
@@ -39,7 +42,13 @@ Tensor = torch.Tensor | LazyTensor
 
 @torch.no_grad()
 def export_of_transformers(
-    run: RunModel, out: Path, *, adapter: bool, dtype: Literal["fp32", "bf16", "fp16"] | None = None, overwrite: bool = False
+    run: RunModel,
+    out: Path,
+    *,
+    adapter: bool,
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None,
+    overwrite: bool = False,
+    storage: Storage | None = None,
 ) -> tuple[Path, int]:
     """Write the adapter of a model of transformers, or the model with its adapter or its low-rank factors multiplied in.
 
@@ -48,6 +57,7 @@ def export_of_transformers(
         adapter: write the adapter alone.
         dtype: of a merged model; see `save_merged`.
         overwrite: take a folder that is not empty: an earlier export there is replaced, and other files are left alone.
+        storage: where its blocks are; None has all of them here.
     Returns:
         The directory of its base, and bytes of the weights.
     Raises:
@@ -70,7 +80,7 @@ def export_of_transformers(
             chosen = None if dtype is None else DTYPES[dtype]
             if chosen is None and run.config.train.weight_dtype in QUANTIZED:  # which were read as what they stand for
                 chosen = _base_dtype(base)
-            save_merged(run.model, base, target, dtype=chosen, **beside)
+            save_merged(run.model, base, target, dtype=chosen, **beside, storage=storage)
     return base, sum(path.stat().st_size for path in out.glob("*.safetensors"))
 
 
@@ -139,6 +149,7 @@ def save_merged(
     tokenizer: Tokenizer | None = None,
     template: ChatTemplate | None = None,
     shard_bytes: int = SHARD_BYTES,
+    storage: Storage | None = None,
 ) -> int:
     """Write config.json, the weights with the adapter or low-rank factors multiplied in, generation_config.json, tokenizer and template.
 
@@ -148,20 +159,21 @@ def save_merged(
         dtype: of the weights. None takes what is trained, where the weights themselves are and no codes, else that of the base's files.
         tokenizer, template: of the run; None takes those of the base.
         shard_bytes: most bytes of a file; larger models have several and an index.
+        storage: where its blocks and its matrices are; None has all of them here.
     Returns:
         Bytes of the weights.
     Raises:
         ConfigError: two adapters sit on one layer, or it is a prefix.
         CheckpointError: weights are not finite in `dtype`.
         StorageError: the disk is full, or not writable.
-    Memory: one tensor in fp32.
+    Memory: one tensor in fp32; where blocks are elsewhere, the block that it is of.
     """
     _check_merge(model)
     if dtype is None and (_frozen(model) or any(isinstance(parameter, CodedWeight) for parameter in model.parameters())):
         dtype = _base_dtype(base)
-    lm = model.lm
+    lm, storage = model.lm, storage or Storage()
     untied = _untied(lm)
-    tensors = {name: _in_dtype(name, value, dtype) for name, value in _merged_tensors(lm, untied)}
+    tensors = {name: _in_dtype(name, value, dtype, made_of, storage) for name, value, made_of in _merged_tensors(lm, untied)}
     make_directory(out)
     _write_shards(out, tensors, shard_bytes)
     stored = next(iter(tensors.values())).dtype
@@ -225,8 +237,8 @@ def _is_adapted(layer: Any) -> bool:
     return hasattr(layer, "merge") and hasattr(layer, "active_adapters") and type(layer).__name__ != "TrainableTokensWrapper"
 
 
-def _merged_tensors(lm: Any, untied: bool) -> Iterator[tuple[str, Tensor]]:
-    """Weights and persistent buffers by the names of transformers, tied ones once."""
+def _merged_tensors(lm: Any, untied: bool) -> Iterator[tuple[str, Tensor, list[torch.Tensor]]]:
+    """Weights and persistent buffers by the names of transformers, tied ones once, and what each is made of."""
     done: list[str] = []
     seen: set[int] = set()
     head = lm.get_output_embeddings()
@@ -242,20 +254,22 @@ def _merged_tensors(lm: Any, untied: bool) -> Iterator[tuple[str, Tensor]]:
             done.append(dot)
             shape = (module.out_features, module.in_features)
             shape = shape[::-1] if isinstance(module, LoRPtConv1D) else shape
-            yield f"{dot}weight", LazyTensor(shape, module.up.dtype, partial(_product, module))
+            yield f"{dot}weight", LazyTensor(shape, module.up.dtype, partial(_product, module)), list(module.parameters())
             if module.bias is not None:
-                yield f"{dot}bias", module.bias
+                yield f"{dot}bias", module.bias, [module.bias]
         elif base is not module:
             done.append(dot)
             for part in ("weight", "bias"):
                 if (held := getattr(base, part, None)) is not None:
-                    yield dot + part, LazyTensor(tuple(held.shape), torch.float32, partial(_whole, module, base, part, name))
+                    value = LazyTensor(tuple(held.shape), torch.float32, partial(_whole, module, base, part, name))
+                    saved = _saved_whole(module)
+                    yield dot + part, value, list(module.parameters()) if saved is None else [getattr(saved, part)]
         else:
             for key, value in [*module._parameters.items(), *module._buffers.items()]:
                 if value is not None and key not in module._non_persistent_buffers_set and id(value) not in seen:
                     seen.add(id(value))
                     coded = hasattr(value, "dense")
-                    yield dot + key, LazyTensor(tuple(value.shape), torch.float32, partial(_dense, value)) if coded else value
+                    yield dot + key, LazyTensor(tuple(value.shape), torch.float32, partial(_dense, value)) if coded else value, [value]
 
 
 @torch.no_grad()
@@ -310,19 +324,31 @@ def _copy_in_fp32(base: Any) -> Any:
     return copy
 
 
-def _in_dtype(name: str, value: Tensor, dtype: torch.dtype | None) -> LazyTensor:
+def _in_dtype(name: str, value: Tensor, dtype: torch.dtype | None, made_of: list[torch.Tensor], storage: Storage) -> LazyTensor:
     """A tensor as it is written, refused if it is not finite then."""
     kept = dtype if dtype is not None and value.dtype.is_floating_point else value.dtype
+    matrix = storage.matrix(made_of[0]) if len(made_of) == 1 else None
 
-    def get() -> torch.Tensor:
-        made = value.get() if isinstance(value, LazyTensor) else value.detach()
+    def checked(made: torch.Tensor) -> torch.Tensor:
         if not all_finite(made, kept):
             raise CheckpointError(
                 f"{name} is not finite in {str(kept).removeprefix('torch.')}; choose another --checkpoint, or --dtype=fp32"
             )
         return made.to(kept)
 
-    return LazyTensor(tuple(value.shape), kept, get)
+    def pieces() -> Iterator[torch.Tensor]:
+        if matrix is not None:
+            yield from map(checked, _rows(matrix, value.dtype))
+            return
+        with storage.holding(made_of):
+            yield checked(value.get() if isinstance(value, LazyTensor) else value.detach())
+
+    return LazyTensor(tuple(value.shape), kept, lambda: torch.cat([*pieces()]), pieces=pieces)
+
+
+def _rows(matrix: MatrixRows, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    for rows in row_blocks(matrix.shape[0]):
+        yield dense(matrix.read(rows).detach(), dtype)
 
 
 def _bytes(tensor: Tensor) -> int:

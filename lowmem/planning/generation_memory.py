@@ -26,7 +26,8 @@ class GenerationMemory:
         cache_bytes: of the cache.
         logits_bytes: of the larger of two passes, one over the last piece of a prompt, one over a token of every text.
         activations_bytes: what the passes take beyond.
-        load_bytes: host memory while weights are read: the model is built in fp32 on the host.
+        load_bytes: host memory while weights are read: the model is built in fp32 on the host, unless blocks are elsewhere.
+        weights_at: where the blocks are; elsewhere than on the device, two of them count as weights.
     """
 
     device: str
@@ -37,6 +38,7 @@ class GenerationMemory:
     logits_bytes: int
     activations_bytes: int
     load_bytes: int
+    weights_at: str = "device"
 
     @property
     def writing_bytes(self) -> int:
@@ -67,7 +69,9 @@ class GenerationMemory:
         return f"writing {texts} of {self.context} tokens: {format_bytes(self.writing_bytes)} of {kind} ({parts})"
 
 
-def generation_memory(model: LanguageModel, batch_size: int, context: int, prefill: int, device: str = "cpu") -> GenerationMemory:
+def generation_memory(
+    model: LanguageModel, batch_size: int, context: int, prefill: int, device: str = "cpu", weights_at: str = "device"
+) -> GenerationMemory:
     """Predict the memory of writing `batch_size` texts at once.
 
     Args:
@@ -75,6 +79,7 @@ def generation_memory(model: LanguageModel, batch_size: int, context: int, prefi
         context: tokens of the longest text, its prompt included.
         prefill: most tokens of a prompt that are computed in one pass.
         device: "cpu" or "cuda".
+        weights_at: "device", "host" or "disk".
     Memory: none for the model.
     """
     trace, to_logits = Trace(), cast("Callable[[torch.Tensor], torch.Tensor]", model.logits)
@@ -104,15 +109,30 @@ def generation_memory(model: LanguageModel, batch_size: int, context: int, prefi
     peaks = replay(trace, allocator, {"peak": measure})["peak"]
     logits_bytes = max(live_peaks(trace, {"logits"}).values())
     weights_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    largest = max(parameter.nbytes for parameter in model.parameters())
+    here_bytes, load_bytes = weights_memory(model, weights_at)
     return GenerationMemory(
         device, batch_size, context,
-        weights_bytes=weights_bytes,
+        weights_bytes=here_bytes,
         cache_bytes=cache.nbytes(),
         logits_bytes=logits_bytes,
         activations_bytes=max(0, peaks.peak_bytes - weights_bytes - cache.nbytes() - logits_bytes),
-        load_bytes=4 * model.num_parameters() + largest,
+        load_bytes=load_bytes,
+        weights_at=weights_at,
     )  # fmt: skip
+
+
+def weights_memory(model: LanguageModel, weights_at: str) -> tuple[int, int]:
+    """Bytes of weights on the device while a model is used, and on the host while they are read.
+
+    Args:
+        weights_at: see `generation_memory`.
+    """
+    total, largest = (take(parameter.nbytes for parameter in model.parameters()) for take in (sum, max))
+    if weights_at == "device":
+        return total, 4 * model.num_parameters() + largest
+    blocks = [sum(parameter.nbytes for parameter in block.parameters()) for block in model.blocks]
+    here = total - sum(blocks) + 2 * max(blocks)
+    return here, here + max(blocks) + largest + (sum(blocks) if weights_at == "host" else 0)
 
 
 def generation_refusal(model: LanguageModel, memory: GenerationMemory, hardware: Hardware, prefill: int) -> str:
@@ -126,13 +146,15 @@ def generation_refusal(model: LanguageModel, memory: GenerationMemory, hardware:
     if _fits(memory, hardware):
         return ""
     kind, free = ("RAM", hardware.ram_bytes) if memory.ram_bytes > hardware.ram_bytes else ("VRAM", hardware.vram_bytes)
-    batch_size = memory.batch_size // 2
-    while batch_size and not _fits(generation_memory(model, batch_size, memory.context, prefill, memory.device), hardware):
+    batch_size, where = memory.batch_size // 2, (memory.device, memory.weights_at)
+    while batch_size and not _fits(generation_memory(model, batch_size, memory.context, prefill, *where), hardware):
         batch_size //= 2
     if batch_size:
         remedy = f"set --batch_size {batch_size}"
-    elif _fits(generation_memory(model, 1, 1, prefill, memory.device), hardware):
+    elif _fits(generation_memory(model, 1, 1, prefill, *where), hardware):
         remedy = "set a smaller --batch_size and --max_new_tokens, or shorten the prompt"
+    elif memory.weights_at != "disk" and _fits(generation_memory(model, 1, 1, prefill, memory.device, "disk"), hardware):
+        remedy = "the weights alone do not fit; set --weights_at=disk, which reads them from a disk for each token"
     else:
         remedy = "the weights alone do not fit; free memory, or use a machine with more"
     loading = f"; reading the weights takes {format_bytes(memory.load_bytes)} of RAM" if memory.load_bytes >= memory.ram_bytes else ""

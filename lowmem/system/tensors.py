@@ -39,12 +39,14 @@ class LazyTensor:
         shape, dtype: known before it exists.
         get: makes it; called once, in the order of the file.
         copy_to: appends its bytes to the file of a descriptor instead, where they lie in another file.
+        pieces: makes it in parts of its first dimension, in their order, instead.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     get: Callable[[], torch.Tensor]
     copy_to: Callable[[int], None] | None = None
+    pieces: Callable[[], Iterator[torch.Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor | LazyTensor], 
     Raises:
         OSError: disk full or not writable.
         TypeError: a dtype that safetensors has no name for.
-    Memory: one contiguous host copy of a tensor that is not already contiguous on the host.
+    Memory: one contiguous host copy of a tensor, or of its piece, that is not already contiguous on the host.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
@@ -89,13 +91,26 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor | LazyTensor], 
             if isinstance(value, LazyTensor) and value.copy_to is not None:
                 value.copy_to(file.fileno())
                 continue
-            tensor = value.get() if isinstance(value, LazyTensor) else value
-            if tuple(tensor.shape) != tuple(value.shape) or tensor.dtype != value.dtype:
-                raise TypeError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced as {value.dtype} {tuple(value.shape)}")
-            if tensor.numel():
-                flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-                _write_all(file, memoryview(flat.view(torch.uint8).numpy().data))
+            rows = 0
+            for tensor in _pieces(value):
+                rows += len(tensor) if tensor.dim() else 1
+                if tuple(tensor.shape[1:]) != tuple(value.shape[1:]) or tensor.dtype != value.dtype:
+                    raise TypeError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced as {value.dtype} {tuple(value.shape)}")
+                if tensor.numel():
+                    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+                    _write_all(file, memoryview(flat.view(torch.uint8).numpy().data))
+            if rows != (value.shape[0] if value.shape else 1):
+                raise TypeError(f"{name} has {rows} rows, announced as {tuple(value.shape)}")
         os.fsync(file.fileno())
+
+
+def _pieces(value: torch.Tensor | LazyTensor) -> Iterator[torch.Tensor]:
+    if not isinstance(value, LazyTensor):
+        yield value
+    elif value.pieces is not None:
+        yield from value.pieces()
+    else:
+        yield value.get()
 
 
 def read_tensors(path: Path, only: Collection[str] = (), skip: Collection[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:

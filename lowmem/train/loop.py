@@ -73,6 +73,7 @@ def train(run: Run) -> None:
     if len(run.speeds) > 1:
         run.display.message(describe_speed(run, next(reversed(run.speeds))))
     how = "--chat" if config.all_phases()[-1].kind == "chat" else "--interactive"
+    how += "" if config.train.weights_at == "device" else f" --weights_at={config.train.weights_at}"
     run.display.message(f"done; to let it write: lowmem generate --run {config.run_dir} {how}")
 
 

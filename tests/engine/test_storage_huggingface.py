@@ -11,6 +11,8 @@ from lowmem.config.schema import AdapterConfig, LorptConfig, ModelConfig, OptimC
 from lowmem.data.batch import Batch
 from lowmem.engine.from_config import build_configured_model, build_local_engine, open_storage
 from lowmem.engine.layerwise import LayerwiseEngine
+from lowmem.export.adapters import has_adapter, merge_problem, save_adapter, save_merged
+from lowmem.nn import loss
 
 CPU = torch.device("cpu")
 
@@ -39,6 +41,16 @@ def batch_of(step: int) -> Batch:
     return Batch.from_windows(windows)
 
 
+def exported(engine: LayerwiseEngine, base: Path, folder: Path) -> dict[str, bytes]:
+    """What a run leaves for others, in several files."""
+    model = engine.model
+    if has_adapter(model):
+        save_adapter(model, base, folder / "adapter")
+    if not merge_problem(model):
+        save_merged(model, base, folder / "merged", shard_bytes=60_000, storage=engine.storage)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def saved(engine: LayerwiseEngine, folder: Path) -> dict[str, bytes]:
     folder.mkdir()
     engine.save(folder)
@@ -54,10 +66,15 @@ def saved(engine: LayerwiseEngine, folder: Path) -> dict[str, bytes]:
         ("qwen2", {"weight_dtype": "int8"}), ("llama", {"rank": 8}), ("llama", {"method": "prefix"}),
     ],
 )  # fmt: skip
-def test_runs_are_those_of_resident_blocks(family, settings, directories, tmp_path):
+def test_runs_are_those_of_resident_blocks(family, settings, directories, tmp_path, monkeypatch):
+    monkeypatch.setattr(loss, "GRAD_BLOCK_ROWS", 128)  # several blocks of rows
     resident = engine_of(directories(family), tmp_path, "device", **settings)
     streamed = engine_of(directories(family), tmp_path, "disk", **settings)
     for step in range(20):
         assert streamed.step(batch_of(step), 1e-2) == resident.step(batch_of(step), 1e-2)
     assert streamed.evaluate([batch_of(99)]) == resident.evaluate([batch_of(99)])
     assert saved(streamed, tmp_path / "a") == saved(resident, tmp_path / "b")
+    files = exported(streamed, directories(family), tmp_path / "c")
+    assert files
+    assert files == exported(resident, directories(family), tmp_path / "d")
+    assert saved(streamed, tmp_path / "e") == saved(resident, tmp_path / "f")  # nothing is changed by it

@@ -16,6 +16,7 @@ from lowmem.export import adapters as module
 from lowmem.export.adapters import has_adapter, save_adapter, save_merged
 from lowmem.models.huggingface import HuggingFaceModel
 from lowmem.nn.quantized import quantize
+from lowmem.planning import hardware
 from lowmem.system.errors import CheckpointError, ConfigError
 from tests.reference.tiny_adapters import TOKENS, adapted, logits, save_adapted, save_base
 
@@ -292,3 +293,16 @@ def test_what_a_directory_does_not_have_is_one_line(tmp_path, base, capsys, opti
     assert message in said
     assert said.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_larger_than_the_memory_is_exported_from_a_scratch_file(base, tmp_path, capsys, monkeypatch):
+    save_adapted(base, tmp_path / "theirs", "lora")
+    given = ["export", "--run", str(tmp_path / "theirs"), "--out"]
+    assert main([*given, str(tmp_path / "one")]) == 0
+    assert "scratch file" not in capsys.readouterr().err
+    monkeypatch.setattr(hardware, "this_hardware", lambda: hardware.Hardware(1000, 0))
+    assert main([*given, str(tmp_path / "two")]) == 0
+    assert f"1000 B are free: blocks are kept in a scratch file in {tmp_path}" in capsys.readouterr().err
+    one, two = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert one == two

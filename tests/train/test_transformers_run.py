@@ -187,3 +187,32 @@ def test_killed_in_a_save_it_goes_on_bit_equal(tmp_path):
         assert leg.returncode == -signal.SIGKILL, leg.stderr
     assert pretrain(*given) == 0
     assert final_bits(killed) == final_bits(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"adapter.method": "lora"}, {"adapter.method": "last_k"}, {"train.weight_dtype": "int8"}, {"model.lorpt.rank": 4}]
+)
+def test_a_run_whose_blocks_are_on_a_disk_leaves_what_a_resident_one_does(tmp_path, settings, capsys):
+    left = []
+    for place in ("device", "disk"):
+        given = {"train.steps": 2, "train.update": "layerwise", "train.weights_at": place, "train.loss_chunk_tokens": 9, **settings}
+        assert main(["pretrain", *map(str, arguments(tmp_path, place, "llama", **given))]) == 0
+        assert ("--interactive --weights_at=disk" in capsys.readouterr().err) is (place == "disk")
+        folders = [tmp_path / place / "merged", tmp_path / place / "adapter"]
+        left.append({str(file.relative_to(tmp_path / place)): file.read_bytes() for folder in folders for file in folder.rglob("*")})
+    assert "merged/model.safetensors" in left[0]
+    assert left[0] == left[1]
+    texts = []
+    for place in ("device", "disk"):
+        capsys.readouterr()
+        asked = ["--prompt", "some words", "--temperature", "0", "--max_new_tokens", "6", "--device", "cpu", "--json"]
+        assert main(["generate", "--run", str(tmp_path / "disk"), *asked, f"--weights_at={place}"]) == 0
+        texts.append(json.loads(capsys.readouterr().out)["token_ids"])
+    assert texts[0] == texts[1]
+    exported = []
+    for more in ([], [f"--storage_dir={tmp_path / 'scratch'}"]):
+        out = tmp_path / f"exported-{len(more)}"
+        assert main(["export", "--run", str(tmp_path / "disk"), "--out", str(out), *more]) == 0
+        exported.append({file.name: file.read_bytes() for file in out.iterdir()})
+    assert exported[0] == exported[1]
+    assert not list((tmp_path / "scratch").iterdir())

@@ -7,8 +7,8 @@ are on the device at most: the one that is computed with, and the one before or 
 Source: the order of execution of L2L, Pudipeddi et al. 2020, arXiv:2002.05645; states on disk, Rajbhandari et al. 2021, arXiv:2104.07857.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -57,6 +57,15 @@ class Storage:
     def has(self, parameter: torch.Tensor) -> bool:
         """Whether the elements of a parameter are elsewhere."""
         return False
+
+    def matrix(self, parameter: torch.Tensor) -> MatrixRows | None:
+        """The rows of a matrix that is elsewhere, to be read; None where it is here, or in a block."""
+        return None
+
+    @contextmanager
+    def holding(self, tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+        """The block that has these parameters is on the device, to be read; those of no block are left as they are."""
+        yield
 
     def rows_of(self, parameter: nn.Parameter, optimizer: LowBitOptimizer) -> MatrixRows:
         """The rows of a matrix, from where they are."""
@@ -156,6 +165,7 @@ class StreamedBlocks(Storage):
         self._matrices: dict[int, StreamedRows] = {}
         self._gradients: dict[int, StreamedGradient] = {}
         self._parameters: dict[int, torch.Tensor] = {}  # by id, those of all sections
+        self._owners: dict[int, int] = {}  # by id of a parameter, its block
         self._optimizer: torch.optim.Optimizer | None = None
         self._here: set[int] = set()
         self._stays: dict[int, Any] = {}  # of blocks that are here for a call of their module
@@ -164,6 +174,7 @@ class StreamedBlocks(Storage):
         section, values = Section(), {}
         for parameter in block.parameters():
             self._parameters[id(parameter)] = parameter
+            self._owners[id(parameter)] = index
             for suffix, part in _parts(parameter).items():
                 values[id(parameter), suffix] = part
                 section.add((id(parameter), suffix), part)
@@ -211,6 +222,17 @@ class StreamedBlocks(Storage):
 
     def has(self, parameter: torch.Tensor) -> bool:
         return id(parameter) in self._parameters
+
+    def matrix(self, parameter: torch.Tensor) -> MatrixRows | None:
+        return self._matrices.get(id(parameter))
+
+    @contextmanager
+    def holding(self, tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+        blocks = {self._owners[id(tensor)] for tensor in tensors if id(tensor) in self._owners} - self._here
+        with ExitStack() as stack:
+            for index in sorted(blocks):  # what was fetched last is still in its buffer
+                stack.enter_context(self.block(index))
+            yield
 
     def rows_of(self, parameter: nn.Parameter, optimizer: LowBitOptimizer) -> MatrixRows:
         return self._matrices.get(id(parameter)) or super().rows_of(parameter, optimizer)
@@ -313,7 +335,7 @@ class StreamedBlocks(Storage):
         return LazyTensor(tuple(shape), dtype, get, lambda file: self.backing.copy_to(file, offset, size))
 
     def each_part(self, tensors: Mapping[str, torch.Tensor], *, changed: bool = False) -> Iterator[dict[str, torch.Tensor]]:
-        owners = {key[0]: index for index, section in self.weights.parts.items() for key in section.pieces}
+        owners = self._owners
         yield {name: tensor for name, tensor in tensors.items() if id(tensor) not in owners and id(tensor) not in self._matrices}
         for index, section in sorted(self.weights.parts.items()):
             part = {name: tensor for name, tensor in tensors.items() if owners.get(id(tensor)) == index}

@@ -39,6 +39,7 @@ class DiskFile:
 
     Args:
         directory: on the disk to be used; created if absent.
+        option: that names another directory.
     Attributes:
         direct: whether the page cache is passed by; file systems without O_DIRECT (tmpfs) go through it, and it is emptied behind.
         bytes_read, bytes_written: so far, by `read` and `write`.
@@ -47,8 +48,8 @@ class DiskFile:
     Memory: none beyond the buffers that it is given.
     """
 
-    def __init__(self, directory: Path):
-        self.directory = directory
+    def __init__(self, directory: Path, option: str = "train.storage_dir"):
+        self.directory, self._option = directory, option
         self.size = self.bytes_read = self.bytes_written = self._unsettled = 0
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -221,9 +222,10 @@ class DiskFile:
             os.posix_fadvise(self._buffered, offset, size, os.POSIX_FADV_DONTNEED)
 
     def _failure(self, error: OSError, what: str) -> StorageError:
+        kept = "checkpoints written before are intact; " if self._option.startswith("train.") else ""
         return StorageError(
-            f"the scratch file for weights in {self.directory} cannot {what}: {error.strerror or error}; checkpoints written before are "
-            "intact; free space there, or name another folder with train.storage_dir, then run the same command again"
+            f"the scratch file for weights in {self.directory} cannot {what}: {error.strerror or error}; {kept}free space there, or name "
+            f"another folder with {self._option}, then run the same command again"
         )
 
 
