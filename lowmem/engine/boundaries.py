@@ -10,6 +10,7 @@ import torch
 from lowmem.engine.storage.backing import Backing
 from lowmem.engine.storage.disk_file import aligned_buffer, aligned_size
 from lowmem.system.dry_run import note
+from lowmem.system.errors import ConfigError
 
 _WRITES_ALIVE = 2  # micro-batches whose bytes wait for the disk: one is written, the next is copied
 
@@ -62,7 +63,12 @@ class Boundaries:
 
     def _room(self, index: int, shape: tuple[int, ...], dtype: torch.dtype) -> "torch.Tensor | _OnDisk":
         if self._disk is not None:
-            return _OnDisk(self._disk, index, shape, dtype)
+            made = _OnDisk(self._disk, index, shape, dtype)
+            if any(isinstance(other, _OnDisk) and other.stride != made.stride for other in self._kept.values()):
+                raise ConfigError(
+                    "the blocks of this model pass on activations of different sizes, not kept on a disk; use train.boundary_offload=none"
+                )
+            return made
         place = {"device": "cpu", "pin_memory": True} if self.stream else {"device": self.device}
         kept = torch.empty(shape, dtype=dtype, **place)  # type: ignore[call-overload]
         note(kept, "boundaries")
@@ -89,6 +95,7 @@ class Boundaries:
         if isinstance(kept, _OnDisk):
             buffer, transfer = fetched
             transfer.result()
+            self._writes.check()  # all that were begun before this read have ended
             return kept.view(buffer).contiguous().to(self.device, self.dtype)
         assert self.stream is not None
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
@@ -123,7 +130,11 @@ class _Writes:
 
     def add(self, write: Any) -> None:
         self._begun.append(write)
-        while len(self._begun) > _WRITES_ALIVE - 1:
+        self.check(alive=_WRITES_ALIVE - 1)
+
+    def check(self, alive: int = 0) -> None:
+        """Raise what a write met; all but the last few have ended then."""
+        while len(self._begun) > alive:
             self._begun.pop(0).result()
 
 
@@ -139,7 +150,7 @@ class _OnDisk:
         self.disk, self.dtype, self.row_shape = disk, dtype, shape[1:]
         self.row_bytes = torch.Size(shape[1:]).numel() * dtype.itemsize
         self.stride = aligned_size(self.row_bytes)
-        self.start = index * shape[0] * self.stride
+        self.start = index * shape[0] * self.stride  # boundaries of one step are of one size: see `Boundaries._room`
         if disk.size < self.start + shape[0] * self.stride:
             disk.reserve(self.start + shape[0] * self.stride - disk.size)
 

@@ -227,7 +227,7 @@ def load_model(directory: Path, dtype: torch.dtype, *, kept: "Kept | None" = Non
     model, told = _given(directory, described, dtype, stored, kept, arrivals)
     _check_loaded(directory, told, stored)
     if arrivals is not None:
-        arrivals.finish()
+        arrivals.finish(model)
     model.config.name_or_path = model.name_or_path = str(directory)
     head = model.get_output_embeddings()
     if head is not None:  # a file with both, and with differing numbers, is not tied, whatever its config.json says
@@ -321,7 +321,7 @@ def initial_model(directory: Path, dtype: torch.dtype, *, kept: "Kept | None" = 
         arrivals = None if place is stays else Arrivals(place)
         model = _given(directory, described, dtype, {name: _Empty(tensors[name]) for name in names.values()}, kept, arrivals)[0]
         if arrivals is not None:
-            arrivals.finish()
+            arrivals.finish(model)
         return model
     config = described.config
     from transformers import AutoModelForCausalLM

@@ -90,7 +90,8 @@ class LocalEngine(Engine):
         self.micro_batch_size = micro_batch_size
         self.max_norm, self.optim = optim.clip, optim
         self.optimizer = self._build_optimizer(model, optim, seed)
-        self.storage.adopt(model.blocks, self.optimizer)
+        if self.storage.streams:
+            self.storage.adopt(model.blocks, self.optimizer)
         allocate_states(self.optimizer)
         self.scaler: Any = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         stored = weight_dtype(model)

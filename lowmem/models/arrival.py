@@ -30,8 +30,8 @@ class Arrivals:
                 self._owners[id(module)] = index
                 module.__class__ = self._watched(type(module))
 
-    def finish(self) -> None:
-        """Place what is left, and watch no more."""
+    def finish(self, model: nn.Module) -> None:
+        """Place what is left, watch no more, and have the rest of the model where its blocks are computed."""
         for index in sorted(self._missing):
             self._place(self._blocks[index], index)
         self._missing.clear()
@@ -39,6 +39,7 @@ class Arrivals:
         for block in self._blocks:
             for module in block.modules():
                 object.__setattr__(module, "__class__", usual.get(type(module), type(module)))
+        model.to(next(self._blocks[0].parameters()).device)  # of what stands for the elements that went elsewhere
         self._blocks, self._owners = [], {}  # classes outlive this, until cycles are collected, and must not hold the model
 
     def _watched(self, kind: type) -> type:

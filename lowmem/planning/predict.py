@@ -8,7 +8,6 @@ from typing import Any
 from lowmem.config.schema import RunConfig
 from lowmem.engine.deepspeed.ds_config import BUCKET_ELEMENTS, build_deepspeed_config, offloads_optimizer, zero_stage
 from lowmem.engine.resolve import chosen_device, resolve, settled_model
-from lowmem.engine.storage.disk_file import ALIGNMENT
 from lowmem.memory.allocator import block_cache_library
 from lowmem.models.base import LanguageModel
 from lowmem.nn.quantized import stored_bytes
@@ -274,7 +273,7 @@ def _loaded_bytes(config: RunConfig, model: LanguageModel) -> int:
 def _pinned_for_blocks(trace: Trace) -> int:
     """Host memory of a GPU's blocks and matrices beside them: all of them, or buffers by way of which they come from a disk."""
     blocks = [part for part in trace.elsewhere if part.holds == "blocks"]
-    kept = sum(pinned_bytes(size + ALIGNMENT) for part in blocks if part.place == "host" for size in part.backing.pieces if size)
+    kept = sum(pinned_bytes(size) for part in blocks if part.place == "host" for size in part.backing.pieces if size)
     return kept + sum(pinned_bytes(size) for part in blocks if part.place == "disk" for size in part.backing.buffers.values())
 
 

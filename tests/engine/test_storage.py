@@ -1,5 +1,6 @@
 """Blocks whose weights and states live on a disk or in host memory: the bits of a resident run, from one file to the next."""
 
+import gc
 import os
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 from lowmem.config.schema import LorptConfig, ModelConfig, OptimConfig, TrainConfig
 from lowmem.data.batch import Batch
+from lowmem.engine.boundaries import Boundaries
 from lowmem.engine.layerwise import LayerwiseEngine
 from lowmem.engine.storage.blocks import Storage, StreamedBlocks
 from lowmem.engine.storage.disk_file import ALIGNMENT, DiskFile, aligned_buffer
@@ -254,3 +256,43 @@ def test_a_disk_that_fails_later_says_so(call, what, tmp_path, monkeypatch):
 
     with pytest.raises(StorageError, match=f"cannot be {what}: No space left.*run the same command again"):
         steps()
+
+
+def test_a_write_that_fails_last_is_noticed_by_the_read_behind_it(tmp_path, monkeypatch):
+    """Of a boundary in one micro-batch: the read would give back what an earlier step left there."""
+    disk = DiskFile(tmp_path)
+    boundaries, hidden = Boundaries(2, CPU, disk=disk), torch.ones(2, 4, 8)
+    boundaries.write(0, slice(0, 2), hidden)
+    assert boundaries.read(0, slice(0, 2)).equal(hidden)
+    monkeypatch.setattr(os, "pwritev", _no_room)
+    boundaries.write(0, slice(0, 2), 2 * hidden)
+    with pytest.raises(StorageError, match="cannot be written"):
+        boundaries.read(0, slice(0, 2))
+
+
+def test_two_blocks_of_one_buffer_are_refused(tmp_path):
+    storage = make_storage("disk", tmp_path)
+    make_model(storage)
+    with storage.block(0), storage.block(1), pytest.raises(ValueError, match="block 2 needs the buffer of one of them"), storage.block(2):
+        pass
+
+
+def test_a_file_that_nobody_holds_gives_its_room_back(tmp_path):
+    file = DiskFile(tmp_path)
+    descriptors = {file._raw, file._buffered, file._scattered}
+    file.reserve(ALIGNMENT)
+    del file
+    gc.collect()
+    for descriptor in descriptors:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
+
+
+def test_without_direct_access_what_is_written_is_on_the_disk(tmp_path, monkeypatch):
+    opened, synced, sync = os.open, [], os.fdatasync
+    monkeypatch.setattr(os, "open", lambda name, flags, *more, **known: _refuse(flags, opened, name, *more, **known))
+    file = DiskFile(tmp_path)
+    monkeypatch.setattr(os, "fdatasync", lambda descriptor: synced.append(descriptor) or sync(descriptor))
+    file.reserve(ALIGNMENT)
+    file.write(0, aligned_buffer(ALIGNMENT)).result()
+    assert synced == [file._buffered]

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-TIMING_KEYS = {"step_time_s", "tokens_per_s", "host_peak_bytes", "cuda_allocated_bytes"}
+TIMING_KEYS = {
+    "step_time_s", "tokens_per_s", "host_peak_bytes", "cuda_allocated_bytes", "storage_read_bytes", "storage_written_bytes",
+}  # fmt: skip
 
 
 def tiny_arguments(run_dir: Path, text: Path, **overrides: object) -> list[str]:

@@ -243,6 +243,8 @@ class StreamedBlocks(Storage):
     @contextmanager
     def block(self, index: int, *, states: bool = False, ahead: int | None = None, blank: bool = False) -> Iterator[Visit]:
         visit, kinds = Visit(), [self.weights, self.states][: 1 + states]
+        if any((other - index) % 2 == 0 for other in self._here):
+            raise ValueError(f"blocks {sorted(self._here)} are here, and block {index} needs the buffer of one of them")
         self._here.add(index)
         try:
             for sections in kinds if not blank else ():

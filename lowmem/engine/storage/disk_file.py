@@ -3,6 +3,7 @@
 import errno
 import os
 import tempfile
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +28,9 @@ def aligned_buffer(size: int, *, pinned: bool = False) -> torch.Tensor:
 
     Memory: `size` bytes and one page.
     """
-    raw = torch.empty(size + ALIGNMENT, dtype=torch.uint8, pin_memory=pinned)
+    if pinned:  # begins at a page; PyTorch rounds its size up to a power of two, which one more page would double
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    raw = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
     start = 0 if raw.is_meta else -raw.data_ptr() % ALIGNMENT
     return raw[start : start + size]
 
@@ -64,6 +67,7 @@ class DiskFile:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._scattered, 0, 0, os.POSIX_FADV_RANDOM)
         self._thread = ThreadPoolExecutor(1, "lowmem-disk")
+        self._released = weakref.finalize(self, _close, {self._raw, self._buffered, self._scattered})
 
     def _open_direct(self, name: str) -> int:
         self.direct = False
@@ -158,8 +162,8 @@ class DiskFile:
                     break
                 copied += step
         except (OSError, AttributeError) as error:
-            if isinstance(error, OSError) and error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
-                raise
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+                raise  # other systems and file systems refuse it in many ways
         while copied < size:
             view = memoryview(os.pread(self._buffered, min(size - copied, _CHUNK_BYTES), offset + copied))
             if not view:
@@ -184,11 +188,9 @@ class DiskFile:
         self._thread.submit(int).result()
 
     def close(self) -> None:
-        """Give the disk's room back."""
+        """Give the disk's room back; so does the end of the process, and of the last reference to this."""
         self._thread.shutdown(wait=True)
-        for descriptor in {self._raw, self._buffered, self._scattered}:
-            os.close(descriptor)
-        self._raw = self._buffered = self._scattered = -1
+        self._released()
 
     def _transfer(
         self,
@@ -209,6 +211,8 @@ class DiskFile:
                 if not moved:
                     raise OSError(errno.EIO, "the file ended early")
                 done += moved
+            if descriptor == self._buffered and fd is None and call is os.pwritev:
+                os.fdatasync(descriptor)  # else an error would be told to nobody, and the page cache would keep what was written
         except OSError as error:
             raise self._failure(error, what) from error
         if descriptor == self._buffered and fd is None:
@@ -231,3 +235,8 @@ class DiskFile:
 
 def _view(buffer: torch.Tensor) -> Any:
     return memoryview(buffer.numpy())  # type: ignore[arg-type]
+
+
+def _close(descriptors: set[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)

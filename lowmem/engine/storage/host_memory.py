@@ -33,7 +33,7 @@ class HostMemory:
         device: whose buffers are filled.
     Attributes:
         bytes_read, bytes_written: so far.
-    Memory: what is reserved, pinned, and one page for each call of `reserve`.
+    Memory: what is reserved, pinned: PyTorch rounds each piece up to a power of two.
     """
 
     def __init__(self, device: torch.device):

@@ -59,6 +59,7 @@ class StreamedRows(MatrixRows):
 
     def read(self, rows: slice) -> torch.Tensor:
         index = self._index(rows)
+        self._updates = self._updates and index > 0  # one that did not come to its end is over
         held = {suffix: tensor for (_, suffix), tensor in self.weights.fetch(index).items()}
         self._start_next(index, states=False)
         if self._updates:
@@ -74,6 +75,7 @@ class StreamedRows(MatrixRows):
             del different  # not before: both are there at once
             return found
         self.weights.check(wait=True)
+        self.backing.wait()
         unique, inverse = ids.to("cpu").unique(return_inverse=True)
         table = self._table(len(unique))
         for position, row in enumerate(unique.tolist()):

@@ -126,6 +126,7 @@ class Sections:
         slot = self._slots[index % 2]
         try:
             slot.transfer.result()
+            self.check()  # what was to be written before this read has ended
         except BaseException:
             slot.holds = -1
             raise
@@ -172,10 +173,11 @@ class Sections:
         if slot.buffer is not None and slot.buffer.numel() >= largest:
             return
         slot.transfer.result()
-        slot.buffer = torch.empty(largest, dtype=torch.uint8, device=self.device) if cuda else aligned_buffer(largest)
-        if isinstance(self.backing, DiskFile) and cuda:
-            slot.staging = aligned_buffer(largest, pinned=True)
-        note(slot.buffer, self.category)
+        # both or neither: memory may run out between them, and this be done again
+        staging = aligned_buffer(largest, pinned=True) if isinstance(self.backing, DiskFile) and cuda else None
+        buffer = torch.empty(largest, dtype=torch.uint8, device=self.device) if cuda else aligned_buffer(largest)
+        slot.buffer, slot.staging = buffer, staging
+        note(buffer, self.category)
 
     def _read(self, section: Section, slot: _Slot) -> Any:
         assert slot.buffer is not None
