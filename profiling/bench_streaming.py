@@ -83,12 +83,12 @@ def _fits(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _one_billion(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Steps of 16,384 tokens, and a resume."""
+    """Steps of 4,096 tokens, and a resume."""
     model = arguments.work / "llama-1b"
     if not (model / "config.json").exists():
         subprocess.run([sys.executable, "-c", _MAKE, str(model), json.dumps(LLAMA_1B)], check=True)
     flags = [f"--model.path={model}", *SMALLEST, *STREAMED, *TEXT[:1], *QUIET, "--budget.ram=1.5GiB"]
-    flags += ["--data.seq_len=512", "--train.global_batch_size=32", "--train.micro_batch_size=2"]
+    flags += ["--data.seq_len=512", "--train.global_batch_size=8", "--train.micro_batch_size=2"]
     return _trained_and_resumed(arguments, "1b", flags)
 
 

@@ -184,9 +184,9 @@ def test_the_demo_takes_less_than_260_mb_before_its_first_tensor(tmp_path):
 @pytest.mark.memory
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("method", ["none", "lora"])
-def test_fine_tuning_takes_less_than_310_mb_before_its_first_tensor(tmp_path, base, chat, method):
+def test_fine_tuning_takes_less_than_320_mb_before_its_first_tensor(tmp_path, base, chat, method):
     options = [f"--model.path={base}", f"--data={chat}", f"--data.cache_dir={tmp_path}/cache", f"--run_dir={tmp_path}/run"]
     command = [sys.executable, "-c", BEFORE_ITS_FIRST_TENSOR, "finetune", *SHORT, *options, f"--adapter.method={method}"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert int(result.stdout.split()[0]) < 310e6
+    assert int(result.stdout.split()[0]) < 320e6
