@@ -102,6 +102,7 @@ def _seven_billion(arguments: argparse.Namespace) -> dict[str, Any]:
 def _trained_and_resumed(arguments: argparse.Namespace, name: str, flags: list[str]) -> dict[str, Any]:
     folder = arguments.work / name
     first = _run(folder, [*flags, f"--train.steps={arguments.steps}"], _predict=True)
+    print(json.dumps(first), file=sys.stderr, flush=True)
     again = _run(folder, [*flags, f"--train.steps={arguments.steps + 1}"], _fresh=False)
     return {"command": flags, "run": first, "resumed": again}
 
@@ -114,7 +115,11 @@ def _run(folder: Path, flags: list[str], *, _predict: bool = False, _fresh: bool
         subprocess.run(["rm", "-rf", str(folder)], check=True)
     before, started = len(_metrics(folder)), time.perf_counter()
     _output(command)
-    seconds = time.perf_counter() - started
+    return measured(folder, before, time.perf_counter() - started, predicted)
+
+
+def measured(folder: Path, before: int, seconds: float, predicted: dict[str, Any]) -> dict[str, Any]:
+    """What a run left of its steps after number `before`."""
     steps, memory = _metrics(folder)[before:], json.loads((folder / "memory.json").read_text())
     counted = steps[1:] or steps
     step_s = statistics.median(step["step_time_s"] for step in counted)
