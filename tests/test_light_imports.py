@@ -135,9 +135,9 @@ def text_options(tmp_path: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [[], ["--optim.name=lion"], ["--train.update=layerwise", "--optim.state_bits=4"],
-    ["--model.name=i3", "--model.num_heads=1", "--model.attention_rank=16", "--model.lorpt.rank=16", "--train.weight_dtype=int8"],
+    ["--model.name=i3", "--model.num_heads=1", "--model.attention_rank=16", "--model.lorpt.rank=16"],
     ["--train.activation_checkpointing=block", "--optim.name=spectron"],
-], ids=["fp32", "lion", "layerwise", "i3, int8", "spectron"])  # fmt: skip
+], ids=["fp32", "lion", "layerwise", "i3", "spectron"])  # fmt: skip
 def test_a_run_of_its_own_models_imports_no_compiler(tmp_path, settings):
     assert heavy(run(tmp_path, "pretrain", *SHORT, *SMALL, *text_options(tmp_path), *settings)) == []
     assert heavy(run(tmp_path, "generate", f"--run={tmp_path}/run", "--prompt=some", "--max_new_tokens=2")) == []
