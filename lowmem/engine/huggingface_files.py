@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowmem.memory.limits import is_out_of_memory
-from lowmem.models.arrival import Arrivals
 from lowmem.models.base import Place, stays
+from lowmem.models.block_arrivals import Arrivals
 from lowmem.system.dry_run import on_meta
 from lowmem.system.errors import CheckpointError, ConfigError
 from lowmem.system.files import file_sha256, json_sha256

@@ -8,7 +8,7 @@ import pytest
 from lowmem.cli.main import main
 from lowmem.optim.kernels.formats import state_bytes
 from tests.planning.small import stub_measurements
-from tests.train.tiny_run import final_bits, metrics, tiny_arguments, write_text
+from tests.train.tiny_run import losses_of_equal_runs, tiny_arguments, write_text
 
 NARROW = {
     "train.update": "layerwise", "train.weight_dtype": "bf16", "train.precision": "bf16", "train.activation_checkpointing": "block",
@@ -27,11 +27,7 @@ def test_a_run_in_two_parts_equals_one_in_one(tmp_path, state_bits):
     assert pretrain(tmp_path, "whole", **settings) == 0
     assert pretrain(tmp_path, "parts", **{**settings, "train.steps": 8}) == 0
     assert pretrain(tmp_path, "parts", **settings) == 0
-    whole, parts = (final_bits(tmp_path / name) for name in ("whole", "parts"))
-    assert whole["model.safetensors"] == parts["model.safetensors"]
-    assert whole["optimizer.safetensors"] == parts["optimizer.safetensors"]
-    losses = [line["loss"] for line in metrics(tmp_path / "whole") if "loss" in line]
-    assert losses == [line["loss"] for line in metrics(tmp_path / "parts") if "loss" in line]
+    losses = losses_of_equal_runs(tmp_path)
     assert losses[-1] < losses[0] - 0.5
     components = json.loads((tmp_path / "whole" / "memory.json").read_text())["measured"]["components"]
     assert components["gradients"] < components["weights"] / 2

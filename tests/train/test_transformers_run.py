@@ -15,7 +15,7 @@ from lowmem.config.load import load_run_config
 from lowmem.engine.run_model import load_run_model
 from tests.planning.small import stub_measurements
 from tests.reference.tiny_families import save_tiny
-from tests.train.tiny_run import ROOT, final_bits, metrics, tiny_arguments, write_text
+from tests.train.tiny_run import ROOT, final_bits, losses_of_equal_runs, metrics, tiny_arguments, write_text
 
 SETTINGS = {
     "data.tokenizer": "bpe", "optim.schedule": "constant", "train.steps": 9, "train.save_every": 3, "train.eval_every": 6, "train.seed": 1,
@@ -53,13 +53,10 @@ def test_a_run_in_two_parts_equals_one_in_one(tmp_path, way):
     assert pretrain(*arguments(tmp_path, "whole", family, **settings)) == 0
     assert pretrain(*arguments(tmp_path, "parts", family, **settings, **{"train.steps": 6})) == 0
     assert pretrain(*arguments(tmp_path, "parts", family, **settings)) == 0
-    whole, parts = (final_bits(tmp_path / name) for name in ("whole", "parts"))
-    assert whole["model.safetensors"] == parts["model.safetensors"]
-    assert whole["optimizer.safetensors"] == parts["optimizer.safetensors"]
+    losses = losses_of_equal_runs(tmp_path)
     assert [line for line in metrics(tmp_path / "whole") if "loss" in line] == [
         line for line in metrics(tmp_path / "parts") if "loss" in line
     ]
-    losses = [line["loss"] for line in metrics(tmp_path / "whole") if "loss" in line]
     assert losses[-1] < losses[0] - 0.5
     config = load_run_config(tmp_path / "whole" / "config.yaml")
     assert config.data.tokenizer == str(tmp_path / family)

@@ -12,7 +12,7 @@ from lowmem.nn.lorpt import LoRPtLinear
 from lowmem.system.tensors import read_tensors
 from tests.planning.small import stub_measurements
 from tests.reference.tiny_families import save_tiny
-from tests.train.tiny_run import final_bits, metrics, tiny_arguments, write_text
+from tests.train.tiny_run import losses_of_equal_runs, tiny_arguments, write_text
 
 WIDE = {"hidden_size": 96, "intermediate_size": 96, "head_dim": 24}
 SHAPES = {"llama": WIDE | {"tie_word_embeddings": True}, "qwen2": WIDE, "phi3": WIDE, "gpt2": {"n_embd": 96}}
@@ -56,11 +56,7 @@ def test_a_run_in_two_parts_equals_one_in_one_and_is_exported(tmp_path, way, cap
     assert pretrain(*arguments(tmp_path, "whole", family, **settings)) == 0
     assert pretrain(*arguments(tmp_path, "parts", family, **settings, **{"train.steps": 3})) == 0
     assert pretrain(*arguments(tmp_path, "parts", family, **settings)) == 0
-    whole, parts = (final_bits(tmp_path / name) for name in ("whole", "parts"))
-    assert whole["model.safetensors"] == parts["model.safetensors"]
-    assert whole["optimizer.safetensors"] == parts["optimizer.safetensors"]
-    losses = [line["loss"] for line in metrics(tmp_path / "whole") if "loss" in line]
-    assert losses == [line["loss"] for line in metrics(tmp_path / "parts") if "loss" in line]
+    losses = losses_of_equal_runs(tmp_path)
     assert losses[-1] < losses[0] - 0.5
     names = set(dict(read_tensors(checkpoint(tmp_path / "whole"))))
     coded, factored = "train.weight_dtype" in settings and settings["train.weight_dtype"] != "bf16", "model.lorpt.rank" in settings

@@ -89,3 +89,13 @@ def metrics(run_dir: Path) -> list[dict]:
     """Lines of metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in TIMING_KEYS} for line in lines]
+
+
+def losses_of_equal_runs(folder: Path, one: str = "whole", other: str = "parts") -> list[float]:
+    """The losses of two runs below `folder`, whose weights, states and losses are equal to the bit."""
+    here, there = (final_bits(folder / name) for name in (one, other))
+    assert here["model.safetensors"] == there["model.safetensors"]
+    assert here["optimizer.safetensors"] == there["optimizer.safetensors"]
+    found, expected = ([line["loss"] for line in metrics(folder / name) if "loss" in line] for name in (one, other))
+    assert found == expected
+    return found
